@@ -1,0 +1,9 @@
+"""Losses by the name an option file uses; imported when asked for."""
+
+LOSSES = {
+    "l1": "losses.pixel:L1Loss",
+    "l2": "losses.pixel:L2Loss",
+    "l2sum": "losses.pixel:L2SumLoss",
+    "ssim": "losses.pixel:SSIMLoss",
+    "charbonnier": "losses.pixel:CharbonnierLoss",
+}

@@ -1,0 +1,81 @@
+"""Pixel losses of KAIR's image and video recipes.
+
+Legend: B batch, T frames (optional), C channels, H W pixels. Every loss takes `(restored, target)` of equal shape
+(..., C, H, W) with values around [0, 1] and returns a scalar. Facts: cszn/KAIR models/loss.py, loss_ssim.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class L1Loss(nn.Module):
+    """Mean absolute difference."""
+
+    def forward(self, restored: Tensor, target: Tensor) -> Tensor:
+        return F.l1_loss(restored, target)
+
+
+class L2Loss(nn.Module):
+    """Mean squared difference."""
+
+    def forward(self, restored: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(restored, target)
+
+
+class L2SumLoss(nn.Module):
+    """Sum of squared differences."""
+
+    def forward(self, restored: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(restored, target, reduction="sum")
+
+
+class CharbonnierLoss(nn.Module):
+    """Mean of sqrt(d^2 + eps): the L1 loss with a rounded corner.
+
+    Args: G_charbonnier_eps: added inside the root, so the loss of a perfect result is sqrt(eps).
+    """
+
+    def __init__(self, G_charbonnier_eps: float = 1e-9):
+        super().__init__()
+        self.eps = G_charbonnier_eps
+
+    def forward(self, restored: Tensor, target: Tensor) -> Tensor:
+        return torch.sqrt((restored - target).square() + self.eps).mean()
+
+
+class SSIMLoss(nn.Module):
+    """1 - mean SSIM, over 11 x 11 Gaussian windows (sigma 1.5, zero padding), data range 1.
+
+    Source: Wang et al. 2004, equation 13. Differs from KAIR, which minimises the similarity itself (a bug),
+    and takes 4-D input only.
+    """
+
+    def __init__(self):
+        super().__init__()
+        offsets = torch.arange(11) - 5.0
+        line = torch.exp(-offsets.square() / (2 * 1.5**2))
+        line = line / line.sum()
+        self.register_buffer("window", (line[:, None] * line)[None, None], persistent=False)  # (1, 1, 11, 11)
+
+    def similarity(self, restored: Tensor, target: Tensor) -> Tensor:
+        """SSIM per image, (B,) for (B, C, H, W)."""
+        channels = restored.shape[-3]
+        window = self.window.to(restored).expand(channels, 1, -1, -1)
+
+        def blur(x: Tensor) -> Tensor:
+            return F.conv2d(x, window, padding=5, groups=channels)
+
+        mean_a, mean_b = blur(restored), blur(target)
+        var_a = blur(restored.square()) - mean_a.square()
+        var_b = blur(target.square()) - mean_b.square()
+        covariance = blur(restored * target) - mean_a * mean_b
+        c1, c2 = 0.01**2, 0.03**2
+        ssim = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+                / ((mean_a.square() + mean_b.square() + c1) * (var_a + var_b + c2)))
+        return ssim.mean(dim=(1, 2, 3))
+
+    def forward(self, restored: Tensor, target: Tensor) -> Tensor:
+        return 1 - self.similarity(restored.flatten(0, -4), target.flatten(0, -4)).mean()

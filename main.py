@@ -1,0 +1,84 @@
+"""The door: arguments -> options -> train(). Nothing imports it.
+
+    python main.py -opt options/train_vrt.json            trains; the same command again goes on where it stopped
+    python main.py -opt FILE --resume PATH                goes on from the checkpoint you name
+    python main.py -opt FILE --set train.total_iter=1000  any option from the command line
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+
+import options
+from checkpoint import CheckpointError
+from data import DATASETS
+from models import MODELS, NETWORKS
+from train import NonFiniteLoss, train
+
+
+def parser_for(flags: dict[str, str], **settings) -> argparse.ArgumentParser:
+    """The command line: what every run has, and the flags of an option file's `cli` table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, **settings)
+    parser.add_argument("-opt", "--opt", metavar="FILE", help="option file, e.g. options/train_vrt.json")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", metavar="PATH",
+                       help="go on from this checkpoint: a member of a set, its record (500.json) or a folder")
+    start.add_argument("--init-from", "--init_from", metavar="FILE", help="start at iteration 0 with these weights")
+    parser.add_argument("--fresh", action="store_true", help="put away the run's checkpoints and begin anew")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set any option")
+    for flag, key in flags.items():
+        names = dict.fromkeys([f"--{flag}", f"--{flag.replace('_', '-')}"])
+        parser.add_argument(*names, dest=f"flag_{flag}", metavar="VALUE", help=f"sets {key}")
+    return parser
+
+
+def overrides_in(args: argparse.Namespace, flags: dict[str, str]) -> list[tuple[str, object, str]]:
+    """What the command line sets, as (key path, value, where it was said)."""
+    found = [(key, options.as_value(text), f"--{flag}") for flag, key in flags.items()
+             if (text := getattr(args, f"flag_{flag}")) is not None]
+    for text in args.set:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise options.OptionError(f"--set {text}: write it as section.key=value")
+        found.append((key.strip(), options.as_value(value), "--set"))
+    return found
+
+
+def resume_command(argv: list[str]) -> str:
+    """The command that goes on with this run: the same one without what chooses another start."""
+    kept, skip = [], False
+    for word in argv:
+        if skip or word == "--fresh":
+            skip = False
+        elif word in ("--resume", "--init-from", "--init_from"):
+            skip = True
+        elif not word.startswith(("--resume=", "--init-from=", "--init_from=")):
+            kept.append(word)
+    return shlex.join(["python", "main.py", *kept])
+
+
+def main(argv: list[str]) -> int:
+    first, _ = parser_for(options.FLAGS, add_help=False).parse_known_args(argv)
+    flags = dict(options.FLAGS)
+    if first.opt:
+        flags |= options.cli_table(first.opt)
+    args = parser_for(flags).parse_args(argv)
+    if not args.opt:
+        raise options.OptionError("which run? give an option file: python main.py -opt options/train_vrt.json")
+    opt, notices = options.parse(args.opt, overrides_in(args, flags), MODELS, NETWORKS, DATASETS)
+    return train(opt, notices, resume=args.resume, init_from=args.init_from, fresh=args.fresh,
+                 command=resume_command(argv))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (options.OptionError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except NonFiniteLoss as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

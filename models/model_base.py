@@ -1,0 +1,221 @@
+"""What every model shares: networks and optimizers by label, saving, loading, learning rate, wrappers.
+
+KAIR's verbs (cszn/KAIR models/model_base.py), with two differences: what is restored comes from one verified set,
+and the learning rate is a function of the step, so there is no scheduler to restore.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+from models import NETWORKS
+from options import build
+from schedules import Schedule
+
+
+class ModelBase:
+    """Holds `networks` {"G": ...} and `optimizers` {"optimizerG": ...}; a subclass says what they are and do."""
+
+    @dataclass
+    class TrainOptions:
+        """The `train` section: what the loop reads. Subclasses add their own keys."""
+
+        total_iter: int = 300_000  # optimizer steps of G in the whole run
+        total_epochs: int | None = None  # if given, counts instead of total_iter
+        checkpoint_print: int = 200  # intervals in iterations
+        checkpoint_save: int = 5000
+        checkpoint_test: int = 5000
+        print_interval: int | None = None  # the same in epochs; if given, they count instead
+        save_interval: int | None = None
+        eval_interval: int | None = None
+        manual_seed: int = 0  # fixed, so that a run killed before its first checkpoint is repeated as it was
+        on_nan: Literal["stop", "skip"] = "stop"  # skip: leave such a step out and count it
+
+    @dataclass
+    class ValOptions:
+        """The `val` section."""
+
+        save_img: bool = True  # input | restored | target, one PNG a clip
+
+    def __init__(self, opt: Mapping[str, Any]):
+        self.opt = opt
+        self.opt_train = opt["train"]
+        self.save_dir = checkpoint.Path(opt["path"]["root"]) / opt["task"] / "models"
+        self.device = torch.device(opt["device"])
+        self.networks: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.schedules: dict[str, Schedule] = {}
+        self.log_dict: dict[str, Tensor] = OrderedDict()  # loss terms of the last step, still tensors
+
+    # ------------------------------------------------ a subclass says
+
+    def init_train(self, parts: Mapping[str, Any] | None = None) -> None:
+        """Make ready to train, from the parts of a checkpoint or from `path.pretrained_*`."""
+        raise NotImplementedError
+
+    def feed_data(self, data: Mapping[str, Any], need_H: bool = True) -> None:
+        raise NotImplementedError
+
+    def optimize_parameters(self, current_step: int) -> None:
+        raise NotImplementedError
+
+    def test(self) -> None:
+        raise NotImplementedError
+
+    def metrics(self) -> dict[str, float]:
+        """Of what `test` left: name -> value; the baseline's names end in `_bicubic` or the like."""
+        raise NotImplementedError
+
+    def pictures(self) -> list[Tensor]:
+        """Of what `test` left: (C, H, W) images in [0, 1], shown side by side."""
+        raise NotImplementedError
+
+    # ------------------------------------------------ networks
+
+    def define_network(self, label: str) -> nn.Module:
+        """Build `net{label}` from its option section and put it on the device."""
+        return build(NETWORKS, self.opt[f"net{label}"], "net_type").to(self.device)
+
+    @staticmethod
+    def get_bare_model(network: nn.Module) -> nn.Module:
+        """The network itself, below DistributedDataParallel and torch.compile in any nesting."""
+        while isinstance(inner := getattr(network, "module", getattr(network, "_orig_mod", None)), nn.Module):
+            network = inner
+        return network
+
+    def describe_network(self, network: nn.Module) -> str:
+        """Name, parameter count and structure, for the log."""
+        bare = self.get_bare_model(network)
+        count = sum(p.numel() for p in bare.parameters())
+        return f"{type(bare).__name__}, {count:,} parameters\n{bare}"
+
+    def update_E(self, decay: float = 0.999) -> None:
+        """E = decay * E + (1 - decay) * G over the parameters; buffers are copied."""
+        bare_g, bare_e = self.get_bare_model(self.networks["G"]), self.get_bare_model(self.networks["E"])
+        with torch.no_grad():
+            averaged, current = list(bare_e.parameters()), list(bare_g.parameters())
+            torch._foreach_mul_(averaged, decay)
+            torch._foreach_add_(averaged, current, alpha=1 - decay)
+            for kept, buffer in zip(bare_e.buffers(), bare_g.buffers()):
+                kept.copy_(buffer)
+
+    # ------------------------------------------------ saving
+
+    def parts(self) -> dict[str, Any]:
+        """State dicts of every network (bare, on the CPU) and optimizer, by label."""
+        states = {label: _to_cpu(self.get_bare_model(net).state_dict()) for label, net in self.networks.items()}
+        return states | {label: _to_cpu(optimizer.state_dict()) for label, optimizer in self.optimizers.items()}
+
+    def save(self, iter_label: int, state: Mapping[str, Any] | None = None, **info: Any) -> None:
+        """Commit all parts of an iteration at once; `state` is what else makes the next step."""
+        parts = self.parts() | ({"state": state} if state else {})
+        os.makedirs(self.save_dir, exist_ok=True)
+        checkpoint.commit(self.save_dir, iter_label, parts, **info)
+
+    def save_network(self, save_dir: str, network: nn.Module, network_label: str, iter_label: int | str) -> None:
+        """Write one network's weights as `{iter}_{label}.pth`."""
+        path = os.path.join(save_dir, f"{iter_label}_{network_label}.pth")
+        checkpoint.save_file(path, _to_cpu(self.get_bare_model(network).state_dict()))
+
+    def save_optimizer(self, save_dir: str, optimizer, optimizer_label: str, iter_label: int | str) -> None:
+        """Write one optimizer's state as `{iter}_{label}.pth`."""
+        path = os.path.join(save_dir, f"{iter_label}_{optimizer_label}.pth")
+        checkpoint.save_file(path, _to_cpu(optimizer.state_dict()))
+
+    # ------------------------------------------------ loading
+
+    def load_network(self, load_path: str, network: nn.Module, strict: bool = True, param_key: str = "params") -> str:
+        """Load weights from a file that we, KAIR, BasicSR, Lightning or the like wrote. Returns a one-line report.
+
+        Lenient (strict False) goes by name and shape, and by position only if every shape agrees in order.
+        Raises: CheckpointError, one line.
+        """
+        weights = checkpoint.weights_in(checkpoint.load_file(load_path), load_path, param_key)
+        return self.load_weights(network, weights, strict, str(load_path))
+
+    def load_weights(self, network: nn.Module, weights: Mapping[str, Tensor], strict: bool, source: str) -> str:
+        """The same from a state dict in memory."""
+        bare = self.get_bare_model(network)
+        own = bare.state_dict()
+        fitting = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
+        how = "by name"
+        same_order = [v.shape for v in weights.values()] == [v.shape for v in own.values()]
+        if not strict and len(fitting) < len(own) and same_order:
+            fitting, how = dict(zip(own, weights.values())), "by position"
+        missing = [k for k in own if k not in fitting]
+        skipped = [k for k in weights if k not in fitting] if how == "by name" else []
+        if strict and (missing or skipped):
+            raise checkpoint.CheckpointError(f"{source}: {_mismatch(own, weights, missing, skipped)}")
+        if not fitting:
+            raise checkpoint.CheckpointError(f"{source}: no tensor fits {type(bare).__name__} by name and shape")
+        bare.load_state_dict(fitting, strict=False)
+        report = f"{source}: {len(fitting)} of {len(own)} tensors loaded {how}"
+        for name, keys in (("missing", missing), ("skipped", skipped)):
+            report += f"; {name} {len(keys)}: {_some(keys)}" if keys else ""
+        return report
+
+    def load_optimizer(self, load_path: str, optimizer: torch.optim.Optimizer) -> None:
+        """Load an optimizer's state; the options' hyper-parameters stay in force."""
+        payload = checkpoint.load_file(load_path)
+        if not checkpoint.is_optimizer(payload):
+            raise checkpoint.CheckpointError(f"{load_path}: is no optimizer's state (no 'state' and 'param_groups')")
+        self.load_optimizer_state(optimizer, payload, str(load_path))
+
+    def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], source: str) -> None:
+        """The same from a state dict in memory."""
+        chosen = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        saved = [len(group["params"]) for group in state["param_groups"]]
+        if saved != [len(group["params"]) for group in optimizer.param_groups]:
+            raise checkpoint.CheckpointError(
+                f"{source}: parameter groups of {saved} tensors don't fit this optimizer's "
+                f"{[len(g['params']) for g in optimizer.param_groups]}; was it made with other options?")
+        optimizer.load_state_dict(state)
+        for group, options in zip(optimizer.param_groups, chosen):
+            group.update(options)  # what the user says now wins over what was saved
+
+    # ------------------------------------------------ learning rate and log
+
+    def update_learning_rate(self, n: int) -> None:
+        """Set every learning rate for the step after n finished ones."""
+        for label, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = self.schedules[label](group["initial_lr"], n)
+
+    def current_learning_rate(self) -> float:
+        """The first optimizer's, first group's."""
+        return next(iter(self.optimizers.values())).param_groups[0]["lr"]
+
+    def current_log(self) -> dict[str, float]:
+        """Loss terms of the last step as numbers: this waits for the device."""
+        return {name: float(value) for name, value in self.log_dict.items()}
+
+
+def _to_cpu(tree: Any) -> Any:
+    """A nested state with every tensor on the CPU; containers are new, CPU tensors are the same."""
+    if isinstance(tree, Tensor):
+        return tree.detach().cpu()
+    if isinstance(tree, Mapping):
+        return {key: _to_cpu(value) for key, value in tree.items()}
+    return [_to_cpu(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+def _some(keys: list[str], most: int = 3) -> str:
+    return ", ".join(keys[:most]) + (", ..." if len(keys) > most else "")
+
+
+def _mismatch(own: Mapping, weights: Mapping, missing: list[str], skipped: list[str]) -> str:
+    """Why weights do not fit a network, in one line."""
+    reshaped = [f"{k} {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}" for k in skipped if k in own]
+    absent = [k for k in missing if k not in weights]
+    unknown = [k for k in skipped if k not in own]
+    reasons = [f"{len(keys)} {what}: {_some(keys, 2)}" for what, keys in
+               (("of another shape", reshaped), ("missing", absent), ("unknown", unknown)) if keys]
+    return "the weights are of another architecture: " + "; ".join(reasons)

@@ -1,0 +1,185 @@
+"""One network, one loss, an optional moving average: what most recipes need, and KAIR's `ModelPlain`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from metrics import video_metrics
+from torch import Tensor
+
+import schedules
+from data.resize import imresize
+from losses import LOSSES
+from models.model_base import ModelBase
+from options import Section, build
+
+
+class ModelPlain(ModelBase):
+    """Restores a target from a degraded input: `netG(degraded)` against `target`."""
+
+    @dataclass
+    class TrainOptions(ModelBase.TrainOptions):
+        G_lossfn_type: str = "l1"  # a row of losses.LOSSES
+        G_lossfn_weight: float = 1.0
+        G_charbonnier_eps: float = 1e-9
+        E_decay: float = 0.0  # moving average of G, usually 0.999; 0 is off
+        G_optimizer_type: Literal["adam", "adamw"] = "adam"
+        G_optimizer_lr: float = 1e-4
+        G_optimizer_betas: tuple[float, float] = (0.9, 0.999)
+        G_optimizer_wd: float = 0.0
+        G_optimizer_clipgrad: float | None = None  # largest norm of the whole gradient
+        G_scheduler_type: Literal["MultiStepLR", "CosineAnnealingWarmRestarts", "constant"] = "constant"
+        G_scheduler_milestones: list[int] = field(default_factory=list)
+        G_scheduler_gamma: float = 0.1
+        G_scheduler_periods: int | None = None  # first cosine period in iterations; null: the whole run
+        G_scheduler_restart_weights: int = 1  # each period is this many times the one before
+        G_scheduler_eta_min: float = 0.0
+        G_param_strict: bool = True  # of path.pretrained_netG
+        E_param_strict: bool = True
+
+    def __init__(self, opt: Mapping[str, Any]):
+        super().__init__(opt)
+        self.netG = self.networks["G"] = self.define_network("G")
+        if self.opt_train["E_decay"] > 0:
+            self.netE = self.networks["E"] = copy.deepcopy(self.netG).eval().requires_grad_(False)
+        else:
+            self.netE = None
+
+    def init_train(self, parts: Mapping[str, Any] | None = None) -> None:
+        self.load(parts)
+        self.netG.train()
+        self.define_loss()
+        self.define_optimizer()
+        self.load_optimizers(parts)
+        self.define_scheduler()
+
+    # ------------------------------------------------ before training
+
+    def load(self, parts: Mapping[str, Any] | None = None) -> list[str]:
+        """Weights from a checkpoint's parts, or from `path.pretrained_*`. Returns a report line for each file."""
+        if parts:
+            for label, network in self.networks.items():
+                if label in parts:
+                    self.load_weights(network, parts[label], strict=True, source=f"checkpoint, {label}")
+            if self.netE is not None and "E" not in parts:
+                self.update_E(0)
+            return []
+        reports, path = [], self.opt["path"]
+        if path["pretrained_netG"]:
+            reports.append(self.load_network(path["pretrained_netG"], self.netG, self.opt_train["G_param_strict"]))
+        if self.netE is not None:
+            if path["pretrained_netE"]:
+                strict = self.opt_train["E_param_strict"]
+                reports.append(self.load_network(path["pretrained_netE"], self.netE, strict, "params_ema"))
+            else:
+                self.update_E(0)
+        return reports
+
+    def load_optimizers(self, parts: Mapping[str, Any] | None = None) -> None:
+        for label, optimizer in self.optimizers.items():
+            if parts and label in parts:
+                self.load_optimizer_state(optimizer, parts[label], f"checkpoint, {label}")
+
+    def define_loss(self) -> None:
+        section = Section(G_lossfn_type=self.opt_train["G_lossfn_type"])
+        section.where = f"{self.opt['opt_path']}: train"
+        self.G_lossfn = build(LOSSES, section, "G_lossfn_type",
+                              G_charbonnier_eps=self.opt_train["G_charbonnier_eps"]).to(self.device)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer is given; a group's lr overrides G_optimizer_lr."""
+        return [{"params": [p for p in self.netG.parameters() if p.requires_grad]}]
+
+    def define_optimizer(self) -> None:
+        t = self.opt_train
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[t["G_optimizer_type"]]
+        self.G_optimizer = kind(self.parameter_groups(), lr=t["G_optimizer_lr"], betas=tuple(t["G_optimizer_betas"]),
+                                weight_decay=t["G_optimizer_wd"], fused=True)
+        for group in self.G_optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        self.optimizers["optimizerG"] = self.G_optimizer
+
+    def define_scheduler(self) -> None:
+        t = self.opt_train
+        if t["G_scheduler_type"] == "MultiStepLR":
+            schedule = schedules.multi_step(t["G_scheduler_milestones"], t["G_scheduler_gamma"])
+        elif t["G_scheduler_type"] == "CosineAnnealingWarmRestarts":
+            schedule = schedules.cosine_warm_restarts(t["G_scheduler_periods"] or t["total_iter"],
+                                                      t["G_scheduler_restart_weights"], t["G_scheduler_eta_min"])
+        else:
+            schedule = schedules.constant()
+        self.schedules["optimizerG"] = schedule
+
+    # ------------------------------------------------ training
+
+    def feed_data(self, data: Mapping[str, Any], need_H: bool = True) -> None:
+        """Take a batch: `L` degraded, `H` target, (B, ..., C, H, W) in [0, 1]."""
+        self.degraded = data["L"].to(self.device, non_blocking=True)
+        self.target = data["H"].to(self.device, non_blocking=True) if need_H and "H" in data else None
+
+    def netG_forward(self) -> None:
+        self.restored = self.netG(self.degraded)
+
+    def optimize_parameters(self, current_step: int) -> None:
+        self.G_optimizer.zero_grad(set_to_none=True)
+        self.netG_forward()
+        loss = self.opt_train["G_lossfn_weight"] * self.G_lossfn(self.restored, self.target)
+        loss.backward()
+        self.log_dict["G_loss"] = loss.detach()
+        if self.opt_train["G_optimizer_clipgrad"]:
+            torch.nn.utils.clip_grad_norm_(self.netG.parameters(), self.opt_train["G_optimizer_clipgrad"])
+        if self.opt_train["on_nan"] == "skip" and not torch.isfinite(loss):
+            return
+        self.G_optimizer.step()
+        if self.netE is not None:
+            self.update_E(self.opt_train["E_decay"])
+
+    # ------------------------------------------------ testing
+
+    def test(self) -> None:
+        """Restore `degraded` with the moving average if there is one, else with G."""
+        network = self.netE if self.netE is not None else self.netG
+        training = network.training
+        network.eval()
+        with torch.no_grad():
+            self.restored = self.restore(network, self.degraded)
+        network.train(training)
+
+    def restore(self, network: torch.nn.Module, degraded: Tensor) -> Tensor:
+        """One forward pass; a recipe whose input can be too large for that overrides it."""
+        return network(degraded)
+
+    def baseline(self) -> tuple[str, Tensor]:
+        """What restoring has to beat, by name: the input, upscaled by bicubic interpolation where it is smaller."""
+        degraded = self.degraded[0, ..., : self.target.shape[-3], :, :]  # without a noise map
+        if degraded.shape == self.target.shape[1:]:
+            return "input", degraded
+        return "bicubic", imresize(degraded, self.opt["scale"])
+
+    def metrics(self) -> dict[str, float]:
+        """PSNR and SSIM of `restored`, and under `<name>_<baseline>` of the baseline, averaged over frames."""
+        restored, target = self.restored[0], self.target[0]
+        name, plain = self.baseline()
+        values = video_metrics(_frames(restored), _frames(target))
+        return values | {f"{k}_{name}": v for k, v in video_metrics(_frames(plain), _frames(target)).items()}
+
+    def pictures(self) -> list[Tensor]:
+        """Input | restored | target of the middle frame, each (C, H, W)."""
+        images = [self.baseline()[1], self.restored[0], self.target[0]]
+        return [_frames(image)[len(_frames(image)) // 2] for image in images]
+
+    def current_visuals(self, need_H: bool = True) -> dict[str, Tensor]:
+        """KAIR's keys: L degraded, E restored, H target; the first of the batch, float, on the CPU."""
+        visuals = {"L": self.degraded[0], "E": self.restored[0]}
+        if need_H and self.target is not None:
+            visuals["H"] = self.target[0]
+        return {key: value.detach().float().cpu() for key, value in visuals.items()}
+
+
+def _frames(image: Tensor) -> Tensor:
+    """(T, C, H, W) of a clip or of a single image (C, H, W)."""
+    return image.unsqueeze(0) if image.ndim == 3 else image

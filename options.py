@@ -1,0 +1,417 @@
+"""Read a JSON option file, merge what overrides it, and refuse what nobody would read.
+
+Order: defaults < `extends` < file < command line. The signature of a component is its schema: a section is built by
+keyword, so an unknown key, a wrong type or a missing value is found before anything is made.
+KAIR's own option files are read unmodified.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import difflib
+import importlib
+import inspect
+import json
+import os
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+Table = Mapping[str, str]  # name in an option file -> "module:Class", imported when asked for
+Schema = dict[str, tuple[Any, Any]]  # key -> (annotation, default or REQUIRED)
+REQUIRED = inspect.Parameter.empty
+
+
+class OptionError(ValueError):
+    """A user's mistake in one line: what, where, and what would be valid."""
+
+
+class Section(dict):
+    """A JSON object that remembers where it stands, for messages."""
+
+    where: str = "options"
+
+
+# ---------------------------------------------------------------- the house's own keys
+
+
+@dataclass
+class Path:
+    root: str = "experiments"  # the run's folder is root/task
+    pretrained_netG: str | None = None  # weights to start from when there is no checkpoint yet
+    pretrained_netE: str | None = None
+
+
+@dataclass
+class Checkpoint:
+    layout: Literal["split"] = "split"  # {iter}_G.pth and its companions
+    keep_last_n: int | None = None  # how many to keep; null keeps all
+    on_save_error: Literal["stop", "warn"] = "stop"  # warn: go on and try again at the next interval
+
+
+@dataclass
+class Top:
+    """Top level of an option file; `net*`, `train` and `val` are checked against the classes that they name."""
+
+    task: str  # the run's name
+    model: str  # a row of models.MODELS
+    datasets: dict  # {"train": {...}, "test": {...}}
+    netG: dict
+    train: dict
+    description: str = ""
+    scale: int = 1  # upscaling factor, handed to every dataset
+    n_channels: int = 3
+    device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:N"
+    num_threads: int | None = None  # CPU threads; part of what exact means, so pin it where machines differ
+    deterministic: bool = False  # CUDA: only deterministic kernels, an error where there is none
+    val: dict = field(default_factory=dict)
+    path: dict = field(default_factory=dict)
+    checkpoint: dict = field(default_factory=dict)
+    cli: dict = field(default_factory=dict)  # {"flag": "key.path"}: short flags of this file
+    gpu_ids: list[int] | None = None  # KAIR: the first one is used
+    dist: bool = False
+    find_unused_parameters: bool = False
+    use_static_graph: bool = False
+
+
+@dataclass
+class Loader:
+    """Keys of a `datasets` entry that are the loader's, not the dataset's."""
+
+    dataset_type: str
+    phase: str = ""
+    name: str | None = None
+    dataloader_batch_size: int = 1  # samples per optimizer step over all processes
+    dataloader_num_workers: int = 0
+    dataloader_shuffle: bool = True
+
+
+# Flags that every option file has; its own `cli` table adds to them or points them elsewhere.
+FLAGS = {
+    "lr": "train.G_optimizer_lr",
+    "epochs": "train.total_epochs",
+    "batch_size": "datasets.train.dataloader_batch_size",
+    "save_dir": "path.root",
+    "device": "device",
+    "seed": "train.manual_seed",
+}
+
+# Keys of KAIR's files that KAIR itself never reads, or that mean nothing here: they pass with a notice.
+KAIR_UNUSED = {
+    "merge_bn": "", "merge_bn_startpoint": "",
+    "netG.init_type": "each network initialises itself", "netG.scale": "upscale says it",
+    "train.G_regularizer_orthstep": "", "train.G_regularizer_clipstep": "",
+    "train.G_optimizer_reuse": "the optimizer is always saved and restored",
+    "train.F_feature_layer": "", "train.F_weights": "", "train.F_lossfn_type": "", "train.F_use_input_norm": "",
+    "train.F_use_range_norm": "",
+    "path.log": "it is in the run's folder", "path.models": "it is in the run's folder",
+    "path.images": "it is in the run's folder", "path.options": "it is in the run's folder",
+    "path.pretrained_optimizerG": "resume restores it",
+}
+
+
+# ---------------------------------------------------------------- reading
+
+
+def blank_comments(text: str) -> str:
+    """`text` with `//` comments outside strings replaced by blanks, so that lines and columns stay."""
+    out, in_string, i = list(text), False, 0
+    while i < len(text):
+        if in_string and text[i] == "\\":
+            i += 1
+        elif text[i] == '"':
+            in_string = not in_string
+        elif text[i] == "\n":
+            in_string = False  # JSON strings don't span lines; without this a missing quote hides the rest
+        elif not in_string and text.startswith("//", i):
+            end = text.find("\n", i)
+            end = len(text) if end < 0 else end
+            out[i:end] = " " * (end - i)
+            i = end - 1
+        i += 1
+    return "".join(out)
+
+
+def read_json(path: str) -> dict:
+    """The object in a JSON file with `//` comments. Raises OptionError with line and column."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            tree = json.loads(blank_comments(file.read()))
+    except FileNotFoundError:
+        raise OptionError(f"{path}: no such option file; the shipped ones are in options/") from None
+    except json.JSONDecodeError as error:
+        raise OptionError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"{path}: can't be read as a JSON text file: {error}") from None
+    if not isinstance(tree, dict):
+        raise OptionError(f"{path}: an option file holds one JSON object, not a {type(tree).__name__}")
+    return tree
+
+
+def load(path: str, chain: tuple[str, ...] = ()) -> tuple[dict, dict[str, str]]:
+    """A file with what it extends merged below it, and for each key path the file that set it."""
+    real = os.path.realpath(path)
+    if real in chain:
+        names = [os.path.relpath(p) for p in (*chain[chain.index(real):], real)]
+        raise OptionError(f"{path}: 'extends' goes round in a circle: {' -> '.join(names)}")
+    tree = read_json(path)
+    base = tree.pop("extends", None)
+    if base is None:
+        merged, origins = {}, {}
+    elif isinstance(base, str):
+        merged, origins = load(os.path.join(os.path.dirname(path), base), (*chain, real))
+    else:
+        raise OptionError(f"{path}: extends: must be the path of one option file, not {json.dumps(base)}")
+    return merge(merged, tree, origins, path), origins
+
+
+def cli_table(path: str) -> dict[str, str]:
+    """The `cli` flags of an option file: flag -> key path. Raises OptionError when it is no such table."""
+    table = load(path)[0].get("cli", {})
+    if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+        raise OptionError(f'{path}: cli: must be an object of {{"flag": "section.key"}}')
+    return table
+
+
+def merge(base: dict, over: Mapping, origins: dict[str, str], origin: str, prefix: str = "") -> dict:
+    """`over` laid on `base`: objects merge deeply, everything else replaces; `origins` is filled in."""
+    merged = dict(base)
+    for key, value in over.items():
+        path = f"{prefix}{key}"
+        origins[path] = origin
+        if isinstance(value, Mapping):
+            below = merged.get(key)
+            value = merge(below if isinstance(below, Mapping) else {}, value, origins, origin, f"{path}.")
+        merged[key] = value
+    return merged
+
+
+def as_value(text: str) -> Any:
+    """A command-line value: JSON where it is JSON, else the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def set_key(tree: dict, origins: dict[str, str], path: str, value: Any, origin: str) -> None:
+    """Set `a.b.c` in a nested dict; whether the key is known is checked later, with all others."""
+    keys = path.split(".")
+    if not all(keys):
+        raise OptionError(f"{origin}: '{path}' is no key path; write it as section.key=value")
+    for depth, key in enumerate(keys[:-1]):
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise OptionError(f"{origin}: '{'.'.join(keys[: depth + 1])}' is a value, not a section")
+    tree[keys[-1]] = value
+    origins[path] = origin
+
+
+# ---------------------------------------------------------------- checking
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """The part of a message that helps: the nearest valid name, or all of them when few."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    return f"valid: {', '.join(sorted(known))}" if known else "no key is valid here"
+
+
+def schema_of(component: Callable) -> Schema:
+    """What a dataclass or a class's constructor can be given by keyword."""
+    if is_dataclass(component):
+        hints = typing.get_type_hints(component)
+        return {f.name: (hints[f.name], default_of(f)) for f in fields(component)}
+    hints = typing.get_type_hints(component.__init__)
+    parameters = list(inspect.signature(component.__init__).parameters.values())[1:]
+    return {p.name: (hints.get(p.name, Any), p.default) for p in parameters if p.kind is not p.VAR_KEYWORD}
+
+
+def default_of(item) -> Any:
+    if item.default_factory is not MISSING:
+        return item.default_factory()
+    return REQUIRED if item.default is MISSING else item.default
+
+
+NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null",
+         dict: "an object", list: "a list"}
+
+
+def kind_name(kind: Any) -> str:
+    """An annotation in words, for messages."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(kind_name(a) for a in args)
+    if origin is Literal:
+        return "one of " + ", ".join(json.dumps(a) for a in args)
+    if origin in (list, tuple, collections.abc.Sequence):
+        return f"a list of {kind_name(args[0]).removeprefix('a ').replace('number', 'numbers')}" if args else "a list"
+    return NAMES.get(origin or kind, getattr(kind, "__name__", str(kind)))
+
+
+def fit(value: Any, kind: Any) -> Any:
+    """`value` as the annotation wants it. Raises TypeError when it does not fit."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        for one in args:
+            try:
+                return fit(value, one)
+            except TypeError:
+                continue
+        raise TypeError
+    if origin is Literal:
+        if any(value == a and type(value) is type(a) for a in args):
+            return value
+        raise TypeError
+    if origin in (list, tuple, collections.abc.Sequence) or kind in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            raise TypeError
+        fixed = origin is tuple and args and args[-1] is not Ellipsis
+        if fixed and len(value) != len(args):
+            raise TypeError
+        kinds = args if fixed else [args[0] if args else Any] * len(value)
+        return [fit(v, k) for v, k in zip(value, kinds)]
+    kind = origin or kind
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)  # 1e5 is a natural way to write an iteration
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind in NAMES and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+        raise TypeError
+    return value
+
+
+def check(section: Mapping, schema: Schema, path: str, where: Callable[[str], str], notices: list[str]) -> Section:
+    """A section against its schema: every key known, every type right, nothing required missing.
+
+    Args:
+        path: key path of the section, "" at the top. where: key path -> the file that set it.
+    Returns: the section with values as the schema wants them; notices gets a line per ignored KAIR key.
+    """
+    out = Section()
+    out.where = f"{where(path)}: {path}" if path else where(path)
+    for key, value in section.items():
+        full = f"{path}.{key}" if path else key
+        if key not in schema:
+            pattern = ".".join("*" if i == 1 and full.startswith("datasets.") else k
+                               for i, k in enumerate(full.split(".")))
+            if pattern not in KAIR_UNUSED:
+                raise OptionError(f"{where(full)}: {full}: unknown key; {closest(key, schema)}")
+            reason = KAIR_UNUSED[pattern]
+            notices.append(f"{where(full)}: {full} is not used here" + (f": {reason}" if reason else ""))
+            continue
+        try:
+            value = os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+            out[key] = fit(value, schema[key][0])
+        except TypeError:
+            shown = json.dumps(value)
+            shown = shown if len(shown) < 60 else shown[:57] + "..."
+            raise OptionError(f"{where(full)}: {full}: {shown} is not {kind_name(schema[key][0])}") from None
+    for key, (kind, default) in schema.items():
+        if default is REQUIRED and key not in out:
+            at = f"{path}.{key}" if path else key
+            raise OptionError(f"{where(path)}: {at}: missing; give {kind_name(kind)}")
+    return out
+
+
+def with_defaults(section: Section, schema: Schema) -> Section:
+    """The section with every default written out, so that code can index it and a record shows all."""
+    for key, (_, default) in schema.items():
+        if key not in section:
+            section[key] = list(default) if isinstance(default, tuple) else default
+    return section
+
+
+def resolve(table: Table, name: str, where: str) -> type:
+    """The class that a name stands for. Raises OptionError with the closest name."""
+    if name not in table:
+        raise OptionError(f"{where}: unknown '{name}'; {closest(str(name), table)}")
+    module, _, attribute = table[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def build(table: Table, section: Section, type_key: str, **given: Any) -> Any:
+    """Create the component that `section[type_key]` names, the rest of the section as keywords.
+
+    Raises OptionError where the component itself refuses a value.
+    """
+    component = resolve(table, section[type_key], f"{section.where}.{type_key}")
+    known = schema_of(component)
+    keywords = {k: v for k, v in {**section, **given}.items() if k in known}
+    try:
+        return component(**keywords)
+    except (ValueError, FileNotFoundError) as error:
+        raise OptionError(f"{section.where}: {error}") from error
+
+
+# ---------------------------------------------------------------- all together
+
+
+def parse(path: str, overrides: Iterable[tuple[str, Any, str]], models: Table, networks: Table,
+          datasets: Table) -> tuple[Section, list[str]]:
+    """The options of a run, merged, checked, with defaults written out.
+
+    Args:
+        path: option file. overrides: (key path, value, where it was said), later ones win.
+        models, networks, datasets: tables of the names a file may use.
+    Returns: the options, and notices for the user (keys that are not used).
+    Raises: OptionError, one line.
+    """
+    tree, origins = load(path)
+    for key, value, origin in overrides:
+        set_key(tree, origins, key, value, origin)
+
+    def where(key: str) -> str:
+        while key and key not in origins:
+            key = key.rpartition(".")[0]
+        return origins.get(key, path)
+
+    notices: list[str] = []
+    top = schema_of(Top) | {k: (dict, None) for k in tree if k.startswith("net") and isinstance(tree[k], dict)}
+    opt = with_defaults(check(tree, top, "", where, notices), top)
+    model = resolve(models, opt["model"], f"{where('model')}: model")
+    for name, schema in (("path", schema_of(Path)), ("checkpoint", schema_of(Checkpoint)),
+                         ("train", schema_of(model.TrainOptions)), ("val", schema_of(model.ValOptions))):
+        opt[name] = with_defaults(check(opt[name], schema, name, where, notices), schema)
+    for name in [k for k in opt if k.startswith("net") and opt[k] is not None]:
+        network = resolve(networks, opt[name].get("net_type"), f"{where(name)}: {name}.net_type")
+        opt[name] = check(opt[name], schema_of(network) | {"net_type": (str, REQUIRED)}, name, where, notices)
+    for name in opt["datasets"]:
+        opt["datasets"][name] = check_dataset(opt, name, datasets, where, notices)
+    if "train" not in opt["datasets"]:
+        raise OptionError(f"{where('datasets')}: datasets.train: missing; training needs a training set")
+    opt["opt_path"] = path
+    return opt, notices
+
+
+def check_dataset(opt: Mapping, name: str, table: Table, where: Callable[[str], str], notices: list[str]) -> Section:
+    """One entry of `datasets`: its loader keys, the dataset's own, and what the house hands to every dataset."""
+    path, section = f"datasets.{name}", opt["datasets"][name]
+    phase = name.split("_")[0]
+    if phase not in ("train", "test"):
+        raise OptionError(f"{where(path)}: {path}: an entry is named train, test or test_<name>")
+    if not isinstance(section, Mapping):
+        raise OptionError(f"{where(path)}: {path}: must be an object")
+    component = resolve(table, section.get("dataset_type"), f"{where(path)}: {path}.dataset_type")
+    own, loader = schema_of(component), schema_of(Loader)
+    house = {"scale": opt["scale"], "n_channels": opt["n_channels"], "seed": opt["train"]["manual_seed"]}
+    given = {k: v for k, v in section.items() if k not in ("scale", "n_channels")}  # as KAIR: the top level's count
+    given = {k: v for k, v in house.items() if k in own} | given
+    checked = check(given, loader | own, path, where, notices)
+    checked["phase"] = phase
+    return with_defaults(checked, loader)
+
+
+def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Nested options as {"a.b": value}, for comparing two runs."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,40 @@
+"""What tests share: the repository on the path, pinned threads, real data where it lies beside the repository."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SHARED = Path(os.environ.get("PERDURE_SHARED", ROOT.parent / "shared"))
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    """Results depend on the thread count in the last bits, so no test may inherit another's."""
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def shared():
+    """The folder of goldens and small real data; the test is skipped where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is absent; set PERDURE_SHARED to run this test")
+    return SHARED
+
+
+def run_main(*arguments, cwd=ROOT, timeout=240, **kwargs):
+    """`python main.py ...` as a user runs it: a process of its own. Returns the finished process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, str(ROOT / "main.py"), *map(str, arguments)], cwd=cwd, timeout=timeout,
+                          env=environment, capture_output=True, text=True, **kwargs)
+
+
+def write_json(path, tree):
+    path.write_text(json.dumps(tree))
+    return path

@@ -1,0 +1,266 @@
+"""A set exists once its record does; reading verifies first; nothing is ever replaced silently."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import CheckpointError, commit, find_last_checkpoint, find_newest, find_sets, locate
+
+
+def parts(value=0.0):
+    return {"G": {"w": torch.full((64,), value), "b": torch.zeros(3)},
+            "optimizerG": {"state": {0: {"exp_avg": torch.ones(64)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+            "state": {"iteration": int(value), "list": [1, 2.5, None, "text"]}}
+
+
+def flip(path, at=0.5):
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * at)] ^= 4
+    path.write_bytes(data)
+
+
+def test_commit_writes_kairs_names_and_bare_weights(tmp_path):
+    commit(tmp_path, 7, parts(7.0), reason="regular")
+    assert sorted(os.listdir(tmp_path)) == ["7.json", "7_G.pth", "7_optimizerG.pth", "7_state.pth"]
+    weights = torch.load(tmp_path / "7_G.pth", weights_only=True)  # as KAIR's scripts do
+    assert list(weights) == ["w", "b"] and torch.equal(weights["w"], torch.full((64,), 7.0))
+    record = json.loads((tmp_path / "7.json").read_text())
+    assert record["files"]["7_G.pth"]["size"] == (tmp_path / "7_G.pth").stat().st_size
+    loaded = find_newest(tmp_path).load()
+    assert loaded["state"] == parts(7.0)["state"] and checkpoint.is_optimizer(loaded["optimizerG"])
+
+
+def test_nine_comes_before_ten_and_other_names_are_ignored(tmp_path):
+    for n in (9, 10, 2):
+        commit(tmp_path, n, parts(n))
+    for name in ("latest_G.pth", "run7_500_G.pth", "99_G.pth.tmp", "11_G.pt", "_G.pth"):
+        shutil.copy(tmp_path / "2_G.pth", tmp_path / name)
+    (tmp_path / "700_G.pth").mkdir()
+    assert [s.iteration for s in find_sets(tmp_path)] == [2, 9, 10]
+    assert find_last_checkpoint(tmp_path) == (10, str(tmp_path / "10_G.pth"))
+    assert find_last_checkpoint(str(tmp_path), "optimizerG") == (10, str(tmp_path / "10_optimizerG.pth"))
+    assert find_last_checkpoint(tmp_path, "E", "pre.pth") == (0, "pre.pth")
+    assert find_last_checkpoint(tmp_path / "none", "G") == (0, None)
+
+
+@pytest.mark.parametrize("damage", ["bit", "truncate", "zero tail", "empty", "missing", "swap", "record"])
+def test_a_damaged_set_is_reported_and_the_one_before_is_used(tmp_path, damage):
+    for n in (1, 2):
+        commit(tmp_path, n, parts(n))
+    victim = tmp_path / "2_optimizerG.pth"
+    if damage == "bit":
+        flip(victim)
+    elif damage == "truncate":
+        os.truncate(victim, 100)
+    elif damage == "zero tail":
+        data = victim.read_bytes()
+        victim.write_bytes(data[:-64] + bytes(64))
+    elif damage == "empty":
+        os.truncate(victim, 0)
+    elif damage == "missing":
+        victim.unlink()
+    elif damage == "swap":
+        shutil.copy(tmp_path / "1_G.pth", tmp_path / "2_G.pth")
+    elif damage == "record":
+        text = (tmp_path / "2.json").read_text()
+        (tmp_path / "2.json").write_text(text.replace('"iteration": 2', '"iteration": 3'))
+    said = []
+    assert find_newest(tmp_path, said.append).iteration == 1
+    assert len(said) == 1 and "2" in said[0]
+    assert find_last_checkpoint(tmp_path)[0] == 1
+    if damage != "record":
+        with pytest.raises(CheckpointError, match="is damaged|is empty"):
+            locate(tmp_path / "2_G.pth")
+
+
+@pytest.mark.parametrize("stop_at", range(12))
+def test_stopped_at_any_file_operation_a_set_is_whole_or_absent(tmp_path, monkeypatch, stop_at):
+    """The operations of a commit, cut off one by one as a power loss would; a first set must survive each."""
+    commit(tmp_path, 1, parts(1))
+
+    class Lost(BaseException):
+        pass
+
+    calls = iter(range(100))
+
+    def counted(real):
+        def call(*args, **kwargs):
+            if next(calls) == stop_at:
+                raise Lost
+            return real(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "fsync"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        patch.setattr(checkpoint.Path, "unlink", lambda *a, **k: None)  # nobody tidies up after a power loss
+        try:
+            commit(tmp_path, 2, parts(2))
+            whole = True
+        except Lost:
+            whole = False
+    found = find_newest(tmp_path)
+    assert found.fault() is None and found.iteration in (1, 2)
+    assert found.iteration == 2 or not whole
+    assert torch.equal(found.load()["G"]["w"], torch.full((64,), float(found.iteration)))
+    checkpoint.clean(tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))
+    assert len(os.listdir(tmp_path)) == 4 * len(find_sets(tmp_path))
+
+
+def test_a_refused_write_leaves_nothing_and_harms_nothing(tmp_path, monkeypatch):
+    commit(tmp_path, 1, parts(1))
+    before = sorted(os.listdir(tmp_path))
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        commit(tmp_path, 2, parts(2))
+    assert sorted(os.listdir(tmp_path)) == before and find_newest(tmp_path).iteration == 1
+
+
+def test_a_real_size_limit_leaves_nothing(tmp_path):
+    import resource
+
+    commit(tmp_path, 1, parts(1))
+    before = sorted(os.listdir(tmp_path))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises((OSError, RuntimeError)):
+            commit(tmp_path, 2, parts(2) | {"E": {"w": torch.randn(100_000)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(os.listdir(tmp_path)) == before and find_newest(tmp_path).fault() is None
+
+
+def test_kairs_folder_is_read_and_differing_iterations_are_said(tmp_path):
+    for n, labels in ((5, ("G", "E", "optimizerG")), (10, ("G", "E", "optimizerG")), (15, ("G",))):
+        for label in labels:
+            torch.save(parts(n).get(label, parts(n)["G"]), tmp_path / f"{n}_{label}.pth")
+    said = []
+    found = find_newest(tmp_path, said.append)
+    assert found.iteration == 10 and not found.committed
+    assert "15" in said[0] and "10" in said[0]
+    flip(tmp_path / "10_optimizerG.pth")
+    assert find_newest(tmp_path).iteration == 5
+
+
+def test_kairs_folder_with_weights_only(tmp_path):
+    torch.save({"w": torch.zeros(2)}, tmp_path / "300_G.pth")
+    assert find_newest(tmp_path).labels == ("G",)
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch HOSTILE",)
+
+
+@pytest.mark.parametrize("label", ["G", "optimizerG", "state"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_is_refused_and_not_run(tmp_path, monkeypatch, label, zipped):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f"1_{label}.pth"
+    if zipped:
+        torch.save({"w": Hostile()}, path)
+    else:
+        path.write_bytes(pickle.dumps({"w": Hostile()}))
+    with pytest.raises(CheckpointError, match="refused") as caught:
+        checkpoint.load_file(path)
+    assert "\n" not in str(caught.value) and not os.path.exists("HOSTILE")
+
+
+@pytest.mark.parametrize("name", ["../7_G.pth", "/etc/7_G.pth", "8_G.pth", "7_G.pth/x", "7.json"])
+def test_a_record_that_leads_elsewhere_is_refused(tmp_path, name):
+    commit(tmp_path, 7, parts(7))
+    record = json.loads((tmp_path / "7.json").read_text())
+    record["files"][name] = record["files"].pop("7_G.pth")
+    record["seal"] = checkpoint._seal(record)
+    (tmp_path / "7.json").write_text(json.dumps(record))
+    said = []
+    assert find_newest(tmp_path, said.append) is None and "it names" in said[0]
+
+
+def test_locate_takes_members_records_and_folders_but_no_optimizer(tmp_path):
+    models = tmp_path / "run" / "models"
+    models.mkdir(parents=True)
+    commit(models, 3, parts(3))
+    commit(models, 4, parts(4))
+    for named, iteration in (("3_G.pth", 3), ("3_state.pth", 3), ("3.json", 3), ("", 4), ("../", 4)):
+        assert locate(models / named).iteration == iteration
+    torch.save(parts()["optimizerG"], tmp_path / "adam.pth")
+    torch.save(parts()["G"], tmp_path / "weights.pth")
+    (tmp_path / "8_G.pth").touch()
+    (tmp_path / "notes.txt").write_text("hello")
+    for named, words in (("run/models/3_optimizerG.pth", "is an optimizer's state"), ("none.pth", "no such checkpoint"),
+                         ("adam.pth", "is an optimizer's state"), ("8_G.pth", "is empty"),
+                         ("weights.pth", "start from them with --init-from"), ("notes.txt", "notes.txt")):
+        with pytest.raises(CheckpointError, match=words) as caught:
+            locate(tmp_path / named)
+        assert "\n" not in str(caught.value)
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        locate(tmp_path / "bare")
+
+
+def test_retention_keeps_the_newest_and_drops_superseded_interruptions(tmp_path):
+    for n, reason in ((1, "regular"), (2, "regular"), (3, "interrupted")):
+        commit(tmp_path, n, parts(n), reason=reason)
+    checkpoint.prune(tmp_path, keep_last_n=1)
+    assert [s.iteration for s in find_sets(tmp_path)] == [2, 3]  # the newest is never dropped
+    commit(tmp_path, 4, parts(4), reason="regular")
+    checkpoint.prune(tmp_path, None)
+    assert [s.iteration for s in find_sets(tmp_path)] == [2, 4]
+    checkpoint.prune(tmp_path, keep_last_n=1, best=2)
+    assert [s.iteration for s in find_sets(tmp_path)] == [2, 4]
+    checkpoint.prune(tmp_path, keep_last_n=1)
+    assert sorted(os.listdir(tmp_path)) == ["4.json", "4_G.pth", "4_optimizerG.pth", "4_state.pth"]
+
+
+def test_putting_away_moves_whole_sets(tmp_path):
+    models = tmp_path / "models"
+    models.mkdir()
+    for n in (1, 2, 3):
+        commit(models, n, parts(n))
+    first = checkpoint.put_away(models, after=1)
+    assert [s.iteration for s in find_sets(first)] == [2, 3] and [s.iteration for s in find_sets(models)] == [1]
+    assert all(s.fault() is None for s in find_sets(first))
+    second = checkpoint.put_away(models)
+    assert second != first and not list(models.iterdir()) and checkpoint.put_away(models) is None
+
+
+def test_every_generator_is_restored_from_plain_types(tmp_path):
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    random.gauss(0, 1), np.random.normal()  # leaves a cached second value behind
+    checkpoint.save_file(tmp_path / "rng.pth", checkpoint.rng_state())
+    draw = lambda: (random.gauss(0, 1), random.random(), np.random.normal(), np.random.rand(), torch.rand(3).tolist())  # noqa: E731
+    first = draw()
+    assert draw() != first
+    checkpoint.set_rng_state(checkpoint.load_file(tmp_path / "rng.pth"))
+    assert draw() == first
+    with checkpoint.rng_untouched():
+        second = draw()
+    assert draw() == second
+
+
+@pytest.mark.parametrize("wrap", ["params", "params_ema", "state_dict", "model_state_dict", "model", None])
+def test_weights_are_found_below_the_usual_keys_without_prefixes(tmp_path, wrap):
+    weights = {"module._orig_mod.a.module.w": torch.ones(2), "_orig_mod.module.b": torch.zeros(1)}
+    payload = {wrap: weights, "epoch": 3} if wrap else weights
+    assert list(checkpoint.weights_in(payload, "x")) == ["a.module.w", "b"]
+
+
+def test_what_is_no_network_is_refused_by_name():
+    for payload, words in ((parts()["optimizerG"], "optimizer"), ([1], "holds a list"), ({"a": 1}, "no weights")):
+        with pytest.raises(CheckpointError, match=words):
+            checkpoint.weights_in(payload, "x.pth")

@@ -1,0 +1,396 @@
+"""The one loop: set the learning rate, feed, optimize, log, validate, save, stop if asked."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import checkpoint
+import options
+from checkpoint import CheckpointError, CheckpointSet
+from data import DATASETS
+from data.loader import STOP_SIGNALS, endless, one_by_one
+from data.sampler import EndlessBatches
+from log import Pace, RunLog, duration, number, save_pictures
+from models import MODELS
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; the last checkpoint is from before."""
+
+
+class StopRequest:
+    """Signals set a flag and nothing else; the loop looks at it between steps. A second Ctrl+C leaves at once."""
+
+    def __init__(self):
+        self.signal: signal.Signals | None = None
+        self.process = os.getpid()
+
+    def __enter__(self) -> StopRequest:
+        self.before = {sig: signal.signal(sig, self._note) for sig in STOP_SIGNALS}
+        return self
+
+    def _note(self, sig: int, frame) -> None:
+        if os.getpid() != self.process:
+            return  # a worker that was forked with this handler and has not yet set its own
+        if self.signal is not None and sig == signal.SIGINT:
+            os._exit(130)
+        self.signal = signal.Signals(sig)
+
+    def __exit__(self, *_) -> None:
+        for sig, handler in self.before.items():
+            signal.signal(sig, handler)
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signal if self.signal else 0
+
+
+# ---------------------------------------------------------------- before the first step
+
+
+def prepare_machine(opt: dict) -> None:
+    """Threads, device, kernels and seeds, as the options say; `opt["device"]` becomes a definite one."""
+    if opt["num_threads"]:
+        torch.set_num_threads(opt["num_threads"])
+    if opt["device"] == "auto":
+        first = opt["gpu_ids"][0] if opt["gpu_ids"] else 0
+        opt["device"] = f"cuda:{first}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(opt["device"])
+    except RuntimeError:
+        raise options.OptionError(f"device: {opt['device']!r} is unknown; valid: auto, cpu, cuda, cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise options.OptionError(f"device: {device} was asked for, but torch sees no CUDA device; use --device cpu")
+        torch.cuda.set_device(device)
+    if opt["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    seed = opt["train"]["manual_seed"]
+    if seed < 0:
+        raise options.OptionError(f"train.manual_seed: {seed} must be >= 0")
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class Run:
+    """One launch of a run: its options, folder, model, data and log, and what it has done so far."""
+
+    def __init__(self, opt: options.Section, log: RunLog, command: str):
+        self.opt, self.log, self.command = opt, log, command
+        self.folder = Path(opt["path"]["root"]) / opt["task"]
+        self.models = self.folder / "models"
+        self.iteration = self.started_at = 0
+        self.saved_at, self.history = None, []
+        self.pending: list[tuple[int, dict[str, torch.Tensor]]] = []  # losses not yet looked at
+        self.train_set = options.build(DATASETS, opt["datasets"]["train"], "dataset_type")
+        self.test_sets = {name: options.build(DATASETS, section, "dataset_type")
+                          for name, section in opt["datasets"].items() if section["phase"] == "test"}
+        try:
+            self.model = options.resolve(MODELS, opt["model"], "model")(opt)
+        except ValueError as error:
+            raise options.OptionError(str(error)) from error
+
+    # ------------------------------------------------ restore
+
+    def find_source(self, resume: str | None, init_from: str | None, fresh: bool) -> CheckpointSet | None:
+        """The set to go on from: the one named, else the newest good one of this run, else none.
+
+        Raises: CheckpointError when there are checkpoints and none of them can be used.
+        """
+        if resume:
+            return checkpoint.locate(resume, self.log.line)
+        if fresh:
+            return None
+        source = checkpoint.find_newest(self.models, self.log.line)
+        if source is None and checkpoint.has_traces(self.models):
+            raise CheckpointError(f"{self.models}: there are checkpoints, but none is usable; name one with --resume, "
+                                  "or begin anew with --fresh")
+        if source and init_from:
+            raise CheckpointError(f"--init-from starts a new run, but {self.models} holds iteration {source.iteration}; "
+                                  "leave it out to go on, or add --fresh")
+        return source
+
+    def restore(self, source: CheckpointSet | None, init_from: str | None) -> None:
+        """Bring model, data order, history and generators to where the set was saved."""
+        opt, train = self.opt, self.opt["train"]
+        parts = source.load() if source else None
+        state = (parts or {}).get("state", {})
+        self.iteration = self.started_at = source.iteration if source else 0
+        self.history = state.get("history", [])
+        loader = opt["datasets"]["train"]
+        size = loader["dataloader_batch_size"]
+        position = state.get("sampler_state") or {"epoch": self.iteration * size // len(self.train_set), "offset": 0}
+        try:
+            self.batches = EndlessBatches(len(self.train_set), size, seed=train["manual_seed"],
+                                          shuffle=loader["dataloader_shuffle"],
+                                          position=(position["epoch"], position["offset"]))
+        except ValueError as error:
+            raise options.OptionError(f"{loader.where}: {error}") from None
+        if train["total_epochs"] is not None:
+            train["total_iter"] = self.iteration + self.batches.batches_until(train["total_epochs"])
+        if init_from:
+            opt["path"]["pretrained_netG"] = init_from
+        self.reports = self.model.init_train(parts)
+        self.banner(source, state)
+        # Restored last: nothing after this line may draw from a global generator but the training itself.
+        if "rng_state" in state:
+            checkpoint.set_rng_state(state["rng_state"])
+
+    def banner(self, source: CheckpointSet | None, state: Mapping[str, Any]) -> None:
+        """What runs, on what data, restored from where, and what is different or absent."""
+        say, opt, train = self.log.line, self.opt, self.opt["train"]
+        names = ", ".join(f"{label} {self.model.describe_network(net).splitlines()[0]}"
+                          for label, net in self.model.networks.items())
+        say(f"Perdure  {opt['task']} in {self.folder} | {names} | {opt['device']}, {torch.get_num_threads()} threads, "
+            f"torch {torch.__version__}")
+        tests = "; ".join(f"{name}: {len(dataset)} clips" for name, dataset in self.test_sets.items()) or "no test set"
+        loader = opt["datasets"]["train"]
+        say(f"data     {loader['dataset_type']}, {len(self.train_set)} samples, "
+            f"{self.batches.batches_per_epoch} batches of {loader['dataloader_batch_size']} an epoch; {tests}")
+        for report in self.reports:
+            say(f"weights  {report}")
+        if source is None:
+            say(f"start    at iteration 0 of {train['total_iter']}, learning rate {self.rate(0):.3g}")
+            return
+        say(f"resume   from {source.record_path if source.committed else source.path('G')}: iteration {self.iteration} of "
+            f"{train['total_iter']}, epoch {self.batches.position[0]}, next learning rate {self.rate(self.iteration):.3g}")
+        wanted = [*self.model.networks, *self.model.optimizers, "state"]
+        if absent := [label for label in wanted if label not in source.labels]:
+            say(f"absent   {', '.join(absent)}: begun anew, so this run is not the one that was interrupted, bit for bit")
+        then, now = state.get("environment", {}), checkpoint.environment()
+        changed = [f"{key} {then[key]} -> {now[key]}" for key in now if key in then and then[key] != now[key]]
+        if changed:
+            say(f"machine  changed, so results may differ in the last bits: {', '.join(changed)}")
+        for line in differences(state.get("config", {}), opt):
+            say(f"options  {line}")
+
+    def rate(self, finished: int) -> float:
+        self.model.update_learning_rate(finished)
+        return self.model.current_learning_rate()
+
+    # ------------------------------------------------ during training
+
+    def state(self) -> dict[str, Any]:
+        """Everything but networks and optimizers that makes the next step."""
+        epoch, offset = self.batches.after(self.iteration - self.started_at)
+        return {"version": checkpoint.VERSION, "iteration": self.iteration, "epoch": epoch,
+                "sampler_state": {"epoch": epoch, "offset": offset}, "rng_state": checkpoint.rng_state(),
+                "history": self.history, "config": plain(self.opt), "environment": checkpoint.environment(),
+                "timestamp": checkpoint.timestamp()}
+
+    def save(self, reason: str = "regular") -> None:
+        """Commit a checkpoint of this iteration, then drop what it supersedes."""
+        if self.saved_at == self.iteration or self.iteration == 0:
+            return
+        began = time.monotonic()
+        self.check_finite()
+        try:
+            self.model.save(self.iteration, self.state(), reason=reason, epoch=self.batches.after(
+                self.iteration - self.started_at)[0], metric=self.history[-1] if self.history else None)
+        except (OSError, RuntimeError) as error:
+            problem = f"checkpoint {self.iteration} was not saved: {str(error).splitlines()[0]}"
+            if self.opt["checkpoint"]["on_save_error"] == "stop":
+                raise CheckpointError(f"{self.models}: {problem}; older checkpoints are intact") from None
+            self.log.line(f"warning  {problem}; the next interval tries again")
+            return
+        self.saved_at = self.iteration
+        checkpoint.prune(self.models, self.opt["checkpoint"]["keep_last_n"])
+        self.log.line(f"saved    {self.models / f'{self.iteration}_G.pth'} and its set in {time.monotonic() - began:.1f} s")
+
+    def check_finite(self) -> None:
+        """Stop at a NaN or infinite loss; looks at all steps since the last look, so the device is waited for rarely."""
+        pending, self.pending = self.pending, []
+        for iteration, losses in pending:
+            values = {name: float(value) for name, value in losses.items()}
+            if not all(math.isfinite(value) for value in values.values()):
+                terms = ", ".join(f"{name} {value}" for name, value in values.items())
+                raise NonFiniteLoss(f"the loss is not finite at iteration {iteration}: {terms}; the last checkpoint is "
+                                    "intact; lower the learning rate, or set train.on_nan to \"skip\"")
+
+    def record(self) -> None:
+        """A log line and a CSV row of this iteration."""
+        losses, rate = self.model.current_log(), self.model.current_learning_rate()
+        epoch = self.batches.after(self.iteration - self.started_at)[0]
+        self.log.row("train", {"iteration": self.iteration, "epoch": epoch, "lr": rate, **losses})
+        terms = "  ".join(f"{name} {number(value)}" for name, value in losses.items())
+        self.log.line(f"iter {self.iteration:>7,} | epoch {epoch} | lr {rate:.3e} | {terms} | "
+                      f"{self.pace.describe(self.iteration)}")
+
+    def show_progress(self) -> None:
+        if self.log.live and time.monotonic() - self.shown > 0.5:
+            terms = "  ".join(f"{k} {number(v)}" for k, v in self.model.current_log().items())
+            self.log.progress(f"iter {self.iteration:,}/{self.opt['train']['total_iter']:,} | "
+                              f"{self.pace.describe(self.iteration)} | {terms} | lr {self.model.current_learning_rate():.3e}")
+            self.shown = time.monotonic()
+
+    def due(self, every: int, epochs: int | None) -> bool:
+        """Whether an interval, in iterations or else in epochs, ends with this iteration."""
+        if epochs:
+            return self.batches.ends_epoch(self.iteration - self.started_at, epochs)
+        return bool(every) and self.iteration % every == 0
+
+    def validation_due(self) -> bool:
+        train = self.opt["train"]
+        return bool(self.test_sets) and self.iteration > 0 and (
+            self.due(train["checkpoint_test"], train["eval_interval"]) or self.iteration == train["total_iter"])
+
+    def validate(self, stop: StopRequest) -> None:
+        """Metrics and pictures of every test set, with the training's generators left as they are.
+
+        A stop request ends it after the current clip; the resumed run then repeats it as a whole.
+        """
+        began, means = time.monotonic(), {}
+        with checkpoint.rng_untouched():
+            for name, dataset in self.test_sets.items():
+                clips = []
+                for sample in one_by_one(dataset):
+                    if stop.signal:
+                        return
+                    self.log.progress(f"validating {name}: {len(clips)} of {len(dataset)}")
+                    clips.append(self.validate_clip(name, sample))
+                means |= {f"{name}.{key}": sum(c[key] for c in clips) / len(clips) for key in clips[0]}
+                self.log.line(f"test     {self.iteration:,} {name}: {describe_metrics(name, means)} "
+                              f"({duration(time.monotonic() - began)})")
+        self.pace.paused += time.monotonic() - began
+        self.history.append({"iteration": self.iteration, **means})
+        self.log.row("test", self.history[-1])
+
+    def validate_clip(self, name: str, sample: Mapping[str, Any]) -> dict[str, float]:
+        self.model.feed_data(sample)
+        self.model.test()
+        if self.opt["val"]["save_img"]:
+            clip = str(sample["folder"][0]).replace(os.sep, "_")
+            save_pictures(self.folder / "images" / f"{self.iteration:06d}_{name}_{clip}.png", self.model.pictures())
+        return self.model.metrics()
+
+    # ------------------------------------------------ the loop
+
+    def begin(self, resumed_from: CheckpointSet | None, fresh: bool) -> None:
+        """Make the folder: nothing was created before everything was found to be valid."""
+        self.models.mkdir(parents=True, exist_ok=True)
+        own = resumed_from is not None and resumed_from.folder.resolve() == self.models.resolve()
+        archive = checkpoint.put_away(self.models, after=self.iteration if own else -1)
+        if archive:
+            self.log.line(f"archived {'all' if fresh else 'other' if not own else 'newer'} checkpoints: {archive}")
+        checkpoint.clean(self.models)
+        self.log.open(self.folder / "log", self.iteration)
+        record = self.folder / "options" / f"{Path(self.opt['opt_path']).stem}_{time.strftime('%y%m%d_%H%M%S')}.json"
+        record.parent.mkdir(exist_ok=True)
+        record.write_text(json.dumps(plain(self.opt), indent=2) + "\n", encoding="utf-8")
+        self.saved_at = self.iteration if own else None
+        self.shown = 0.0
+        self.pace = Pace(self.iteration, self.opt["train"]["total_iter"])
+
+    def loop(self, stop: StopRequest) -> None:
+        """Steps until the run is finished or a signal asked to stop."""
+        model, train, total = self.model, self.opt["train"], self.opt["train"]["total_iter"]
+        if self.validation_due() and self.iteration not in [row["iteration"] for row in self.history]:
+            self.validate(stop)  # the interrupted run had not come to it
+        samples = endless(self.train_set, self.batches, self.opt["datasets"]["train"]["dataloader_num_workers"],
+                          pinned=self.opt["device"] != "cpu")
+        while self.iteration < total and not stop.signal:
+            try:
+                data = next(samples)
+            except options.OptionError:
+                self.save(reason="interrupted")  # the data is at fault: what was learnt so far is kept
+                raise
+            self.iteration += 1
+            model.update_learning_rate(self.iteration - 1)
+            model.feed_data(data)
+            model.optimize_parameters(self.iteration)
+
+            if train["on_nan"] == "stop":
+                self.pending.append((self.iteration, dict(model.log_dict)))
+                if self.opt["device"] == "cpu":
+                    self.check_finite()
+            self.show_progress()
+            if self.due(train["checkpoint_print"], None):
+                self.check_finite()
+                self.record()
+            if self.validation_due():
+                self.check_finite()
+                self.validate(stop)
+            if self.due(train["checkpoint_save"], train["save_interval"]) or self.iteration == total:
+                self.save()
+
+
+def train(opt: options.Section, notices: list[str], *, resume: str | None = None, init_from: str | None = None,
+          fresh: bool = False, command: str = "") -> int:
+    """Train as the options say, from where the run stands. Returns the exit code.
+
+    Args:
+        notices: lines for the user from reading the options.
+        resume: a checkpoint to go on from instead of the newest. init_from: weights to start a new run with.
+        fresh: put away what the run has and begin anew. command: what resumes this run, to be printed.
+    Raises: OptionError, CheckpointError (a user's mistake or a bad file, one line), NonFiniteLoss.
+    """
+    prepare_machine(opt)
+    log = RunLog()
+    with contextlib.closing(log), StopRequest() as stop:
+        for notice in notices:
+            log.line(f"note     {notice}")
+        run = Run(opt, log, command)
+        source = run.find_source(resume, init_from, fresh)
+        run.restore(source, init_from)
+        if source and run.iteration >= opt["train"]["total_iter"] and not resume:
+            log.line(f"finished at iteration {run.iteration} of {opt['train']['total_iter']}: nothing left to do; "
+                     "raise train.total_iter to go on")
+            return 0
+        run.begin(source, fresh)
+        run.loop(stop)
+        if stop.signal and run.iteration < opt["train"]["total_iter"]:
+            run.save(reason="interrupted")
+            log.line(f"stopped  by {stop.signal.name} after iteration {run.iteration}; go on with: {command}")
+            return stop.exit_code
+        log.line(f"finished {opt['train']['total_iter']} iterations; {run.models / f'{run.iteration}_G.pth'}")
+        return 0
+
+
+# ---------------------------------------------------------------- words
+
+
+def describe_metrics(test: str, means: Mapping[str, float]) -> str:
+    """'psnr 31.20 (bicubic 30.80), ssim ...' of one test set."""
+    own = {k.removeprefix(f"{test}."): v for k, v in means.items() if k.startswith(f"{test}.")}
+    words = []
+    for key, value in own.items():
+        if not key.endswith("_bicubic"):
+            base = own.get(f"{key}_bicubic")
+            words.append(f"{key} {value:.4f}" + (f" (bicubic {base:.4f})" if base is not None else ""))
+    return ", ".join(words)
+
+
+def plain(tree: Any) -> Any:
+    """Options as plain dicts and lists, for files."""
+    if isinstance(tree, Mapping):
+        return {key: plain(value) for key, value in tree.items()}
+    return [plain(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+def differences(saved: Mapping, now: Mapping, most: int = 12) -> list[str]:
+    """Which options are not those of the checkpoint, a line each; where files lie does not count."""
+    a, b = options.flatten(saved), options.flatten(plain(now))
+    keys = [k for k in {**a, **b} if a.get(k) != b.get(k) and k != "opt_path" and not k.startswith("path.")]
+    if not saved:
+        return []
+    lines = [f"{k}: {json.dumps(a.get(k))} -> {json.dumps(b.get(k))}" for k in keys]
+    return lines if len(lines) <= most else [*lines[:most], f"... and {len(lines) - most} more"]
+
+
+if __name__ == "__main__":
+    sys.exit("train.py is no program; run: python main.py -opt options/train_vrt.json")
