@@ -43,7 +43,8 @@ class VideoRecurrentTrainDataset(Dataset):
     There is one item per frame; a frame too close to its clip's end for num_frame frames starts elsewhere.
 
     Args:
-        dataroot_gt: folder of clip folders (or of the frames of a single clip).
+        dataroot_gt: folder of clip folders (or of the frames of a single clip); None draws video instead.
+        generated: what is drawn then, e.g. {"num_clips": 256}: arguments of `SyntheticVideoDataset`.
         dataroot_lq: the same with degraded frames of equal names; None makes them of GT, see `degradation`.
         meta_info_file: lines `clip frames shape first_frame`, e.g. `000 100 (720,1280,3) 0`, files then being named
             by filename_tmpl and filename_ext; None takes every png, jpg or jpeg file there is, in order of name.
@@ -63,12 +64,18 @@ class VideoRecurrentTrainDataset(Dataset):
         FileNotFoundError, ValueError: of one line, at the start wherever the file names or the first frame tell.
     """
 
-    def __init__(self, *, dataroot_gt: str, dataroot_lq: str | None = None, meta_info_file: str | None = None,
+    def __init__(self, *, dataroot_gt: str | None = None, dataroot_lq: str | None = None,
+                 meta_info_file: str | None = None, generated: dict | None = None,
                  num_frame: int = 6, gt_size: int = 256, scale: int = 4, filename_tmpl: str = "08d",
                  filename_ext: str = "png", interval_list: Sequence[int] = (1,), random_reverse: bool = False,
                  use_hflip: bool = True, use_rot: bool = True, val_partition: str | None = None,
                  test_mode: bool = False, io_backend: dict | None = None, cache_data: bool = False,
                  name: str | None = None, degradation: dict | None = None, seed: int = 0):
+        self.drawn = None if dataroot_gt else drawn_video(
+            {"num_frame": num_frame, "gt_size": gt_size, "use_hflip": use_hflip, "use_rot": use_rot}, generated,
+            scale=scale, seed=seed, degradation=degradation)
+        if self.drawn:
+            return
         check_disk(io_backend)
         if scale < 1 or gt_size < 1 or gt_size % scale:
             raise ValueError(f"gt_size {gt_size} must be a positive multiple of scale {scale}")
@@ -94,9 +101,11 @@ class VideoRecurrentTrainDataset(Dataset):
         self._frames(self.clips[0], [0])  # a wrong size or format shows now, not in the middle of an epoch
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.drawn or self.samples)
 
     def __getitem__(self, key: Key | int) -> dict[str, Tensor | str]:
+        if self.drawn:
+            return self.drawn[key]
         epoch, index = split_key(key, len(self))
         rng = sample_rng(self.seed, epoch, index)
         clip, frame = self.samples[index]
@@ -145,6 +154,7 @@ class VideoRecurrentTestDataset(Dataset):
 
     Args:
         dataroot_gt: folder of clip folders (or of the frames of a single clip); None: LQ only, nothing to compare.
+        generated: what is drawn when both roots are None: arguments of `SyntheticVideoDataset`.
         dataroot_lq: the same with degraded frames of equal names; None makes them of GT, see `degradation`.
         meta_info_file: lines whose first field names a clip to take; None takes all.
         scale: GT pixels per LQ pixel; GT is cut at the bottom and right to a multiple of it.
@@ -160,15 +170,20 @@ class VideoRecurrentTestDataset(Dataset):
     """
 
     def __init__(self, *, dataroot_gt: str | None = None, dataroot_lq: str | None = None,
-                 meta_info_file: str | None = None, scale: int = 4, num_frame: int = -1, cache_data: bool = False,
-                 io_backend: dict | None = None, name: str | None = None, degradation: dict | None = None,
-                 sigma: float | None = None, seed: int = 0):
+                 meta_info_file: str | None = None, generated: dict | None = None, scale: int = 4,
+                 num_frame: int = -1, cache_data: bool = False, io_backend: dict | None = None,
+                 name: str | None = None, degradation: dict | None = None, sigma: float | None = None, seed: int = 0):
+        self.drawn = None if dataroot_gt or dataroot_lq else drawn_video(
+            {"num_clips": 2, "first_clip": 100_000, "use_hflip": False, "use_rot": False}, generated,
+            scale=scale, seed=seed, degradation=degradation)
+        if self.drawn:
+            return
         check_disk(io_backend)
-        if not (dataroot_gt or dataroot_lq):
-            raise ValueError("dataroot_gt and dataroot_lq are both missing; a test set needs at least one")
         if sigma is not None and (scale != 1 or not dataroot_gt or not 0 <= sigma <= 255):
             raise ValueError(f"sigma {sigma} adds noise to GT: it needs dataroot_gt, scale 1, not {scale}, and 0..255")
         if sigma is not None:
+            if degradation:
+                raise ValueError("sigma and degradation both make L from GT; remove one")
             dataroot_lq = None
         self.degradation = lq_maker(scale, dataroot_lq, degradation)
         self.scale, self.sigma, self.seed = scale, sigma, seed
@@ -177,9 +192,11 @@ class VideoRecurrentTestDataset(Dataset):
         self.reader = FrameReader(self.clips if cache_data else ())
 
     def __len__(self) -> int:
-        return len(self.clips)
+        return len(self.drawn or self.clips)
 
     def __getitem__(self, key: Key | int) -> dict[str, Tensor | str | list[str]]:
+        if self.drawn:
+            return self.drawn[key]
         _, index = split_key(key, len(self))
         clip, rng = self.clips[index], sample_rng(self.seed, 0, index)
         everything = range(len(clip.frames))
@@ -197,6 +214,17 @@ class VideoRecurrentTestDataset(Dataset):
         return {"L": to_float(torch.stack(lq)), "H": target, **item}
 
 
+def drawn_video(usual: dict, generated: dict | None, **given) -> Dataset:
+    """The drawn video that stands in for folders: `generated` says what, over what is usual."""
+    from data.synthetic import SyntheticVideoDataset  # which is built on this module
+
+    try:
+        return SyntheticVideoDataset(**{**usual, **(generated or {}), **given})
+    except TypeError as error:
+        unknown = str(error).rpartition("argument ")[2]
+        raise ValueError(f"generated.{unknown.strip(chr(39))} is no option of drawn video") from None
+
+
 # What an item is made of -----------------------------------------------------------------------------------------
 
 def split_key(key: Key | int, length: int) -> Key:
@@ -207,10 +235,10 @@ def split_key(key: Key | int, length: int) -> Key:
     return epoch, index
 
 
-def augment(clips: Iterable[Tensor], rng: np.random.Generator, hflip: bool, rot: bool) -> list[Tensor]:
-    """The same of the 8 symmetries of the square for each (..., H, W): flips and transpose, as KAIR orders them."""
+def augment(clips: Sequence[Tensor], rng: np.random.Generator, hflip: bool, rot: bool) -> list[Tensor]:
+    """One of the 8 symmetries of the square (4 of an oblong) for all (..., H, W): flips, then transpose, as in KAIR."""
     flips = [axis for axis, allowed in ((-1, hflip), (-2, rot)) if allowed and rng.random() < 0.5]
-    transpose = rot and rng.random() < 0.5
+    transpose = rot and rng.random() < 0.5 and all(clip.shape[-1] == clip.shape[-2] for clip in clips)
     clips = [clip.flip(flips) for clip in clips]
     return [clip.transpose(-2, -1) for clip in clips] if transpose else clips
 

@@ -57,8 +57,8 @@ class ModelBase:
 
     # ------------------------------------------------ a subclass says
 
-    def init_train(self, parts: Mapping[str, Any] | None = None) -> None:
-        """Make ready to train, from the parts of a checkpoint or from `path.pretrained_*`."""
+    def init_train(self, parts: Mapping[str, Any] | None = None) -> list[str]:
+        """Make ready to train, from the parts of a checkpoint or from `path.pretrained_*`. Returns report lines."""
         raise NotImplementedError
 
     def feed_data(self, data: Mapping[str, Any], need_H: bool = True) -> None:

@@ -49,13 +49,14 @@ class ModelPlain(ModelBase):
         else:
             self.netE = None
 
-    def init_train(self, parts: Mapping[str, Any] | None = None) -> None:
-        self.load(parts)
+    def init_train(self, parts: Mapping[str, Any] | None = None) -> list[str]:
+        reports = self.load(parts)
         self.netG.train()
         self.define_loss()
         self.define_optimizer()
         self.load_optimizers(parts)
         self.define_scheduler()
+        return reports
 
     # ------------------------------------------------ before training
 

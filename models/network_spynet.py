@@ -45,15 +45,19 @@ def flow_warp(
         raise ValueError(f"flow must be (N, {height}, {width}, 2) to warp x of {tuple(x.shape)}, got {tuple(flow.shape)}")
     columns = flow[..., 0] + torch.arange(width, dtype=flow.dtype, device=flow.device)
     rows = flow[..., 1] + torch.arange(height, dtype=flow.dtype, device=flow.device)[:, None]
-
-    def sample(columns: Tensor, rows: Tensor, mode: str) -> Tensor:
-        grid = torch.stack((2 * columns / max(width - 1, 1) - 1, 2 * rows / max(height - 1, 1) - 1), dim=-1)  # to [-1, 1]
-        return F.grid_sample(x, grid, mode=mode, padding_mode=padding_mode, align_corners=align_corners)
-
     if interpolation != "nearest4":
-        return sample(columns, rows, interpolation)
+        return sample(x, columns, rows, interpolation, padding_mode, align_corners)
     corners = [(c, r) for c in (columns.floor(), columns.ceil()) for r in (rows.floor(), rows.ceil())]
-    return torch.cat([sample(c, r, "nearest") for c, r in corners], dim=1)
+    return torch.cat([sample(x, c, r, "nearest", padding_mode, align_corners) for c, r in corners], dim=1)
+
+
+def sample(
+    x: Tensor, columns: Tensor, rows: Tensor, mode: str = "bilinear", padding_mode: str = "zeros", align_corners: bool = True
+) -> Tensor:
+    """x (N, C, H, W) at points (N, h, w) given in pixels -> (N, C, h, w)."""
+    height, width = x.shape[-2:]
+    grid = torch.stack((2 * columns / max(width - 1, 1) - 1, 2 * rows / max(height - 1, 1) - 1), dim=-1)  # to [-1, 1]
+    return F.grid_sample(x, grid, mode=mode, padding_mode=padding_mode, align_corners=align_corners)
 
 
 class BasicModule(nn.Module):
@@ -68,7 +72,7 @@ class BasicModule(nn.Module):
         self.basic_module = nn.Sequential(*layers[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.basic_module(x)
+        return self.basic_module(x.contiguous(memory_format=torch.channels_last))  # a tenth faster on CPU
 
 
 class SpyNet(nn.Module):

@@ -1,0 +1,81 @@
+"""PSNR, SSIM and Y agree with KAIR's numbers, without KAIR's side effects."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from metrics import bgr2ycbcr, calculate_psnr, calculate_ssim, rgb2ycbcr, video_metrics
+
+
+@pytest.fixture
+def golden(shared):
+    return torch.load(shared / "golden/kair_helpers.pt", weights_only=True)["metrics"]
+
+
+def test_psnr_and_ssim_agree_with_kair(golden):
+    color, gray = (golden["color_a"], golden["color_b"]), (golden["gray_a"], golden["gray_b"])
+    pairs = {"color": color, "gray2d": gray, "gray3d": [x[..., None] for x in gray], "identical": color[:1] * 2}
+    luma = {"": lambda x: x, "_y": lambda x: bgr2ycbcr(x.float() / 255) * 255, "_y_uint8rounded": bgr2ycbcr}
+    for name, expected in golden["values"].items():
+        metric, pair, border = name.split("/")
+        a, b = (luma[metric[4:]](x) for x in pairs[pair])
+        calculate = calculate_psnr if metric.startswith("psnr") else calculate_ssim
+        for kind in (lambda x: x, lambda x: x.numpy()):
+            assert calculate(kind(a), kind(b), int(border[6:])) == pytest.approx(expected, abs=1e-6), name
+
+
+def test_luma_agrees_with_kair(golden):
+    for name, expected in golden["ycbcr"].items():
+        convert = rgb2ycbcr if name.startswith("rgb") else bgr2ycbcr
+        img = golden["color_a"] if "uint8" in name else golden["color_a"].float() / 255
+        out = convert(img, only_y=name.endswith("y"))
+        assert out.dtype == expected.dtype
+        torch.testing.assert_close(out, expected, atol=0 if "uint8" in name else 1e-6, rtol=0, msg=name)
+        assert np.array_equal(convert(img.numpy(), only_y=name.endswith("y")), out.numpy())
+
+
+def test_luma_leaves_its_argument_alone():
+    img = np.random.default_rng(0).random((4, 5, 3), dtype=np.float32)
+    before = img.copy()
+    y = rgb2ycbcr(img)
+    assert np.array_equal(img, before) and y.dtype == np.float32 and y.shape == (4, 5)
+    assert np.array_equal(bgr2ycbcr(img[..., ::-1]), y)  # a view that runs backwards
+
+
+def test_video_metrics_are_means_of_the_8_bit_frames():
+    generator = torch.Generator().manual_seed(0)
+    target = torch.rand(3, 3, 24, 32, generator=generator)
+    restored = target + 0.2 * torch.randn(target.shape, generator=generator)  # partly outside [0,1]
+    before = restored.clone()
+    found = video_metrics(restored, target)
+    assert torch.equal(restored, before)
+    pairs = [[x.clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy() for x in pair]
+             for pair in zip(restored, target)]
+    luma = [[rgb2ycbcr(x.astype(np.float32) / 255) * 255 for x in pair] for pair in pairs]
+    for name, calculate, images in (("psnr", calculate_psnr, pairs), ("ssim", calculate_ssim, pairs),
+                                    ("psnr_y", calculate_psnr, luma), ("ssim_y", calculate_ssim, luma)):
+        assert found[name] == pytest.approx(np.mean([calculate(*pair) for pair in images]), abs=1e-9), name
+
+
+def test_identical_clips():
+    clip = torch.rand(2, 3, 16, 16)
+    scores = video_metrics(clip, clip)
+    assert scores["psnr"] == scores["psnr_y"] == math.inf and scores["ssim"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("wrong", (
+    lambda: calculate_psnr(np.zeros((8, 8, 2)), np.zeros((8, 8, 2))),
+    lambda: calculate_ssim(np.zeros((16, 16, 4)), np.zeros((16, 16, 4))),
+    lambda: calculate_psnr(np.zeros((8, 8)), np.zeros((8, 9))),
+    lambda: calculate_psnr(np.zeros((8, 8)), np.zeros((8, 8)), border=4),
+    lambda: calculate_ssim(np.zeros((10, 16)), np.zeros((10, 16))),
+    lambda: rgb2ycbcr(np.zeros((8, 8, 4))),
+    lambda: rgb2ycbcr(np.zeros((8, 8, 3), int)),
+    lambda: video_metrics(torch.zeros(1, 3, 16, 16), torch.zeros(2, 3, 16, 16)),
+))
+def test_what_does_not_fit_is_an_error_of_one_line(wrong):
+    with pytest.raises(ValueError) as error:
+        wrong()
+    assert "\n" not in str(error.value)
