@@ -71,6 +71,8 @@ class VideoRecurrentTrainDataset(Dataset):
                  use_hflip: bool = True, use_rot: bool = True, val_partition: str | None = None,
                  test_mode: bool = False, io_backend: dict | None = None, cache_data: bool = False,
                  name: str | None = None, degradation: dict | None = None, seed: int = 0):
+        if not dataroot_gt and (dataroot_lq or meta_info_file):
+            raise ValueError(f"dataroot_gt is missing, though {dataroot_lq or meta_info_file} is given; name it")
         self.drawn = None if dataroot_gt else drawn_video(
             {"num_frame": num_frame, "gt_size": gt_size, "use_hflip": use_hflip, "use_rot": use_rot}, generated,
             scale=scale, seed=seed, degradation=degradation)
@@ -173,14 +175,16 @@ class VideoRecurrentTestDataset(Dataset):
                  meta_info_file: str | None = None, generated: dict | None = None, scale: int = 4,
                  num_frame: int = -1, cache_data: bool = False, io_backend: dict | None = None,
                  name: str | None = None, degradation: dict | None = None, sigma: float | None = None, seed: int = 0):
+        if sigma is not None and (scale != 1 or not dataroot_gt or not 0 <= sigma <= 255):
+            raise ValueError(f"sigma {sigma} adds noise to GT: it needs dataroot_gt, scale 1, not {scale}, and 0..255")
+        if meta_info_file and not (dataroot_gt or dataroot_lq):
+            raise ValueError(f"dataroot_gt is missing, though {meta_info_file} is given; name it")
         self.drawn = None if dataroot_gt or dataroot_lq else drawn_video(
             {"num_clips": 2, "first_clip": 100_000, "use_hflip": False, "use_rot": False}, generated,
             scale=scale, seed=seed, degradation=degradation)
         if self.drawn:
             return
         check_disk(io_backend)
-        if sigma is not None and (scale != 1 or not dataroot_gt or not 0 <= sigma <= 255):
-            raise ValueError(f"sigma {sigma} adds noise to GT: it needs dataroot_gt, scale 1, not {scale}, and 0..255")
         if sigma is not None:
             if degradation:
                 raise ValueError("sigma and degradation both make L from GT; remove one")

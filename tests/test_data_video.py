@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from torchvision.io import write_jpeg, write_png
 
 from data.resize import Degradation, imresize
+from data.synthetic import SyntheticVideoDataset
 from data.video import VideoRecurrentTestDataset, VideoRecurrentTrainDataset
 
 HEIGHT, WIDTH, FRAMES = 40, 56, 6
@@ -184,6 +185,23 @@ def test_the_options_stay_as_they_are(gt):
     assert (io_backend, degradation, intervals) == ({"type": "disk"}, {"type": "blur", "blur_sigma": 2}, [1, 2])
 
 
+def test_without_folders_video_is_drawn():
+    drawn = VideoRecurrentTrainDataset(num_frame=2, gt_size=32, generated={"num_clips": 3}, seed=1)
+    whole = VideoRecurrentTestDataset(generated={"num_frame": 2, "gt_size": [32, 48]}, seed=1)
+    twin = SyntheticVideoDataset(num_clips=3, num_frame=2, gt_size=32, seed=1)
+    assert len(drawn) == 3 and same(drawn[5, 2], twin[5, 2])
+    assert [item["folder"] for item in whole] == ["clip_100000", "clip_100001"]
+    for given in ({"dataroot_lq": "/LQ"}, {"meta_info_file": "/meta.txt"}):
+        with told("dataroot_gt is missing", *given.values()):  # a forgotten folder is not replaced in silence
+            VideoRecurrentTrainDataset(**given)
+    with told("dataroot_gt is missing"):
+        VideoRecurrentTestDataset(meta_info_file="/meta.txt")
+    with told("sigma 5", "dataroot_gt"):
+        VideoRecurrentTestDataset(sigma=5, scale=1)
+    with told("generated.clips"):
+        VideoRecurrentTrainDataset(generated={"clips": 3})
+
+
 # Testing -----------------------------------------------------------------------------------------------------------
 
 def test_whole_clips(gt, lq):
@@ -264,8 +282,6 @@ def test_folders_that_are_not_there_or_empty(gt, lq, tmp_path):
     write_png(frame(0, 0), f"{gt}/stray.png")
     with told(gt, "frames and folders", "'a', 'b', 'c'"):
         train(gt)
-    with told("dataroot_gt and dataroot_lq"):
-        VideoRecurrentTestDataset()
 
 
 def test_files_that_are_no_frames(gt, lq, tmp_path):
