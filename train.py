@@ -74,7 +74,7 @@ def prepare_machine(opt: dict) -> None:
         raise options.OptionError(f"device: {opt['device']!r} is unknown; valid: auto, cpu, cuda, cuda:N") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise options.OptionError(f"device: {device} was asked for, but torch sees no CUDA device; use --device cpu")
+            raise options.OptionError(f"device: {device}: torch sees no CUDA device here; use --device cpu")
         torch.cuda.set_device(device)
     if opt["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -118,11 +118,11 @@ class Run:
             return None
         source = checkpoint.find_newest(self.models, self.log.line)
         if source is None and checkpoint.has_traces(self.models):
-            raise CheckpointError(f"{self.models}: there are checkpoints, but none is usable; name one with --resume, "
-                                  "or begin anew with --fresh")
+            raise CheckpointError(f"{self.models}: there are checkpoints, but none is usable; name another one with "
+                                  "--resume, or begin anew with --fresh")
         if source and init_from:
-            raise CheckpointError(f"--init-from starts a new run, but {self.models} holds iteration {source.iteration}; "
-                                  "leave it out to go on, or add --fresh")
+            raise CheckpointError(f"--init-from starts a new run, but {self.models} holds iteration "
+                                  f"{source.iteration}; leave it out to go on, or add --fresh")
         return source
 
     def restore(self, source: CheckpointSet | None, init_from: str | None) -> None:
@@ -167,11 +167,12 @@ class Run:
         if source is None:
             say(f"start    at iteration 0 of {train['total_iter']}, learning rate {self.rate(0):.3g}")
             return
-        say(f"resume   from {source.record_path if source.committed else source.path('G')}: iteration {self.iteration} of "
-            f"{train['total_iter']}, epoch {self.batches.position[0]}, next learning rate {self.rate(self.iteration):.3g}")
+        say(f"resume   from {source.record_path if source.committed else source.path('G')}: "
+            f"iteration {self.iteration} of {train['total_iter']}, epoch {self.batches.position[0]}, "
+            f"next learning rate {self.rate(self.iteration):.3g}")
         wanted = [*self.model.networks, *self.model.optimizers, "state"]
         if absent := [label for label in wanted if label not in source.labels]:
-            say(f"absent   {', '.join(absent)}: begun anew, so this run is not the one that was interrupted, bit for bit")
+            say(f"absent   {', '.join(absent)}: begun anew, so not bit for bit the run that was interrupted")
         then, now = state.get("environment", {}), checkpoint.environment()
         changed = [f"{key} {then[key]} -> {now[key]}" for key in now if key in then and then[key] != now[key]]
         if changed:
@@ -210,17 +211,17 @@ class Run:
             return
         self.saved_at = self.iteration
         checkpoint.prune(self.models, self.opt["checkpoint"]["keep_last_n"])
-        self.log.line(f"saved    {self.models / f'{self.iteration}_G.pth'} and its set in {time.monotonic() - began:.1f} s")
+        self.log.line(f"saved    {self.models / f'{self.iteration}.json'} in {time.monotonic() - began:.1f} s")
 
     def check_finite(self) -> None:
-        """Stop at a NaN or infinite loss; looks at all steps since the last look, so the device is waited for rarely."""
+        """Stop at a NaN or infinite loss. Looks at all steps since the last look: the device is waited for rarely."""
         pending, self.pending = self.pending, []
         for iteration, losses in pending:
             values = {name: float(value) for name, value in losses.items()}
             if not all(math.isfinite(value) for value in values.values()):
                 terms = ", ".join(f"{name} {value}" for name, value in values.items())
                 raise NonFiniteLoss(f"the loss is not finite at iteration {iteration}: {terms}; the last checkpoint is "
-                                    "intact; lower the learning rate, or set train.on_nan to \"skip\"")
+                                    'intact; lower the learning rate, or set train.on_nan to "skip"')
 
     def record(self) -> None:
         """A log line and a CSV row of this iteration."""
@@ -235,7 +236,8 @@ class Run:
         if self.log.live and time.monotonic() - self.shown > 0.5:
             terms = "  ".join(f"{k} {number(v)}" for k, v in self.model.current_log().items())
             self.log.progress(f"iter {self.iteration:,}/{self.opt['train']['total_iter']:,} | "
-                              f"{self.pace.describe(self.iteration)} | {terms} | lr {self.model.current_learning_rate():.3e}")
+                              f"{self.pace.describe(self.iteration)} | {terms} | "
+                              f"lr {self.model.current_learning_rate():.3e}")
             self.shown = time.monotonic()
 
     def due(self, every: int, epochs: int | None) -> bool:

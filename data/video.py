@@ -22,6 +22,7 @@ from torchvision.io import ImageReadMode, decode_image, read_file
 
 from data.resize import Degradation, modcrop
 from data.sampler import Key, sample_rng
+from options import check, schema_of
 
 VAL_PARTITIONS = {"REDS4": {"000", "011", "015", "020"}, "official": {f"{clip:03d}" for clip in range(240, 270)}}
 EXTENSIONS = (".png", ".jpg", ".jpeg")
@@ -222,11 +223,8 @@ def drawn_video(usual: dict, generated: dict | None, **given) -> Dataset:
     """The drawn video that stands in for folders: `generated` says what, over what is usual."""
     from data.synthetic import SyntheticVideoDataset  # which is built on this module
 
-    try:
-        return SyntheticVideoDataset(**{**usual, **(generated or {}), **given})
-    except TypeError as error:
-        unknown = str(error).rpartition("argument ")[2]
-        raise ValueError(f"generated.{unknown.strip(chr(39))} is no option of drawn video") from None
+    wanted = check(generated or {}, schema_of(SyntheticVideoDataset), "generated", lambda _: "drawn video", [])
+    return SyntheticVideoDataset(**{**usual, **wanted, **given})
 
 
 # What an item is made of -----------------------------------------------------------------------------------------

@@ -33,8 +33,7 @@ class ModelBase:
         checkpoint_print: int = 200  # intervals in iterations
         checkpoint_save: int = 5000
         checkpoint_test: int = 5000
-        print_interval: int | None = None  # the same in epochs; if given, they count instead
-        save_interval: int | None = None
+        save_interval: int | None = None  # the same in epochs; if given, they count instead
         eval_interval: int | None = None
         manual_seed: int = 0  # fixed, so that a run killed before its first checkpoint is repeated as it was
         on_nan: Literal["stop", "skip"] = "stop"  # skip: leave such a step out and count it

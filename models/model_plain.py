@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from metrics import video_metrics
 from torch import Tensor
 
 import schedules
 from data.resize import imresize
 from losses import LOSSES
+from metrics import video_metrics
 from models.model_base import ModelBase
 from options import Section, build
 

@@ -52,7 +52,8 @@ def differing(a, b, path=""):
         return [] if torch.equal(a, b) else [path]
     if isinstance(a, dict):
         keys = [k for k in {**a, **b} if k not in TIMES]
-        return [d for k in keys for d in (differing(a[k], b[k], f"{path}.{k}") if k in a and k in b else [f"{path}.{k}"])]
+        return [d for k in keys
+                for d in (differing(a[k], b[k], f"{path}.{k}") if k in a and k in b else [f"{path}.{k}"])]
     if isinstance(a, (list, tuple)):
         same = len(a) == len(b)
         return [d for i, (x, y) in enumerate(zip(a, b)) for d in differing(x, y, f"{path}[{i}]")] if same else [path]
@@ -366,7 +367,8 @@ def test_weights_of_another_architecture_are_refused(recipe, straight, tmp_path)
 def test_the_door_prints_one_line_and_exits_with_2(recipe, tmp_path):
     done = run_main("-opt", recipe("bad"), "--resume", tmp_path / "none.pth", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.strip() == f"error: {tmp_path}/none.pth: no such checkpoint; give a file, a commit record or a folder"
+    assert done.stderr == (f"error: {tmp_path}/none.pth: no such checkpoint; "
+                           "give a file, a commit record or a folder\n")
 
 
 def test_an_unreadable_frame_ends_the_run_with_its_name_and_keeps_what_was_learnt(recipe, tmp_path):

@@ -1,0 +1,430 @@
+"""VRT and SPyNet give the original's numbers, load its weights, take any size, and refuse clearly."""
+
+import gc
+import inspect
+import json
+
+import pytest
+import torch
+from torchvision.ops import deform_conv2d
+
+import models.network_vrt as network_vrt
+from models.network_spynet import SpyNet, deform_conv, flow_warp
+from models.network_vrt import VRT, WindowAttention, attention, backward_and_forward, both_directions
+
+GOLDENS = ["vrt_sr_x4", "vrt_deblur", "vrt_extra_pa6", "vrt_extra_vfi"]
+TINY = dict(upscale=1, img_size=[4, 32, 32], window_size=[2, 4, 4], depths=[2] * 7 + [1], indep_reconsts=[],
+            embed_dims=[16] * 8, num_heads=[2] * 8, deformable_groups=4, drop_path_rate=0.0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(two_threads):
+    """Networks this small gain nothing from a second thread, and lose much to it on a busy machine."""
+    torch.set_num_threads(1)
+
+
+def tiny(seed=0, **options):
+    """A network small enough for a test, whose flow and offsets are not zero as they are at a start."""
+    torch.manual_seed(seed)
+    net = VRT(**{**TINY, **options})
+    for name, p in net.named_parameters():
+        if "conv_offset.6" in name or name.endswith("basic_module.8.weight"):
+            torch.nn.init.normal_(p, std=0.05)
+    return net
+
+
+def charbonnier(output, target):
+    return ((output - target) ** 2 + 1e-9).sqrt().mean()
+
+
+# ---- parity with the original ------------------------------------------------
+
+
+def load_golden(shared, name):
+    """The file, and a network with its weights: SPyNet's through spynet_path, the others by a strict load."""
+    golden = torch.load(shared / "golden" / f"{name}.pt", weights_only=True)
+    spynet = golden["spynet_file"] and str(shared / golden["spynet_file"].removeprefix("shared/"))
+    net = VRT(**{**json.loads(golden["config"]), "spynet_path": spynet or None})
+    own = net.state_dict()
+    omitted = {key: own[key] for key in json.loads(golden["omitted_keys"])}
+    net.load_state_dict({**omitted, **golden["state_dict"]}, strict=True)
+    return golden, net
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_state_dict_is_that_of_the_original(shared, name):
+    golden, net = load_golden(shared, name)
+    state = net.state_dict()
+    spec = [[key, list(v.shape), str(v.dtype).removeprefix("torch.")] for key, v in state.items()]
+    assert spec == [[key, *rest] for key, rest in json.loads(golden["state_dict_spec"]).items()]
+    assert set(golden["grad_norms"]) == {key for key, _ in net.named_parameters()}
+    for key, wanted in golden["buffers"].items():  # "<name>/<window>[/<channels>]"
+        name = "." + key.split("/")[0]
+        same = [v for k, v in state.items() if k.endswith(name) and v.shape == wanted.shape]
+        assert same and all((v - wanted).abs().max() <= 1e-6 for v in same), key
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_outputs_are_those_of_the_original(shared, name):
+    golden, net = load_golden(shared, name)
+    wanted, got = json.loads(golden["probes"]), {}
+    for key in wanted:
+        net.get_submodule(key).register_forward_hook(lambda _, __, y, key=key: got.update({key: y.detach()}))
+    with torch.no_grad():
+        output = net.train()(golden["input"].float())
+    error = (output - golden["output"]).abs()
+    assert error.max() <= 1e-4 and error.mean() <= 1e-6
+    assert abs(charbonnier(output, golden["target"] / 255) - golden["loss"]) <= 1e-6
+    for key, (mean, std, norm) in wanted.items():
+        y = got[key]
+        found = [y.mean().item(), y.std().item(), y.norm().item()]
+        assert found == pytest.approx([mean, std, norm], rel=1e-4, abs=1e-5), key
+    if golden["intermediates"]:
+        flows = net._flows(both_directions(golden["input"].float()))
+        for key, flow in golden["intermediates"].items():  # flow_<direction>_level<scale>
+            directions = dict(zip(("backward", "forward"), backward_and_forward(flows[int(key[-1])][0])))
+            assert (directions[key.split("_")[1]] - flow).abs().max() <= 2e-5, key
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_gradients_are_those_of_the_original(shared, name):
+    """In float64 past the flow: where two channels are normalised (vrt_sr_x4) float32 may miss the gate."""
+    golden, net = load_golden(shared, name)
+    net.double().train()
+    if net.pa_frames:  # float64 convolutions are slow
+        net.spynet.float()
+        net.spynet.register_forward_pre_hook(lambda _, frames: tuple(x.float() for x in frames))
+        net.spynet.register_forward_hook(lambda _, __, flows: [flow.double() for flow in flows])
+    charbonnier(net(golden["input"].double()), golden["target"] / 255.0).backward()
+    for key, p in net.named_parameters():
+        wanted = golden["grad_norms"][key]
+        assert abs(p.grad.norm().item() - wanted) <= 1e-2 * wanted + 1e-6, key
+
+
+def test_published_files_load_and_give_the_same_output(shared, tmp_path):
+    """A released file: {"params": everything}, buffers included."""
+    golden, net = load_golden(shared, "vrt_extra_pa6")
+    torch.save({"params": net.state_dict()}, tmp_path / "published.pth")
+    fresh = VRT(**json.loads(golden["config"])).eval()
+    fresh.load_state_dict(torch.load(tmp_path / "published.pth", weights_only=True)["params"], strict=True)
+    with torch.no_grad():
+        assert (fresh(golden["input"].float()) - golden["output"]).abs().max() <= 1e-4
+
+
+ELEVEN = dict(upscale=1, depths=[8] * 7 + [4] * 4, embed_dims=[96] * 7 + [120] * 4, num_heads=[6] * 11)
+
+
+@pytest.mark.parametrize("task, options, parameters, keys", [
+    ("001", dict(deformable_groups=12), 30_676_435, 1666),
+    ("002", dict(window_size=[8, 8, 8], pa_frames=6, deformable_groups=24), 35_134_783, 1666),
+    ("003", dict(window_size=[8, 8, 8], pa_frames=4), 32_577_991, 1666),
+    ("005", dict(**ELEVEN, indep_reconsts=[9, 10]), 18_320_007, 1526),
+    ("008", dict(**ELEVEN, indep_reconsts=[9, 10], nonblind_denoising=True), 18_320_871, 1526),
+    ("009", dict(**ELEVEN, img_size=[4, 192, 192], window_size=[4, 8, 8], indep_reconsts=[], pa_frames=0,
+                 deformable_groups=0), 9_943_387, 1354),
+])
+def test_published_tasks_have_their_number_of_parameters(task, options, parameters, keys):
+    with torch.device("meta"):
+        net = VRT(**options)
+    assert sum(p.numel() for p in net.parameters()) == parameters
+    assert len(net.state_dict()) == keys
+
+
+def test_signature_is_the_schema_of_an_option_section():
+    parameters = inspect.signature(VRT.__init__).parameters
+    assert list(parameters)[1:5] == ["upscale", "in_chans", "out_chans", "img_size"] and len(parameters) == 25
+    for parameter in list(parameters.values())[1:]:
+        assert parameter.annotation is not parameter.empty and parameter.default is not parameter.empty
+
+
+def test_drop_path_rates_are_the_published_ones():
+    """Linear over all blocks, but a stage's second group starts over with the stage's first rate."""
+    net = VRT(**{**TINY, "depths": [4] + [1] * 7, "drop_path_rate": 0.2})
+    step = 0.2 / 10
+    groups = (net.stage1.residual_group1, net.stage1.residual_group2, net.stage2.residual_group2,
+              net.stage8[1].residual_group)
+    rates = [[block.drop_path for block in group.blocks] for group in groups]
+    assert rates == [pytest.approx(wanted) for wanted in ([0, step, 2 * step], [0], [4 * step], [0.2])]
+
+
+# ---- parts -------------------------------------------------------------------
+
+
+def test_flow_warp_is_that_of_the_original(shared):
+    golden = torch.load(shared / "golden" / "kair_helpers.pt", weights_only=True)["flow_warp"]
+    for key, wanted in golden["out"].items():
+        mode, padding, *variant = key.split("/")
+        flow = golden["flow_int" if variant == ["integer_flow"] else "flow"]
+        corners = variant != ["align_corners_false"]
+        output = flow_warp(golden["x"], flow, mode, padding, align_corners=corners)
+        assert (output - wanted).abs().max() <= 1e-5, key
+    x, flow = golden["x"].clone().requires_grad_(), golden["flow"].clone().requires_grad_()
+    (flow_warp(x, flow) * golden["cotangent"]).sum().backward()
+    assert (x.grad - golden["grad_x"]).abs().max() <= 1e-5
+    assert (flow.grad - golden["grad_flow"]).abs().max() <= 1e-5
+
+
+def test_flow_warp_refuses_a_flow_of_another_size():
+    with pytest.raises(ValueError, match=r"needs a flow of \(N, 8, 9, 2\)"):
+        flow_warp(torch.zeros(1, 3, 8, 9), torch.zeros(1, 2, 8, 9))
+
+
+@pytest.mark.parametrize("groups, weight_groups", [(1, 1), (4, 1), (6, 2), (6, 3)])
+def test_deform_conv_is_torchvisions(groups, weight_groups):
+    torch.manual_seed(0)
+    kernel = (6, 12 // weight_groups, 3, 3)
+    shapes = ((2, 12, 7, 9), (2, 18 * groups, 7, 9), (2, 9 * groups, 7, 9), kernel, (6,))
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    tensors[1] *= 3  # some taps lie outside
+    x, offset, modulation, weight, bias = tensors = [t.requires_grad_() for t in tensors]
+    ours = deform_conv(x, offset, modulation, weight, bias)
+    theirs = deform_conv2d(x, offset, weight, bias, padding=1, mask=modulation)
+    assert torch.allclose(ours, theirs, atol=1e-10)
+    cotangent = torch.randn_like(ours)
+    gradients = [torch.autograd.grad(output, tensors, cotangent) for output in (ours, theirs)]
+    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*gradients))
+
+
+def test_fused_attention_is_the_plain_one():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 5, 3, 8, 4)  # (B, K, h, N, C)
+    for biases in ([], [torch.randn(3, 8, 8)], [torch.randn(3, 8, 8), torch.randn(5, 1, 8, 8)]):
+        plain = attention(q, k, v, 0.3, biases, fused=False)
+        assert torch.allclose(attention(q, k, v, 0.3, biases, fused=True).view(plain.shape), plain, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [(2, 4, 4), (1, 4, 4), (2, 3, 4), (2, 2, 3)])
+def test_relative_bias_follows_positions_when_a_window_shrinks(window):
+    layer = WindowAttention(4, (2, 4, 4), num_heads=2, mutual=False, qkv_bias=True, qk_scale=None)
+    positions = torch.cartesian_prod(*(torch.arange(s) for s in window))
+    d, h, w = (positions[:, None] - positions[None]).unbind(-1)
+    wanted = layer.relative_position_bias_table[((d + 1) * 7 + h + 3) * 7 + w + 3].permute(2, 0, 1)
+    assert torch.equal(layer._relative_bias(window), wanted)
+
+
+def test_samples_of_a_batch_do_not_mix():
+    net = tiny(pa_frames=4, depths=[3] + [1] * 7).eval()  # its second block has shifted windows
+    x = torch.rand(2, 4, 3, 40, 32)
+    with torch.no_grad():
+        assert torch.allclose(net(x), torch.cat((net(x[:1]), net(x[1:]))), atol=1e-5)
+
+
+# ---- inputs of any size ------------------------------------------------------
+
+BRANCHES = {
+    "x1": {}, "x2": dict(upscale=2), "x3": dict(upscale=3), "x4": dict(upscale=4), "x8": dict(upscale=8),
+    "pa4": dict(pa_frames=4), "pa6": dict(pa_frames=6, embed_dims=[24] * 8, deformable_groups=6),
+    "noise": dict(nonblind_denoising=True), "between": dict(pa_frames=0), "self": dict(mul_attn_ratio=0.0),
+}
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+@pytest.mark.parametrize("frames, height, width", [(1, 17, 23), (2, 32, 32), (2, 40, 41)])
+def test_any_size_gives_its_shape_and_finite_gradients(branch, frames, height, width):
+    options = BRANCHES[branch]
+    between, scale = options.get("pa_frames") == 0, options.get("upscale", 1)
+    frames = 4 if between else frames
+    net = tiny(**options)
+    x = torch.rand(1, frames, 3 + net.nonblind_denoising, height, width, requires_grad=True)
+    output = net(x)
+    assert output.shape == (1, 1 if between else frames, 3, height * scale, width * scale)
+    output.square().mean().backward()
+    assert x.grad.isfinite().all()
+    for name, p in net.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 32), (3, 40, 48), (6, 64, 32)])
+def test_sizes_that_fit_are_not_padded(shape):
+    x = torch.rand(1, shape[0], 3, *shape[1:])
+    assert tiny()._pad(x) is x
+
+
+def test_padding_repeats_the_last_frame_row_and_column():
+    net = tiny(pa_frames=6, embed_dims=[24] * 8)  # 4 frames; 4 * 8 pixels for windows of 4 at 1/8
+    x = torch.rand(1, 2, 3, 17, 35)
+    padded = net._pad(x)
+    assert padded.shape == (1, 4, 3, 32, 40)
+    assert torch.equal(padded[:, :2, :, :17, :35], x)
+    assert torch.equal(padded[:, 2], padded[:, 1]) and torch.equal(padded[:, 3], padded[:, 1])
+    assert torch.equal(padded[..., 31, :], padded[..., 16, :])
+    assert torch.equal(padded[..., 39], padded[..., 34])
+    with torch.no_grad():
+        assert torch.equal(net.eval()(x), net(padded)[:, :2, :, :17, :35])
+
+
+def test_the_noise_level_has_an_effect_but_is_no_frame():
+    net = tiny(nonblind_denoising=True).eval()
+    x = torch.rand(1, 2, 4, 32, 32)
+    flows = []
+    net.spynet.register_forward_hook(lambda _, inputs, __: flows.append(inputs[0]))
+    with torch.no_grad():
+        assert not torch.equal(net(x), net(torch.cat((x[:, :, :3], 1 - x[:, :, 3:]), dim=2)))
+    assert torch.equal(*flows)
+
+
+# ---- SPyNet's weights --------------------------------------------------------
+
+
+def test_without_a_file_flow_is_zero_and_learns():
+    net = VRT(**{**TINY, "spynet_path": None})
+    frames = torch.rand(1, 3, 3, 32, 32)
+    flows = net.spynet(frames[:, 0], frames[:, 1])
+    assert [tuple(flow.shape[-2:]) for flow in flows] == [(32, 32), (16, 16), (8, 8), (4, 4)]
+    assert all(flow.eq(0).all() for flow in flows)
+    for p in net.parameters():  # elsewhere training has begun, so offsets answer to the flow
+        if p.shape[-1:] == (3,):
+            p.data.add_(torch.randn_like(p) * 0.01)
+    charbonnier(net(frames), frames.flip(1)).backward()
+    assert all(level.basic_module[-1].weight.grad.ne(0).any() for level in net.spynet.basic_module)
+
+
+def test_spynet_files_load_bare_wrapped_and_with_constants(tmp_path):
+    torch.manual_seed(0)
+    source = SpyNet()
+    torch.nn.init.normal_(source.basic_module[5].basic_module[8].weight)
+    full = source.state_dict()
+    bare = {key: value for key, value in full.items() if key.startswith("basic_module")}
+    for content in (bare, {"params": bare}, {"params": full}):
+        torch.save(content, path := tmp_path / "spynet.pth")
+        loaded = VRT(**{**TINY, "spynet_path": str(path)}).spynet.state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in full.items())
+
+
+def test_a_missing_spynet_file_says_where_to_get_it(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        VRT(**{**TINY, "spynet_path": str(tmp_path / "none.pth")})
+    message = str(error.value)
+    for part in ("none.pth", "spynet_sintel_final-3d2a1287.pth", "v1.0", "null"):
+        assert part in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"no weights", b"PK\x03\x04 cut off", {"params": {}}, {"w": torch.ones(2)}, [1]])
+def test_a_wrong_spynet_file_is_one_clear_line(tmp_path, content):
+    path = tmp_path / "wrong.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ValueError, match="wrong.pth") as error:
+        SpyNet(str(path))
+    assert "\n" not in str(error.value)
+    if isinstance(content, bytes):
+        assert error.value.__cause__ is not None  # what the reader of the file said is not lost
+
+
+def test_a_spynet_file_with_another_shape_is_refused(tmp_path):
+    state = SpyNet().state_dict()
+    state["basic_module.0.basic_module.0.weight"] = torch.zeros(32, 8, 3, 3)
+    torch.save(state, path := tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="does not hold SPyNet's weights"):
+        SpyNet(str(path))
+
+
+# ---- training ----------------------------------------------------------------
+
+
+def test_checkpointing_gives_the_same_gradients(monkeypatch):
+    calls = []
+    real = network_vrt.checkpoint
+
+    def counted(function, *args, **kwargs):
+        calls.append(function.__name__)
+        return real(function, *args, **kwargs)
+
+    monkeypatch.setattr(network_vrt, "checkpoint", counted)
+    x, gradients = torch.rand(2, 2, 3, 32, 32), []
+    options = dict(drop_path_rate=0.5, depths=[3] + [1] * 7)
+    for flags in ({}, dict(use_checkpoint_attn=True, use_checkpoint_ffn=True, no_checkpoint_attn_blocks=[0],
+                           no_checkpoint_ffn_blocks=[7])):
+        net = tiny(**options, **flags)
+        torch.manual_seed(1)  # drop path
+        net(x).square().mean().backward()
+        gradients.append([p.grad for p in net.parameters()])
+    assert calls.count("_attend") == 7 and calls.count("_feed_forward") == 9  # of 10, less those left out
+    assert all(torch.allclose(a, b, atol=1e-7, rtol=1e-4) for a, b in zip(*gradients))
+    calls.clear()
+    with torch.no_grad():
+        net(x)
+    net.eval()(x)
+    assert not calls
+
+
+def test_drop_path_acts_in_training_only_and_draws_from_the_seed():
+    net = tiny(drop_path_rate=0.5)
+    x = torch.rand(4, 2, 3, 32, 32)
+
+    def output(seed):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return net(x)
+
+    assert torch.equal(output(1), output(1)) and not torch.equal(output(1), output(2))
+    net.eval()
+    assert torch.equal(output(1), output(2))
+
+
+def test_inference_keeps_no_tensor_and_training_goes_on_after_it():
+    net = tiny(depths=[3] + [1] * 7)  # the second block has shifted windows and a mask
+
+    def count_tensors():
+        gc.collect()
+        return sum(type(thing) is torch.Tensor for thing in gc.get_objects())
+
+    before = count_tensors()
+    for height in (32, 40, 48):
+        with torch.inference_mode():
+            net(torch.rand(1, 2, 3, height, 32))
+    assert count_tensors() == before
+    net(torch.rand(1, 2, 3, 32, 32)).mean().backward()
+
+
+# ---- refusals ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(pa_frames=3), "pa_frames must be 2, 4, 6, or 0"),
+    (dict(upscale=5), "upscale must be 1, 3, or a power of two"),
+    (dict(upscale=0), "upscale must be"),
+    (dict(in_chans=1), "in_chans must be 3"),
+    (dict(out_chans=1), "out_chans must be 3"),
+    (dict(img_size=[32, 32]), r"img_size must be \[frames, rows, columns\]"),
+    (dict(window_size=[4, 4]), r"window_size must be \[frames, rows, columns\]"),
+    (dict(window_size=[2, 0, 4]), "must be positive"),
+    (dict(depths=[1] * 7), r"8 or more, got \(7, 8, 8\)"),
+    (dict(embed_dims=[16] * 9), r"equally many entries, 8 or more, got \(8, 9, 8\)"),
+    (dict(num_heads=[3] * 8), r"embed_dims\[0\] must be a multiple of num_heads\[0\] = 3"),
+    (dict(embed_dims=[16] * 4 + [8] + [16] * 3), r"embed_dims\[4\] must equal embed_dims\[2\] = 16, got 8"),
+    (dict(embed_dims=[16] * 3 + [6] + [16] * 4), r"embed_dims\[3\] must be a multiple of 4, got 6"),
+    (dict(embed_dims=[6] + [16] * 5 + [6, 16]), r"embed_dims\[0\] must be a multiple of 4, got 6"),
+    (dict(mul_attn_ratio=1.5), "mul_attn_ratio must be from 0 to 1"),
+    (dict(drop_path_rate=1.0), "drop_path_rate must be from 0 to below 1"),
+    (dict(deformable_groups=0), "deformable_groups must be positive"),
+    (dict(deformable_groups=3), r"embed_dims\[0\] .* = 16 must be a multiple of deformable_groups = 3"),
+    (dict(deformable_groups=1, pa_frames=4), "positive and even with pa_frames 4"),
+    (dict(pa_frames=6), r"embed_dims\[0\] must be a multiple of 3"),
+    (dict(pa_frames=0, upscale=4), "upscale must be 1 with pa_frames 0"),
+    (dict(pa_frames=0, out_chans=4), "out_chans must be 3 for each frame in between"),
+    (dict(pa_frames=0, img_size=[1, 32, 32]), r"img_size\[0\] must be 2"),
+    (dict(pa_frames=0, nonblind_denoising=True), "nonblind_denoising must be false"),
+])
+def test_options_that_fit_no_network_are_refused_in_one_line(options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        VRT(**{**TINY, **options})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shape, options, message", [
+    ((1, 3, 32, 32), {}, r"input must be \(batch, frames, 3, height, width\), got \(1, 3, 32, 32\)"),
+    ((1, 2, 3, 32, 32), dict(nonblind_denoising=True), r"\(batch, frames, 4, height, width\)"),
+    ((1, 0, 3, 32, 32), {}, "input must be"),
+    ((1, 5, 3, 32, 32), dict(pa_frames=0), r"img_size\[0\] = 4 frames, got 5"),
+])
+def test_inputs_that_are_no_clip_are_refused(shape, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**options)(torch.zeros(shape))
+
+
+def test_recal_all_flows_is_accepted_without_effect():
+    x = torch.rand(1, 2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(tiny(recal_all_flows=True)(x), tiny()(x))
