@@ -454,7 +454,7 @@ def rng_untouched() -> Iterator[None]:
 
 def environment() -> dict[str, Any]:
     """What exactness depends on besides the options and the state."""
-    return {"torch": torch.__version__, "numpy": np.__version__, "num_threads": torch.get_num_threads(),
+    return {"torch": str(torch.__version__), "numpy": np.__version__, "num_threads": torch.get_num_threads(),
             "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 

@@ -11,6 +11,8 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
+from options import OptionError
+
 Schedule = Callable[[float, int], float]  # (base learning rate, step) -> learning rate
 
 
@@ -24,10 +26,10 @@ def cosine_warm_restarts(period: int, multiplier: int = 1, eta_min: float = 0.0)
     """`torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(T_0=period, T_mult=multiplier)`.
 
     Source: SGDR, Loshchilov & Hutter 2017, equation 5.
-    Raises: ValueError when period or multiplier is below 1.
+    Raises: OptionError when period or multiplier is below 1.
     """
     if period < 1 or multiplier < 1:
-        raise ValueError(f"G_scheduler_periods {period} and G_scheduler_restart_weights {multiplier} must be >= 1")
+        raise OptionError(f"train: G_scheduler_periods {period} and G_scheduler_restart_weights {multiplier} must be >= 1")
 
     def schedule(base: float, step: int) -> float:
         done, length = step, period

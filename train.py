@@ -10,7 +10,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,7 @@ class Run:
         state = (parts or {}).get("state", {})
         self.iteration = self.started_at = source.iteration if source else 0
         self.history = state.get("history", [])
+        self.model.skipped = state.get("skipped", 0)
         loader = opt["datasets"]["train"]
         size = loader["dataloader_batch_size"]
         position = state.get("sampler_state") or {"epoch": self.iteration * size // len(self.train_set), "offset": 0}
@@ -143,6 +144,8 @@ class Run:
             raise options.OptionError(f"{loader.where}: {error}") from None
         if train["total_epochs"] is not None:
             train["total_iter"] = self.iteration + self.batches.batches_until(train["total_epochs"])
+        if train["total_iter"] < 1:
+            raise options.OptionError(f"{opt['opt_path']}: train: total_iter (or total_epochs) must be >= 1")
         if init_from:
             opt["path"]["pretrained_netG"] = init_from
         self.reports = self.model.init_train(parts)
@@ -191,7 +194,7 @@ class Run:
         epoch, offset = self.batches.after(self.iteration - self.started_at)
         return {"version": checkpoint.VERSION, "iteration": self.iteration, "epoch": epoch,
                 "sampler_state": {"epoch": epoch, "offset": offset}, "rng_state": checkpoint.rng_state(),
-                "history": self.history, "config": plain(self.opt), "environment": checkpoint.environment(),
+                "history": self.history, "skipped": self.model.skipped, "config": plain(self.opt), "environment": checkpoint.environment(),
                 "timestamp": checkpoint.timestamp()}
 
     def save(self, reason: str = "regular") -> None:
@@ -229,6 +232,7 @@ class Run:
         epoch = self.batches.after(self.iteration - self.started_at)[0]
         self.log.row("train", {"iteration": self.iteration, "epoch": epoch, "lr": rate, **losses})
         terms = "  ".join(f"{name} {number(value)}" for name, value in losses.items())
+        terms += f" | {self.model.skipped} steps skipped" if self.model.skipped else ""
         self.log.line(f"iter {self.iteration:>7,} | epoch {epoch} | lr {rate:.3e} | {terms} | "
                       f"{self.pace.describe(self.iteration)}")
 
@@ -300,11 +304,15 @@ class Run:
 
     def loop(self, stop: StopRequest) -> None:
         """Steps until the run is finished or a signal asked to stop."""
-        model, train, total = self.model, self.opt["train"], self.opt["train"]["total_iter"]
         if self.validation_due() and self.iteration not in [row["iteration"] for row in self.history]:
             self.validate(stop)  # the interrupted run had not come to it
         samples = endless(self.train_set, self.batches, self.opt["datasets"]["train"]["dataloader_num_workers"],
                           pinned=self.opt["device"] != "cpu")
+        with contextlib.closing(samples):
+            self.steps(samples, stop)
+
+    def steps(self, samples: Iterator[Mapping[str, Any]], stop: StopRequest) -> None:
+        model, train, total = self.model, self.opt["train"], self.opt["train"]["total_iter"]
         while self.iteration < total and not stop.signal:
             try:
                 data = next(samples)

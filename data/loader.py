@@ -39,16 +39,20 @@ def _ignore_signals(_worker: int) -> None:
 
 
 def _one_line(loader: Iterator) -> Iterator[Mapping[str, Any]]:
-    """Batches of a loader; a dataset's complaint, also one that a worker wraps in a traceback, as one line."""
-    while True:
+    """Batches of a loader; a dataset's complaint, also one that a worker wraps in a traceback, as one line.
+
+    To be closed when done with: workers that ignore signals end only with their loader.
+    """
+    complaint = None
+    while not complaint:
         try:
-            batch = next(loader)
+            yield next(loader)
         except StopIteration:
             return
         except (ValueError, FileNotFoundError) as error:
-            last = str(error).strip().splitlines()[-1]
-            raise OptionError(last.removeprefix("ValueError: ").removeprefix("FileNotFoundError: ")) from None
-        yield batch
+            complaint = str(error).strip().splitlines()[-1]
+    del loader  # else the traceback of what is raised here would keep it, and the workers, until the process ends
+    raise OptionError(complaint.removeprefix("ValueError: ").removeprefix("FileNotFoundError: "))
 
 
 def endless(dataset, batches: EndlessBatches, workers: int, pinned: bool) -> Iterator[Mapping[str, Any]]:

@@ -53,6 +53,7 @@ class ModelBase:
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.schedules: dict[str, Schedule] = {}
         self.log_dict: dict[str, Tensor] = OrderedDict()  # loss terms of the last step, still tensors
+        self.skipped = 0  # steps left out because of train.on_nan
 
     # ------------------------------------------------ a subclass says
 
@@ -181,6 +182,18 @@ class ModelBase:
             group.update(options)  # what the user says now wins over what was saved
 
     # ------------------------------------------------ learning rate and log
+
+    def unusable(self, loss: Tensor) -> bool:
+        """Whether to leave this step out for a NaN or infinite loss; to be asked before its backward pass.
+
+        Looks where it costs nothing (CPU, where NaN coordinates would crash grid_sample's backward kernel) or was
+        asked for ("skip"); else the loop looks at the losses later, all at once.
+        """
+        skip = self.opt_train["on_nan"] == "skip"
+        if not (skip or loss.device.type == "cpu") or torch.isfinite(loss):
+            return False
+        self.skipped += skip
+        return True
 
     def update_learning_rate(self, n: int) -> None:
         """Set every learning rate for the step after n finished ones."""

@@ -109,8 +109,9 @@ class ModelPlain(ModelBase):
         if t["G_scheduler_type"] == "MultiStepLR":
             schedule = schedules.multi_step(t["G_scheduler_milestones"], t["G_scheduler_gamma"])
         elif t["G_scheduler_type"] == "CosineAnnealingWarmRestarts":
-            schedule = schedules.cosine_warm_restarts(t["G_scheduler_periods"] or t["total_iter"],
-                                                      t["G_scheduler_restart_weights"], t["G_scheduler_eta_min"])
+            periods = t["total_iter"] if t["G_scheduler_periods"] is None else t["G_scheduler_periods"]
+            schedule = schedules.cosine_warm_restarts(periods, t["G_scheduler_restart_weights"],
+                                                      t["G_scheduler_eta_min"])
         else:
             schedule = schedules.constant()
         self.schedules["optimizerG"] = schedule
@@ -129,12 +130,12 @@ class ModelPlain(ModelBase):
         self.G_optimizer.zero_grad(set_to_none=True)
         self.netG_forward()
         loss = self.opt_train["G_lossfn_weight"] * self.G_lossfn(self.restored, self.target)
-        loss.backward()
         self.log_dict["G_loss"] = loss.detach()
+        if self.unusable(loss):
+            return
+        loss.backward()
         if self.opt_train["G_optimizer_clipgrad"]:
             torch.nn.utils.clip_grad_norm_(self.netG.parameters(), self.opt_train["G_optimizer_clipgrad"])
-        if self.opt_train["on_nan"] == "skip" and not torch.isfinite(loss):
-            return
         self.G_optimizer.step()
         if self.netE is not None:
             self.update_E(self.opt_train["E_decay"])

@@ -266,10 +266,10 @@ def test_a_kair_folder_goes_on_and_says_what_is_absent(recipe, straight, tmp_pat
 
 
 def test_command_line_learning_rate_wins_over_the_restored_optimizer(recipe, straight, tmp_path):
-    assert run("-opt", recipe("straight", train={"total_iter": 8}), "--lr", "0.5",
+    assert run("-opt", recipe("straight", train={"total_iter": 8}), "--lr", "0.002",
                "--set", "train.G_scheduler_type=constant") == 0
     group = final(straight, 8)["optimizerG"]["param_groups"][0]
-    assert group["lr"] == 0.5
+    assert group["lr"] == 0.002
 
 
 def test_nan_stops_names_the_step_and_keeps_the_last_checkpoint(recipe, tmp_path, monkeypatch):
@@ -289,6 +289,7 @@ def test_nan_stops_names_the_step_and_keeps_the_last_checkpoint(recipe, tmp_path
     assert [s.iteration for s in checkpoint.find_sets(tmp_path / "nan/models")] == [2]
     assert all(v.isfinite().all() for v in final(tmp_path / "nan", 2)["G"].values())
     assert run("-opt", recipe("skip", train={"on_nan": "skip"})) == 0
+    assert final(tmp_path / "skip")["state"]["skipped"] == 1
     assert all(v.isfinite().all() for v in final(tmp_path / "skip")["G"].values())
 
 
@@ -340,7 +341,8 @@ BAD = [
     (["--set", "netG.num_heads=[3]"], "netG"),
     (["--device", "tpu"], "device"),
     (["--init-from", "none.pth"], "none.pth: no such file"),
-    (["--set", "train.G_scheduler_periods=0", "--set", "train.total_iter=0"], "must be >= 1"),
+    (["--set", "train.G_scheduler_periods=0"], "must be >= 1"),
+    (["--set", "train.total_iter=0"], "total_iter (or total_epochs) must be >= 1"),
     (["--seed", "-1"], "must be >= 0"),
 ]
 
@@ -380,6 +382,7 @@ def test_an_unreadable_frame_ends_the_run_with_its_name_and_keeps_what_was_learn
         write_png(torch.randint(0, 255, (3, 64, 64), dtype=torch.uint8), str(clip / f"{n:08d}.png"))
     (clip / "00000003.png").write_bytes(b"no image")
     done = run_main("-opt", recipe("frames", workers=1), "--set", f"datasets.train.dataroot_gt={tmp_path / 'video'}",
-                    "--batch_size", "1", "--set", "train.total_iter=50")
+                    "--batch_size", "1", "--set", "train.total_iter=50", timeout=60)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "00000003.png" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert checkpoint.has_traces(tmp_path / "frames/models") == ("iter " in done.stdout)
