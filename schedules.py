@@ -29,7 +29,8 @@ def cosine_warm_restarts(period: int, multiplier: int = 1, eta_min: float = 0.0)
     Raises: OptionError when period or multiplier is below 1.
     """
     if period < 1 or multiplier < 1:
-        raise OptionError(f"train: G_scheduler_periods {period} and G_scheduler_restart_weights {multiplier} must be >= 1")
+        raise OptionError(f"train: G_scheduler_periods {period} and G_scheduler_restart_weights {multiplier} "
+                          "must be >= 1")
 
     def schedule(base: float, step: int) -> float:
         done, length = step, period

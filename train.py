@@ -194,8 +194,8 @@ class Run:
         epoch, offset = self.batches.after(self.iteration - self.started_at)
         return {"version": checkpoint.VERSION, "iteration": self.iteration, "epoch": epoch,
                 "sampler_state": {"epoch": epoch, "offset": offset}, "rng_state": checkpoint.rng_state(),
-                "history": self.history, "skipped": self.model.skipped, "config": plain(self.opt), "environment": checkpoint.environment(),
-                "timestamp": checkpoint.timestamp()}
+                "history": self.history, "skipped": self.model.skipped, "config": plain(self.opt),
+                "environment": checkpoint.environment(), "timestamp": checkpoint.timestamp()}
 
     def save(self, reason: str = "regular") -> None:
         """Commit a checkpoint of this iteration, then drop what it supersedes."""

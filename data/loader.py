@@ -41,18 +41,24 @@ def _ignore_signals(_worker: int) -> None:
 def _one_line(loader: Iterator) -> Iterator[Mapping[str, Any]]:
     """Batches of a loader; a dataset's complaint, also one that a worker wraps in a traceback, as one line.
 
-    To be closed when done with: workers that ignore signals end only with their loader.
+    To be closed when done with.
     """
-    complaint = None
-    while not complaint:
-        try:
-            yield next(loader)
-        except StopIteration:
-            return
-        except (ValueError, FileNotFoundError) as error:
-            complaint = str(error).strip().splitlines()[-1]
-    del loader  # else the traceback of what is raised here would keep it, and the workers, until the process ends
-    raise OptionError(complaint.removeprefix("ValueError: ").removeprefix("FileNotFoundError: "))
+    try:
+        while True:
+            try:
+                batch = next(loader)
+            except StopIteration:
+                return
+            except (ValueError, FileNotFoundError) as error:
+                complaint = str(error).strip().splitlines()[-1]
+                complaint = complaint.removeprefix("ValueError: ").removeprefix("FileNotFoundError: ")
+                raise OptionError(complaint) from None
+            yield batch
+    finally:
+        # Python waits for its children at exit, and these ignore its SIGTERM: they must be told in the loader's own
+        # way. It does so when it is freed, but a traceback may hold it until it is too late.
+        if end := getattr(loader, "_shutdown_workers", None):
+            end()
 
 
 def endless(dataset, batches: EndlessBatches, workers: int, pinned: bool) -> Iterator[Mapping[str, Any]]:
