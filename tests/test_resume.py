@@ -148,16 +148,16 @@ def test_a_signal_in_validation_repeats_it_whole(recipe, straight, tmp_path, mon
     assert_equal_runs(straight, tmp_path / "stopped")
 
 
-def start_process(path):
+def start_process(*arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([sys.executable, str(ROOT / "main.py"), "-opt", str(path)], env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, str(ROOT / "main.py"), *map(str, arguments)], env=environment,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_kill_9_anywhere_and_run_again(recipe, straight, tmp_path, workers):
     path = recipe("killed", workers=workers)
-    process = start_process(path)
+    process = start_process("-opt", path)
     deadline = time.monotonic() + 60
     while not (tmp_path / "killed/models/2.json").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -172,7 +172,7 @@ def test_kill_9_anywhere_and_run_again(recipe, straight, tmp_path, workers):
 
 def test_the_second_ctrl_c_leaves_at_once(recipe, tmp_path):
     path = recipe("twice", train={"total_iter": 1000, "checkpoint_test": 0})
-    process = start_process(path)
+    process = start_process("-opt", path)
     deadline = time.monotonic() + 60
     while not (tmp_path / "twice/models/2.json").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
