@@ -3,6 +3,7 @@
 Minutes long, so not part of the usual run:  python -m pytest -m slow tests/test_campaign.py
 """
 
+import os
 import random
 import signal
 import time
@@ -12,14 +13,15 @@ import pytest
 from tests.conftest import ROOT, SHARED, run_main
 from tests.test_resume import assert_equal_runs, start_process
 
-TOTAL = 40
+TOTAL = 24
+STOPS = int(os.environ.get("PERDURE_STOPS", 2))  # how often each run is stopped before it is left alone
 pytestmark = pytest.mark.slow
 
 
 def arguments(folder, name, data, workers):
     """The shipped default, shortened; its own network, data and validation."""
-    sets = [f"task={name}", f"path.root={folder}", f"train.total_iter={TOTAL}", "train.checkpoint_save=10",
-            "train.checkpoint_test=20", "train.checkpoint_print=5", "num_threads=2",
+    sets = [f"task={name}", f"path.root={folder}", f"train.total_iter={TOTAL}", "train.checkpoint_save=5",
+            "train.checkpoint_test=12", "train.checkpoint_print=4", "num_threads=2",
             f"datasets.train.dataloader_num_workers={workers}"]
     if data == "real":
         sets += [f"datasets.train.dataroot_gt={SHARED}/data/video/train_GT",
@@ -45,7 +47,7 @@ def test_stopped_at_a_random_moment_and_run_again(straight, sig, workers):
     folder, data, seconds = straight
     name = f"{sig.name}_{workers}"
     command, stops = arguments(folder, name, data, workers), []
-    for _ in range(2):  # stopped twice, then left alone
+    for _ in range(STOPS):
         process = start_process(*command)
         delay = random.uniform(2, 0.8 * seconds)
         try:

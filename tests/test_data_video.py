@@ -261,7 +261,7 @@ def told(*words, kind=ValueError):
     with pytest.raises(kind) as error:
         yield
     text = str(error.value)
-    assert "\n" not in text and type(error.value) is kind
+    assert "\n" not in text and isinstance(error.value, kind)
     for word in words:
         assert str(word) in text, text
 
