@@ -90,10 +90,8 @@ def prepare_machine(opt: dict) -> None:
 class Run:
     """One launch of a run: its options, folder, model, data and log, and what it has done so far."""
 
-    def __init__(self, opt: options.Section, log: RunLog, command: str):
-        self.opt, self.log, self.command = opt, log, command
-        self.folder = Path(opt["path"]["root"]) / opt["task"]
-        self.models = self.folder / "models"
+    def __init__(self, opt: options.Section, log: RunLog):
+        self.opt, self.log = opt, log
         self.iteration = self.started_at = 0
         self.saved_at, self.history = None, []
         self.pending: list[tuple[int, dict[str, torch.Tensor]]] = []  # losses not yet looked at
@@ -104,6 +102,8 @@ class Run:
             self.model = options.resolve(MODELS, opt["model"], "model")(opt)
         except ValueError as error:
             raise options.OptionError(str(error)) from error
+        self.models = self.model.save_dir
+        self.folder = self.models.parent
 
     # ------------------------------------------------ restore
 
@@ -189,9 +189,14 @@ class Run:
 
     # ------------------------------------------------ during training
 
+    @property
+    def position(self) -> tuple[int, int]:
+        """`(epoch, offset)` in the data after the steps done so far."""
+        return self.batches.after(self.iteration - self.started_at)
+
     def state(self) -> dict[str, Any]:
         """Everything but networks and optimizers that makes the next step."""
-        epoch, offset = self.batches.after(self.iteration - self.started_at)
+        epoch, offset = self.position
         return {"version": checkpoint.VERSION, "iteration": self.iteration, "epoch": epoch,
                 "sampler_state": {"epoch": epoch, "offset": offset}, "rng_state": checkpoint.rng_state(),
                 "history": self.history, "skipped": self.model.skipped, "config": plain(self.opt),
@@ -204,8 +209,8 @@ class Run:
         began = time.monotonic()
         self.check_finite()
         try:
-            self.model.save(self.iteration, self.state(), reason=reason, epoch=self.batches.after(
-                self.iteration - self.started_at)[0], metric=self.history[-1] if self.history else None)
+            self.model.save(self.iteration, self.state(), reason=reason, epoch=self.position[0],
+                            metric=self.history[-1] if self.history else None)
         except (OSError, RuntimeError) as error:
             problem = f"checkpoint {self.iteration} was not saved: {str(error).splitlines()[0]}"
             if self.opt["checkpoint"]["on_save_error"] == "stop":
@@ -229,16 +234,16 @@ class Run:
     def record(self) -> None:
         """A log line and a CSV row of this iteration."""
         losses, rate = self.model.current_log(), self.model.current_learning_rate()
-        epoch = self.batches.after(self.iteration - self.started_at)[0]
+        epoch = self.position[0]
         self.log.row("train", {"iteration": self.iteration, "epoch": epoch, "lr": rate, **losses})
-        terms = "  ".join(f"{name} {number(value)}" for name, value in losses.items())
+        terms = describe_losses(losses)
         terms += f" | {self.model.skipped} steps skipped" if self.model.skipped else ""
         self.log.line(f"iter {self.iteration:>7,} | epoch {epoch} | lr {rate:.3e} | {terms} | "
                       f"{self.pace.describe(self.iteration)}")
 
     def show_progress(self) -> None:
         if self.log.live and time.monotonic() - self.shown > 0.5:
-            terms = "  ".join(f"{k} {number(v)}" for k, v in self.model.current_log().items())
+            terms = describe_losses(self.model.current_log())
             self.log.progress(f"iter {self.iteration:,}/{self.opt['train']['total_iter']:,} | "
                               f"{self.pace.describe(self.iteration)} | {terms} | "
                               f"lr {self.model.current_learning_rate():.3e}")
@@ -258,14 +263,15 @@ class Run:
     def validate(self, stop: StopRequest) -> None:
         """Metrics and pictures of every test set, with the training's generators left as they are.
 
-        A stop request ends it after the current clip; the resumed run then repeats it as a whole.
+        A stop request ends it after the current clip, and the resumed run then repeats it as a whole; but not the
+        last one, after which there is no resumed run.
         """
         began, means = time.monotonic(), {}
         with checkpoint.rng_untouched():
             for name, dataset in self.test_sets.items():
                 clips = []
                 for sample in one_by_one(dataset):
-                    if stop.signal:
+                    if stop.signal and self.iteration < self.opt["train"]["total_iter"]:
                         return
                     self.log.progress(f"validating {name}: {len(clips)} of {len(dataset)}")
                     clips.append(self.validate_clip(name, sample))
@@ -354,7 +360,7 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
     with contextlib.closing(log), StopRequest() as stop:
         for notice in notices:
             log.line(f"note     {notice}")
-        run = Run(opt, log, command)
+        run = Run(opt, log)
         source = run.find_source(resume, init_from, fresh)
         run.restore(source, init_from)
         if source and run.iteration >= opt["train"]["total_iter"] and not resume:
@@ -372,6 +378,11 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
 
 
 # ---------------------------------------------------------------- words
+
+
+def describe_losses(losses: Mapping[str, float]) -> str:
+    """'G_loss 0.0123  D_loss 0.4560'."""
+    return "  ".join(f"{name} {number(value)}" for name, value in losses.items())
 
 
 def describe_metrics(test: str, means: Mapping[str, float]) -> str:

@@ -65,7 +65,7 @@ def main() -> None:
     opt, _ = options.parse(args.option_file, [(k, options.as_value(v), "--set") for k, _, v in pairs],
                            MODELS, NETWORKS, DATASETS)
     train.prepare_machine(opt)
-    run = train.Run(opt, RunLog(), "")
+    run = train.Run(opt, RunLog())
     run.restore(None, None)
     model, loader = run.model, opt["datasets"]["train"]
     workers = loader["dataloader_num_workers"] if args.workers is None else args.workers
