@@ -1,143 +1,54 @@
 """Checkpoints that can't be lost: commit, verify, find, restore, keep.
 
-A *set* is everything of one iteration: `{iter}_G.pth`, `{iter}_optimizerG.pth`, ..., `{iter}_state.pth`, and, renamed
-into place last, the commit record `{iter}.json` with the size and checksum of each. A set exists once its record
-does. The weights are bare CPU state dicts that KAIR's scripts load as they are; folders that KAIR wrote (no record)
-are read too.
+A *set* is everything of one iteration, by label: networks "G", "E", "D", optimizers "optimizerG", ..., and "state",
+which is what else makes the next step. It lies on the disk in one of two layouts:
 
-Atomic on POSIX (DESIGN 4): temporary name in the same folder, write, fsync, rename, fsync of the folder.
+- split, as KAIR's scripts know it: `{iter}_G.pth`, `{iter}_optimizerG.pth`, ..., `{iter}_state.pth`, and, renamed into
+  place last, the commit record `{iter}.json` with the size and checksum of each. The set exists once its record does.
+- bundle: one file with everything, under names that the options choose; its record is the file's own seal.
+
+Folders that KAIR wrote (no record) and single files that others wrote are read too, see foreign.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import pickle
 import random
 import re
+import sys
+import threading
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-VERSION = 1  # of the state file and the record
+import foreign
+from durable import (
+    CheckpointError,
+    check_space,
+    find_fault,
+    link,
+    load_file,
+    read_seal,
+    read_torch,
+    save_file,
+    signed,
+    sync_folder,
+    unsigned,
+    write_durably,
+)
+from foreign import VERSION, is_optimizer, weights_in
+
+__all__ = ["CheckpointError", "VERSION", "is_optimizer", "load_file", "save_file", "weights_in"]  # of durable, foreign
 MEMBER = re.compile(r"(\d+)_([A-Za-z][A-Za-z0-9]*)\.pth")
 RECORD = re.compile(r"(\d+)\.json")
-WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # DistributedDataParallel's and torch.compile's, in any nesting
-WEIGHT_KEYS = ("params", "params_ema", "state_dict", "model_state_dict", "model")  # where files keep a state dict
+SUFFIXES = (".pt", ".pth", ".ckpt")  # of files that may be bundles
 Report = Callable[[str], None]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that can't be read, trusted or written: one line that says which and why."""
-
-
-# ---------------------------------------------------------------- one file
-
-
-class _Counted:
-    """A binary file that remembers the size and CRC-32 of what went through it."""
-
-    def __init__(self, file):
-        self.file, self.size, self.crc32 = file, 0, 0
-
-    def write(self, data) -> int:
-        self.file.write(data)
-        self.crc32 = zlib.crc32(data, self.crc32)
-        self.size += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def write_durably(path: Path, write: Callable[[Any], None]) -> dict[str, int]:
-    """Create a file and force it to the disk. Returns its size in bytes and CRC-32; removes it when that fails."""
-    try:
-        with open(path, "wb", buffering=1 << 20) as file:
-            counted = _Counted(file)
-            write(counted)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
-        raise
-    return {"size": counted.size, "crc32": counted.crc32}
-
-
-def sync_folder(folder: Path) -> None:
-    """Force a folder's entries (renames, links, removals) to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def save_file(path: Path | str, payload: Any) -> dict[str, int]:
-    """`torch.save` that leaves either the old file or the complete new one. Returns size and CRC-32."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    facts = write_durably(temporary, lambda file: torch.save(payload, file))
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-    return facts
-
-
-def load_file(path: Path | str) -> Any:
-    """Read a torch file to the CPU, tensors and plain types only: code in it is never run.
-
-    Raises: CheckpointError in one line: missing, empty, truncated, not a torch file, or refused.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder; name a .pth file in it")
-    try:
-        if path.stat().st_size == 0:
-            raise CheckpointError(f"{path}: is empty, its writer was interrupted; name another checkpoint")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except pickle.UnpicklingError as error:
-        blamed = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class|operand)[: ]+(?:GLOBAL )?(\S+)", str(error))
-        what = f"it asks for {blamed.group(1) or blamed.group(2)}" if blamed else "it is no plain torch file"
-        raise CheckpointError(f"{path}: refused: {what}; only tensors and plain values are read") from None
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, AttributeError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: can't be read as a torch file: {reason}") from None
-
-
-def weights_in(payload: Any, path: Path | str, param_key: str = "params") -> dict[str, torch.Tensor]:
-    """The state dict of a network in a loaded file, without wrappers' prefixes.
-
-    Understood: a bare dict, or one below `param_key` or any of WEIGHT_KEYS.
-    Raises: CheckpointError for an optimizer, or when there are no weights.
-    """
-    if not isinstance(payload, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(payload).__name__}, not the weights of a network")
-    if is_optimizer(payload):
-        raise CheckpointError(f"{path}: is an optimizer's state, not a network; name the weights (_G.pth)")
-    for key in (param_key, *WEIGHT_KEYS):
-        if isinstance(payload.get(key), Mapping):
-            payload = payload[key]
-            break
-    if not payload or not all(isinstance(v, torch.Tensor) for v in payload.values()):
-        raise CheckpointError(f"{path}: holds no weights, neither bare nor below {', '.join(WEIGHT_KEYS)}")
-    return {WRAPPERS.sub("", key): value for key, value in payload.items()}
-
-
-def is_optimizer(payload: Any) -> bool:
-    return isinstance(payload, Mapping) and {"state", "param_groups"} <= set(payload)
 
 
 # ---------------------------------------------------------------- a set
@@ -145,144 +56,236 @@ def is_optimizer(payload: Any) -> bool:
 
 @dataclass(frozen=True)
 class CheckpointSet:
-    """The files of one iteration, committed (with a record) or as KAIR leaves them (without)."""
+    """The files of one iteration: committed by us (with a record), or as others leave them (without)."""
 
     folder: Path
-    iteration: int
-    labels: tuple[str, ...]  # "G", "E", "optimizerG", "state", ...
-    record: dict | None = field(default=None, compare=False)
-
-    def path(self, label: str) -> Path:
-        return self.folder / f"{self.iteration}_{label}.pth"
+    iteration: int | None  # None: the file of others does not say
+    files: Mapping[str, Path]  # by label; a bundle is one file, "bundle"
+    record: Mapping | None = field(default=None, compare=False)
+    names: tuple[Path, ...] = field(default=(), compare=False)  # of a bundle: every hard link to it in the folder
+    _checked: list = field(default_factory=list, compare=False, repr=False)
 
     @property
-    def record_path(self) -> Path:
-        return self.folder / f"{self.iteration}.json"
+    def labels(self) -> tuple[str, ...]:
+        """What is in it: "G", "E", "optimizerG", "state", ..."""
+        return tuple(self.record["parts"]) if self.bundled and self.record else tuple(self.files)
+
+    @property
+    def bundled(self) -> bool:
+        return "bundle" in self.files
 
     @property
     def committed(self) -> bool:
         return self.record is not None
 
+    @property
+    def path(self) -> Path:
+        """The file that stands for the set: its record, its bundle, or KAIR's G."""
+        if self.bundled:
+            return self.files["bundle"]
+        return self.folder / f"{self.iteration}.json" if self.committed else self.files["G"]
+
     def fault(self) -> str | None:
-        """What is wrong with the set, or None: each file's size and checksum against the record, or its own CRCs."""
-        for label in self.labels:
-            path = self.path(label)
-            try:
-                reason = _fault(path, self.record["files"][path.name] if self.record else None)
-            except OSError as error:
-                reason = error.strerror or str(error)
-            if reason:
+        """What is wrong with the set, or None: each file's size and checksum against the record, or its own."""
+        if self._checked:
+            return self._checked[0]
+        for path in self.files.values():
+            facts = self.record["files"].get(path.name) if self.committed and not self.bundled else None
+            if reason := find_fault(path, facts):
                 return f"{path.name}: {reason}"
+        self._checked.append(None)  # good; what is bad is looked at again
         return None
 
     def load(self) -> dict[str, Any]:
-        """Every file of a set that was found good, by label. Raises CheckpointError."""
-        return {label: load_file(self.path(label)) for label in self.labels}
+        """Every part, by label, verified first. Raises CheckpointError."""
+        if fault := self.fault():
+            raise CheckpointError(f"{self.folder}: {fault}")
+        parts = {label: read_torch(path) for label, path in self.files.items()}
+        if self.bundled:
+            parts = foreign.unpack(parts["bundle"], self.path)
+        if "state" in parts:
+            parts["state"] = foreign.migrate(parts["state"], self.path)
+        return parts
 
 
-def _fault(path: Path, facts: Mapping | None) -> str | None:
-    if not path.is_file():
-        return "is missing"
-    size = path.stat().st_size
-    if facts is None:  # foreign: a zip's own records are all there is to check
-        try:
-            broken = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else load_file(path) and None
-        except (zipfile.BadZipFile, CheckpointError) as error:
-            return f"damaged ({error})"
-        return f"damaged (record {broken})" if broken else None
-    if size != facts["size"]:
-        return f"has {size} bytes, was committed with {facts['size']}"
-    crc = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            crc = zlib.crc32(chunk, crc)
-    return None if crc == facts["crc32"] else "damaged (checksum differs)"
+@dataclass(frozen=True)
+class Layout:
+    """How the files of a run's checkpoints are called. In the split layout latest and best are links to records."""
+
+    kind: str = "split"
+    name: str | None = "epoch_{epoch:04d}.pt"  # a bundle's; None: there is only the latest
+    latest: str | None = "latest.pt"
+    best: str | None = "best.pt"
+    interrupted: str = "interrupted.pt"
+
+    def __post_init__(self):
+        """Raises ValueError, one line, for names that no file could have."""
+        for key in ("name", "latest", "best", "interrupted"):
+            name = getattr(self, key)
+            try:
+                tried = name and name.format(epoch=1, iter=1)
+            except (KeyError, IndexError, ValueError):
+                raise ValueError(f"{key}: {name!r}: the fields are {{epoch}} and {{iter}}") from None
+            if tried and (Path(tried).name != tried or not tried.endswith(SUFFIXES) or MEMBER.fullmatch(tried)):
+                raise ValueError(f"{key}: {name!r} must be a file name that ends in one of {', '.join(SUFFIXES)}")
+        if self.name and self.name.format(epoch=1, iter=1) == self.name.format(epoch=2, iter=2):
+            raise ValueError(f"name: {self.name!r} needs the field {{epoch}} or {{iter}}, or null for only the latest")
+        if self.kind == "bundle" and not (self.name or self.latest):
+            raise ValueError("name and latest can't both be null")
+
+    def file_name(self, iteration: int, epoch: int, reason: str) -> str:
+        """What a committed bundle is called."""
+        if reason == "interrupted":
+            return self.interrupted
+        return self.name.format(epoch=epoch, iter=iteration) if self.name else self.latest or self.interrupted
+
+    def link_name(self, which: str) -> str | None:
+        """What the link "latest" or "best" is called."""
+        name = getattr(self, which)
+        return f"{Path(name).stem}.json" if name and self.kind == "split" else name
 
 
-def _seal(record: Mapping) -> int:
-    """Checksum of a record's own content, so that a flipped bit in it is noticed as well."""
-    return zlib.crc32(json.dumps({k: v for k, v in record.items() if k != "seal"}, sort_keys=True).encode())
+def commit(folder: Path | str, iteration: int, parts: Mapping[str, Any], layout: Layout = Layout(),
+           **info: Any) -> CheckpointSet:
+    """Write the parts of an iteration and make them exist at once.
+
+    Args: parts: label -> what `torch.save` writes. info: plain values for the record: epoch, reason, metric, ...
+    Raises: OSError or RuntimeError when the disk refuses; then nothing of the set is left, and every older one is.
+    """
+    folder = Path(folder)
+    check_space(folder, num_bytes(parts))
+    info = {"iteration": iteration, "timestamp": timestamp(), "epoch": 0, "reason": "regular", **info}
+    if layout.kind == "bundle":
+        name = layout.file_name(iteration, info["epoch"], info["reason"])
+        record = {"name": name, "parts": sorted(parts), **info}
+        save_file(folder / name, foreign.pack(parts), record)
+        return _bundle(folder / name)
+    return _commit_split(folder, iteration, parts, info)
 
 
-def _read_record(path: Path) -> dict:
-    """A commit record that can be trusted. Raises CheckpointError."""
+def _commit_split(folder: Path, iteration: int, parts: Mapping[str, Any], info: Mapping[str, Any]) -> CheckpointSet:
+    """All files under temporary names, then renamed; the record last."""
+    # The state is renamed first: without a record it marks a set as begun by us, not left by KAIR.
+    names = {label: f"{iteration}_{label}.pth" for label in sorted(parts, key=lambda label: label != "state")}
+    path = folder / f"{iteration}.json"
+    temporary = {folder / name: folder / f"{name}.tmp" for name in (*names.values(), path.name)}
+    renamed: list[Path] = []
     try:
-        record = json.loads(path.read_bytes())
-        files, iteration = record["files"], record["iteration"]
-        if record["seal"] != _seal(record):
-            raise ValueError("checksum differs")
-        for name in files:  # a record must not lead out of its folder or to another iteration's files
+        files = {name: write_durably(folder / f"{name}.tmp", parts[label], {"iteration": iteration, "part": label})
+                 for label, name in names.items()}
+        record = {"version": VERSION, **info, "files": files}
+        write_durably(temporary[path], signed(record, indent=1))
+        sync_folder(folder)
+        if path.exists():  # a set of the same iteration gives way as a whole
+            put_away(folder, only=iteration)
+        for final, written in temporary.items():
+            if final == path:
+                sync_folder(folder)  # the files are there before what speaks for them
+            renamed.append(final)
+            os.replace(written, final)
+        sync_folder(folder)
+    except BaseException:
+        for leftover in (*reversed(renamed), *temporary.values()):  # the record first
+            with contextlib.suppress(OSError):
+                leftover.unlink(missing_ok=True)
+        raise
+    return CheckpointSet(folder, iteration, {label: folder / name for label, name in names.items()}, record)
+
+
+def _bundle(path: Path, names: tuple[Path, ...] = ()) -> CheckpointSet | None:
+    """A file of ours as a set, or None when it is none. Raises CheckpointError for a damaged seal."""
+    seal = read_seal(path)
+    return CheckpointSet(path.parent, seal["iteration"], {"bundle": path}, seal, names or (path,)) \
+        if seal and "parts" in seal else None
+
+
+def _split(path: Path) -> CheckpointSet:
+    """The set of a commit record that can be trusted. Raises CheckpointError."""
+    try:
+        record = unsigned(path.read_bytes())
+        iteration, files = record["iteration"], {}
+        for name in record["files"]:  # a record must not lead out of its folder or to another iteration's files
             match = MEMBER.fullmatch(name)
             if not match or int(match[1]) != iteration or (path.parent / name).is_symlink():
                 raise ValueError(f"it names {name!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            files[match[2]] = path.parent / name
+        if (match := RECORD.fullmatch(path.name)) and int(match[1]) != iteration:
+            raise ValueError(f"it speaks for {iteration}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path.name}: the commit record is damaged ({error})") from None
-    return record
+    return CheckpointSet(path.parent, iteration, files, record)
 
 
-def commit(folder: Path | str, iteration: int, parts: Mapping[str, Any], **info: Any) -> CheckpointSet:
-    """Write the parts of an iteration and make them exist at once, by the rename of their record.
-
-    Args: parts: label -> what `torch.save` writes. info: plain values kept in the record.
-    Raises: OSError or RuntimeError when the disk refuses; then nothing of the set is left.
-    """
-    folder = Path(folder)
-    # The state is renamed first: without a record it marks a set as begun by us, not left by KAIR.
-    names = {label: f"{iteration}_{label}.pth" for label in sorted(parts, key=lambda label: label != "state")}
-    record_path = folder / f"{iteration}.json"
-    temporary = {name: folder / f"{name}.tmp" for name in (*names.values(), record_path.name)}
-    try:
-        files = {name: write_durably(temporary[name], lambda file, part=parts[label]: torch.save(part, file))
-                 for label, name in names.items()}
-        record = {"version": VERSION, "iteration": iteration, "timestamp": timestamp(), **info, "files": files}
-        record["seal"] = _seal(record)
-        text = json.dumps(record, indent=1).encode()
-        write_durably(temporary[record_path.name], lambda file: file.write(text))
-        record_path.unlink(missing_ok=True)  # of a set with the same number, which is replaced as a whole
-        sync_folder(folder)
-        for name in names.values():
-            os.replace(temporary[name], folder / name)
-        sync_folder(folder)
-        os.replace(temporary[record_path.name], record_path)
-        sync_folder(folder)
-    except BaseException:
-        for path in temporary.values():
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-        raise
-    return CheckpointSet(folder, iteration, tuple(names), record)
+# ---------------------------------------------------------------- finding
 
 
 def find_sets(folder: Path | str, report: Report | None = None) -> list[CheckpointSet]:
-    """The sets in a folder, oldest first: committed ones and KAIR's, unverified. Damaged records are reported."""
-    folder, labels, records = Path(folder), {}, {}
+    """The sets in a folder, oldest first: ours, of either layout, and KAIR's, unverified. Bad records are reported."""
+    report, sets = report or (lambda line: None), []
+    members, records, singles = _scan(Path(folder))
+    for path in records.values():
+        try:
+            sets.append(_split(path))
+        except CheckpointError as error:
+            report(str(error))
+    for iteration, files in members.items():
+        if iteration not in records and "state" not in files and "G" in files:
+            sets.append(CheckpointSet(Path(folder), iteration, files))
+    for names in singles:
+        try:
+            found = _bundle(names[0], names)
+        except CheckpointError as error:
+            report(str(error).removeprefix(f"{folder}/"))
+            continue
+        if found:
+            own = tuple(sorted(names, key=lambda path: path.name != found.record["name"]))
+            if own[0].name != found.record["name"] and _alike(own[0].name, found.record["name"]):
+                report(f"{own[0].name}: holds what was committed as {found.record['name']}")
+            else:
+                sets.append(replace(found, files={"bundle": own[0]}, names=own))
+    return sorted(sets, key=lambda found: found.iteration)
+
+
+def _alike(a: str, b: str) -> bool:
+    """Whether two names differ in their numbers only: then the file is another's copy, not itself."""
+    return re.sub(r"\d+", "#", a) == re.sub(r"\d+", "#", b)
+
+
+def _scan(folder: Path) -> tuple[dict[int, dict[str, Path]], dict[int, Path], list[tuple[Path, ...]]]:
+    """Files that may be checkpoints, by name: members by iteration and label, records, groups of linked others."""
+    members: dict[int, dict[str, Path]] = {}
+    records: dict[int, Path] = {}
+    singles: dict[tuple[int, int], list[Path]] = {}
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        for entry in os.scandir(folder):
-            if (match := MEMBER.fullmatch(entry.name)) and entry.is_file():
-                labels.setdefault(int(match[1]), set()).add(match[2])
-            elif (match := RECORD.fullmatch(entry.name)) and entry.is_file():
-                records[int(match[1])] = folder / entry.name
-    sets = []
-    for iteration in sorted(labels.keys() | records.keys()):
-        if path := records.get(iteration):
-            try:
-                record = _read_record(path)
-            except CheckpointError as error:
-                if report:
-                    report(str(error))
+        for path in sorted(folder.iterdir()):
+            if not path.is_file():
                 continue
-            found = tuple(MEMBER.fullmatch(name)[2] for name in record["files"])
-            sets.append(CheckpointSet(folder, iteration, found, record))
-        elif "state" not in labels[iteration] and "G" in labels[iteration]:
-            sets.append(CheckpointSet(folder, iteration, tuple(sorted(labels[iteration]))))
-    return sets
+            if match := MEMBER.fullmatch(path.name):
+                members.setdefault(int(match[1]), {})[match[2]] = path
+            elif match := RECORD.fullmatch(path.name):
+                records[int(match[1])] = path
+            elif path.suffix in SUFFIXES:
+                facts = path.stat()
+                singles.setdefault((facts.st_dev, facts.st_ino), []).append(path)
+    return members, records, [tuple(names) for names in singles.values()]
 
 
 def has_traces(folder: Path | str) -> bool:
     """Whether anything in the folder looks like a checkpoint, good or not."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return any(RECORD.fullmatch(name) for name in os.listdir(folder)) or bool(find_sets(folder))
-    return False
+    bad: list[str] = []
+    return bool(find_sets(folder, bad.append) or bad or _find_foreign(Path(folder)))
+
+
+def _find_foreign(folder: Path) -> list[CheckpointSet]:
+    """Single files of others that hold a training state, oldest first; known by their names before they are read."""
+    found = []
+    for (path, *_) in _scan(folder)[2]:
+        with contextlib.suppress(CheckpointError):
+            if foreign.TRAINING.search(path.name) and read_seal(path) is None:
+                state = foreign.unpack(load_file(path), path).get("state")
+                if state:
+                    found.append((state.get("iteration") or 0, state.get("epoch") or 0, path.stat().st_mtime, path))
+    return [CheckpointSet(folder, iteration or None, {"bundle": path}) for iteration, _, _, path in sorted(found)]
 
 
 def find_newest(folder: Path | str, report: Report | None = None) -> CheckpointSet | None:
@@ -292,12 +295,12 @@ def find_newest(folder: Path | str, report: Report | None = None) -> CheckpointS
     all of them is used, and the difference is reported.
     """
     report = report or (lambda line: None)
-    sets = find_sets(folder, report)
-    foreign = [s for s in sets if not s.committed]
-    everything = set().union(*(s.labels for s in foreign)) if foreign else set()
+    sets = find_sets(folder, report) or _find_foreign(Path(folder))
+    kairs = [s for s in sets if not s.committed and not s.bundled]
+    everything = set().union(*(s.labels for s in kairs)) if kairs else set()
     for candidate in reversed(sets):
-        if not candidate.committed and set(candidate.labels) != everything:
-            complete = [s.iteration for s in foreign if set(s.labels) == everything]
+        if candidate in kairs and set(candidate.labels) != everything:
+            complete = [s.iteration for s in kairs if set(s.labels) == everything]
             if complete:
                 report(f"{candidate.iteration}: only {', '.join(candidate.labels)} of this iteration; "
                        f"{', '.join(sorted(everything))} are together at {max(complete)}")
@@ -317,13 +320,13 @@ def find_last_checkpoint(save_dir, net_type: str = "G", pretrained_path: str | N
     match are ignored, uncommitted and damaged sets are skipped.
     """
     for candidate in reversed(find_sets(save_dir)):
-        if net_type in candidate.labels and not candidate.fault():
-            return candidate.iteration, str(candidate.path(net_type))
+        if net_type in candidate.files and not candidate.fault():
+            return candidate.iteration, str(candidate.files[net_type])
     return 0, pretrained_path
 
 
 def locate(path: Path | str, report: Report | None = None) -> CheckpointSet:
-    """The set that a user names by a folder, a commit record, or a member other than an optimizer.
+    """The set that a user names by a folder, a commit record, a bundle, or a member other than an optimizer.
 
     Raises: CheckpointError in one line, also for a damaged set: what was named is never replaced silently.
     """
@@ -335,48 +338,72 @@ def locate(path: Path | str, report: Report | None = None) -> CheckpointSet:
         raise CheckpointError(f"{path}: no usable checkpoint in this folder")
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint; give a file, a commit record or a folder")
-    member, record = MEMBER.fullmatch(path.name), RECORD.fullmatch(path.name)
-    if member and member[2].startswith("optimizer"):
-        raise CheckpointError(f"{path}: is an optimizer's state; to resume, name its set: {member[1]}_G.pth beside it")
-    if not (member or record):
-        if path.suffix == ".json":
-            raise CheckpointError(f"{path}: is no commit record; one is named like 500.json")
-        payload = load_file(path)
-        weights_in(payload, path)  # an optimizer or rubbish is named as such
-        raise CheckpointError(f"{path}: holds weights only, no iteration; start from them with --init-from {path}")
-    if member and path.stat().st_size == 0:
+    if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: is empty, its writer was interrupted; name another checkpoint")
-    iteration = int((member or record)[1])
-    for candidate in find_sets(path.parent, report):
-        if candidate.iteration == iteration and (record or member[2] in candidate.labels):
-            if fault := candidate.fault():
-                raise CheckpointError(f"{path.parent}: checkpoint {iteration} is damaged: {fault}")
-            return candidate
-    raise CheckpointError(f"{path}: belongs to no complete checkpoint (there is no good {iteration}.json beside it)")
+    found = _located_record(path) if path.suffix == ".json" else _located_file(path)
+    if fault := found.fault():
+        raise CheckpointError(f"{path.parent}: checkpoint {found.iteration} is damaged: {fault}")
+    return found
+
+
+def _located_record(path: Path) -> CheckpointSet:
+    try:
+        return _split(path)
+    except CheckpointError:
+        if RECORD.fullmatch(path.name):
+            raise
+        raise CheckpointError(f"{path}: is no commit record; one is named like 500.json") from None
+
+
+def _located_file(path: Path) -> CheckpointSet:
+    """The set of a member, or a bundle, ours or of others."""
+    if member := MEMBER.fullmatch(path.name):
+        if member[2].startswith("optimizer"):
+            raise CheckpointError(f"{path}: is an optimizer's state; to resume, name its set: {member[1]}_G.pth "
+                                  "beside it")
+        bad: list[str] = []
+        for candidate in find_sets(path.parent, bad.append):
+            if candidate.files.get(member[2]) == path:
+                return candidate
+        bad = [line for line in bad if line.startswith(f"{member[1]}.json")]
+        reason = bad[0] if bad else f"there is no {member[1]}.json beside it"
+        raise CheckpointError(f"{path}: belongs to no complete checkpoint ({reason})")
+    if found := _bundle(path):
+        return found
+    payload = load_file(path)
+    if state := foreign.unpack(payload, path).get("state"):
+        return CheckpointSet(path.parent, state.get("iteration"), {"bundle": path})
+    weights_in(payload, path)  # an optimizer or rubbish is named as such
+    raise CheckpointError(f"{path}: holds weights only, no iteration; start from them with --init-from {path}")
 
 
 # ---------------------------------------------------------------- keeping and putting away
 
 
 def remove(old: CheckpointSet) -> None:
-    """Delete a set: its record first, so that it is gone at once; its state last, so that the rest stays known."""
-    old.record_path.unlink(missing_ok=True)
+    """Delete a set: its record first, so that it is gone at once; its state last, so that the rest stays known.
+
+    Of a bundle only the name that it was committed under goes: links to it, as best, stay.
+    """
+    if old.bundled:
+        (old.folder / old.record["name"]).unlink(missing_ok=True)
+        return
+    (old.folder / f"{old.iteration}.json").unlink(missing_ok=True)
     sync_folder(old.folder)
-    for label in sorted(old.labels, key=lambda label: label == "state"):
-        old.path(label).unlink(missing_ok=True)
+    for label in sorted(old.files, key=lambda label: label == "state"):
+        old.files[label].unlink(missing_ok=True)
 
 
 def clean(folder: Path | str) -> None:
     """Remove what an interrupted save left: temporary files, and members that no record speaks for."""
     folder = Path(folder)
     for path in folder.glob("*.tmp"):
-        if MEMBER.fullmatch(path.stem) or RECORD.fullmatch(path.stem):
+        if path.stem.endswith((*SUFFIXES, ".json")):
             path.unlink(missing_ok=True)
-    for path in folder.glob("*_state.pth"):
-        match = MEMBER.fullmatch(path.name)
-        if match and not (folder / f"{match[1]}.json").exists():
-            labels = [m[2] for p in folder.glob(f"{match[1]}_*.pth") if (m := MEMBER.fullmatch(p.name))]
-            remove(CheckpointSet(folder, int(match[1]), tuple(labels)))
+    members, records, _ = _scan(folder)
+    for iteration, files in members.items():
+        if "state" in files and iteration not in records:
+            remove(CheckpointSet(folder, iteration, files))
 
 
 def prune(folder: Path | str, keep_last_n: int | None, best: int | None = None) -> None:
@@ -386,25 +413,42 @@ def prune(folder: Path | str, keep_last_n: int | None, best: int | None = None) 
     regular = [s for s in sets if s.record.get("reason") != "interrupted"]
     kept = regular[-keep_last_n:] if keep_last_n else regular
     for old in sets:
-        if old not in kept and old not in newest and old.iteration != best:
+        linked = len(old.names) > 1  # a bundle that is also best or latest outlives its own name
+        if old not in kept and old not in newest and (old.iteration != best or linked):
             remove(old)
 
 
-def put_away(folder: Path | str, after: int = -1) -> Path | None:
-    """Move what is newer than an iteration into a dated folder beside it. Returns that folder, if any."""
+def put_away(folder: Path | str, after: int = -1, only: int | None = None) -> Path | None:
+    """Move what is newer than an iteration (or `only` one) into a dated folder beside it. Returns that, if any."""
     folder = Path(folder)
-    newer = [p for p in sorted(folder.iterdir()) if (m := MEMBER.fullmatch(p.name) or RECORD.fullmatch(p.name))
-             and int(m[1]) > after] if folder.is_dir() else []
-    if not newer:
+    members, records, singles = _scan(folder)
+    wanted = (lambda iteration: iteration == only) if only is not None else (lambda iteration: iteration > after)
+    moved = [path for iteration, files in members.items() if wanted(iteration) for path in files.values()]
+    moved += [path for names in singles for path in names if wanted(_iteration_of(path))]
+    moved += [path for iteration, path in records.items() if wanted(iteration)]
+    if not moved:
         return None
     archive = unused_name(folder.parent / f"{folder.name}_{time.strftime('%Y%m%d_%H%M%S')}")
     archive.mkdir()
     # Records go last: a set that is half moved stays whole in neither place, but none is lost; a rerun moves the rest.
-    for path in sorted(newer, key=lambda p: p.suffix == ".json"):
+    for path in moved:
         os.replace(path, archive / path.name)
     sync_folder(archive)
     sync_folder(folder)
+    for name in ("latest.json", "best.json"):  # links to records that are gone
+        with contextlib.suppress(OSError, CheckpointError):
+            if not (folder / f"{_split(folder / name).iteration}.json").exists():
+                (folder / name).unlink()
     return archive
+
+
+def _iteration_of(path: Path) -> int:
+    """Of a bundle; a damaged one and one of others count as newer than anything."""
+    with contextlib.suppress(CheckpointError):
+        seal = read_seal(path)
+        if seal and "parts" in seal:
+            return seal["iteration"]
+    return sys.maxsize
 
 
 def unused_name(path: Path) -> Path:
@@ -416,11 +460,143 @@ def unused_name(path: Path) -> Path:
     return candidate
 
 
+# ---------------------------------------------------------------- one run's checkpoints
+
+
+class Snapshot:
+    """A copy of a nested state in host memory; the buffers are made once and used again."""
+
+    def __init__(self):
+        self.buffers: dict[tuple, torch.Tensor] = {}  # by the path of keys that leads to the tensor
+
+    def take(self, tree: Any) -> Any:
+        """The copy; the one taken before is overwritten."""
+        copied = self._copy(tree, ())
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        return copied
+
+    def _copy(self, tree: Any, path: tuple) -> Any:
+        if isinstance(tree, torch.Tensor):
+            buffer = self.buffers.get(path)
+            if buffer is None or buffer.shape != tree.shape or buffer.dtype != tree.dtype:
+                buffer = self.buffers[path] = torch.empty_like(
+                    tree, device="cpu", memory_format=torch.contiguous_format, pin_memory=tree.is_cuda)
+            return buffer.copy_(tree.detach(), non_blocking=True)
+        if isinstance(tree, Mapping):
+            return {key: self._copy(value, (*path, key)) for key, value in tree.items()}
+        if isinstance(tree, (list, tuple)):
+            return [self._copy(value, (*path, i)) for i, value in enumerate(tree)]
+        return tree
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What became of a save."""
+
+    found: CheckpointSet
+    seconds: float  # from the snapshot to the commit
+    waited: float  # of these, how long training stood still
+
+
+class Saver:
+    """Commits a run's checkpoints in order, here or on a thread, links latest and best, keeps what is to be kept.
+
+    Args:
+        folder: where they lie. layout: how they are called. keep_last_n: how many stay; None: all.
+        background: write on a thread, from a snapshot; training goes on meanwhile.
+    """
+
+    def __init__(self, folder: Path, layout: Layout = Layout(), keep_last_n: int | None = None,
+                 background: bool = False):
+        self.folder, self.layout, self.keep_last_n, self.background = Path(folder), layout, keep_last_n, background
+        self.snapshot, self.thread = Snapshot(), None
+        self.outcome: Saved | BaseException | None = None
+
+    def save(self, iteration: int, parts: Mapping[str, Any], best: int | None = None, **info: Any) -> None:
+        """Commit a set. What becomes of it, `poll` says; when not in background, what it meets is raised here.
+
+        Args: best: iteration of the best set so far. info: see `commit`.
+        """
+        assert self.thread is None and self.outcome is None, "wait for the save before and poll it"
+        began = time.monotonic()
+        if not self.background:
+            self._commit(iteration, to_cpu(parts), best, info, began)
+            return
+        copied = self.snapshot.take(parts)
+        self.waited = time.monotonic() - began
+        self.thread = threading.Thread(target=self._in_background, args=(iteration, copied, best, info, began))
+        self.thread.start()
+
+    def _in_background(self, *arguments: Any) -> None:
+        try:
+            self._commit(*arguments)
+        except BaseException as error:  # handed to the training thread by `poll`
+            self.outcome = error
+
+    def _commit(self, iteration: int, parts: Mapping[str, Any], best: int | None, info: Mapping[str, Any],
+                began: float) -> None:
+        found = commit(self.folder, iteration, parts, self.layout, **info)
+        if info.get("reason") != "interrupted" and (name := self.layout.link_name("latest")):
+            link(found.path, self.folder / name)
+        if best == iteration:
+            self.mark_best(found)
+        prune(self.folder, self.keep_last_n, best)
+        seconds = time.monotonic() - began
+        self.outcome = Saved(found, seconds, self.waited if self.background else seconds)
+
+    def relink(self, best: int | None) -> None:
+        """Make latest and best name what they should, after a kill between a commit and its links, or a rewind."""
+        sets = [found for found in find_sets(self.folder) if found.committed]
+        regular = [found for found in sets if found.record.get("reason") != "interrupted"]
+        if regular and (name := self.layout.link_name("latest")):
+            link(regular[-1].path, self.folder / name)
+        for found in sets:
+            if found.iteration == best:
+                self.mark_best(found)
+
+    def mark_best(self, found: CheckpointSet) -> None:
+        if name := self.layout.link_name("best"):
+            link(found.path, self.folder / name)
+
+    def poll(self) -> Saved | None:
+        """What ended since the last look; raises the error that a save met. Costs nothing when there is none."""
+        if self.outcome is None or (self.thread and self.thread.is_alive()):
+            return None
+        outcome, self.outcome, self.thread = self.outcome, None, None
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    def wait(self) -> None:
+        """Until the save under way has ended."""
+        if self.thread:
+            self.thread.join()
+
+
+def to_cpu(tree: Any) -> Any:
+    """A nested state with every tensor on the CPU; containers are new, CPU tensors are the same."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().cpu()
+    if isinstance(tree, Mapping):
+        return {key: to_cpu(value) for key, value in tree.items()}
+    return [to_cpu(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+def num_bytes(tree: Any) -> int:
+    """How large a nested state becomes on the disk, a little too much rather than too little."""
+    if isinstance(tree, torch.Tensor):
+        return tree.numel() * tree.element_size() + 512
+    if isinstance(tree, Mapping):
+        tree = [*tree.keys(), *tree.values()]
+    return sum(num_bytes(value) for value in tree) + 64 if isinstance(tree, (list, tuple)) else 64
+
+
 # ---------------------------------------------------------------- what else makes the next step
 
 
 def rng_state() -> dict[str, Any]:
-    """State of every global generator, as tensors and plain types."""
+    """State of every global generator of this process, as tensors and plain types."""
     version, internal, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
     state = {"python": [version, list(internal), gauss],

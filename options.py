@@ -46,9 +46,16 @@ class Path:
 
 @dataclass
 class Checkpoint:
-    layout: Literal["split"] = "split"  # {iter}_G.pth and its companions
-    keep_last_n: int | None = None  # how many to keep; null keeps all
+    layout: Literal["split", "bundle"] = "split"  # split: {iter}_G.pth and its companions; bundle: one file
+    name: str | None = "epoch_{epoch:04d}.pt"  # of bundles; fields: epoch, iter; null: only the latest is kept
+    latest: str | None = "latest.pt"  # names of hard links; in the split layout latest.json and best.json, to records
+    best: str | None = "best.pt"
+    interrupted: str = "interrupted.pt"  # one slot, which the next regular save removes
+    keep_last_n: int | None = None  # how many to keep; null keeps all; never the best or the newest are dropped
+    best_metric: str | None = None  # a column of test.csv, or its end ("psnr"); null: what the model says
+    best_mode: Literal["max", "min"] | None = None
     on_save_error: Literal["stop", "warn"] = "stop"  # warn: go on and try again at the next interval
+    background: Literal["auto"] | bool = field(default="auto", metadata={"key": "async"})  # auto: with CUDA
 
 
 @dataclass
@@ -225,7 +232,7 @@ def schema_of(component: Callable) -> Schema:
     """What a dataclass or a class's constructor can be given by keyword."""
     if is_dataclass(component):
         hints = typing.get_type_hints(component)
-        return {f.name: (hints[f.name], default_of(f)) for f in fields(component)}
+        return {f.metadata.get("key", f.name): (hints[f.name], default_of(f)) for f in fields(component)}
     hints = typing.get_type_hints(component.__init__)
     parameters = list(inspect.signature(component.__init__).parameters.values())[1:]
     return {p.name: (hints.get(p.name, Any), p.default) for p in parameters if p.kind is not p.VAR_KEYWORD}

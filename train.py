@@ -19,10 +19,11 @@ import torch
 
 import checkpoint
 import options
-from checkpoint import CheckpointError, CheckpointSet
+from checkpoint import CheckpointError, CheckpointSet, Layout, Saver
 from data import DATASETS
 from data.loader import STOP_SIGNALS, endless, one_by_one
 from data.sampler import EndlessBatches
+from durable import FolderLock
 from log import Pace, RunLog, duration, number, save_pictures
 from models import MODELS
 
@@ -93,7 +94,8 @@ class Run:
     def __init__(self, opt: options.Section, log: RunLog):
         self.opt, self.log = opt, log
         self.iteration = self.started_at = 0
-        self.saved_at, self.history = None, []
+        self.saved_at: int | None = None  # iteration of the last save
+        self.history: list[dict[str, Any]] = []  # metrics of every validation
         self.pending: list[tuple[int, dict[str, torch.Tensor]]] = []  # losses not yet looked at
         self.train_set = options.build(DATASETS, opt["datasets"]["train"], "dataset_type")
         self.test_sets = {name: options.build(DATASETS, section, "dataset_type")
@@ -104,6 +106,35 @@ class Run:
             raise options.OptionError(str(error)) from error
         self.models = self.model.save_dir
         self.folder = self.models.parent
+        self.best_metric = self.choose_metric()
+        keep = opt["checkpoint"]
+        background = opt["device"] != "cpu" if keep["async"] == "auto" else keep["async"]
+        try:
+            layout = Layout(keep["layout"], keep["name"], keep["latest"], keep["best"], keep["interrupted"])
+        except ValueError as error:
+            raise options.OptionError(f"{opt['opt_path']}: checkpoint: {error}") from None
+        self.saver = Saver(self.models, layout, keep["keep_last_n"], background)
+        self.lock: FolderLock | None = None
+        self.source: CheckpointSet | None = None  # what this launch goes on from, if it is this run's own
+
+    def choose_metric(self) -> tuple[str, str]:
+        """Name and mode ("max" or "min") of the test metric that says which checkpoint is the best."""
+        keep, (name, mode) = self.opt["checkpoint"], self.model.best_metric
+        if keep["best_metric"] not in (None, name) and keep["best_mode"] is None:
+            raise options.OptionError(f"{self.opt['opt_path']}: checkpoint.best_mode: missing; whether a larger or a "
+                                      f'smaller {keep["best_metric"]} is better: "max" or "min"')
+        return keep["best_metric"] or name, keep["best_mode"] or mode
+
+    def claim(self) -> None:
+        """Keep other processes out of the run's folder, once there is one."""
+        if self.lock is None and self.folder.is_dir():
+            self.lock = FolderLock(self.folder)
+
+    def close(self) -> None:
+        """End what is under way; the folder is free again."""
+        self.saver.wait()
+        if self.lock:
+            self.lock.close()
 
     # ------------------------------------------------ restore
 
@@ -130,14 +161,20 @@ class Run:
         opt, train = self.opt, self.opt["train"]
         parts = source.load() if source else None
         state = (parts or {}).get("state", {})
-        self.iteration = self.started_at = source.iteration if source else 0
-        self.history = state.get("history", [])
-        self.model.skipped = state.get("skipped", 0)
         loader = opt["datasets"]["train"]
-        size = loader["dataloader_batch_size"]
-        position = state.get("sampler_state") or {"epoch": self.iteration * size // len(self.train_set), "offset": 0}
+        length, size = len(self.train_set), loader["dataloader_batch_size"]
+        per_epoch = max(1, length // size)
+        self.iteration = source.iteration if source else 0
+        if self.iteration is None:  # others count epochs only
+            self.iteration = state["epoch"] * per_epoch
+        self.started_at = self.iteration
+        self.history = state.get("history", [])
+        position = state.get("sampler_state") or {"epoch": self.iteration // per_epoch, "offset": 0}
+        if position.get("length", length) != length:
+            self.log.line(f"data     {position['length']} -> {length} samples: the epoch is begun anew")
+            position = {"epoch": position["epoch"], "offset": 0}
         try:
-            self.batches = EndlessBatches(len(self.train_set), size, seed=train["manual_seed"],
+            self.batches = EndlessBatches(length, size, seed=train["manual_seed"],
                                           shuffle=loader["dataloader_shuffle"],
                                           position=(position["epoch"], position["offset"]))
         except ValueError as error:
@@ -148,14 +185,16 @@ class Run:
             raise options.OptionError(f"{opt['opt_path']}: train: total_iter (or total_epochs) must be >= 1")
         if init_from:
             opt["path"]["pretrained_netG"] = init_from
-        self.reports = self.model.init_train(parts)
-        self.banner(source, state)
+        self.reports = self.model.init_train(parts, str(source.path) if source else "")
+        self.model.load_extra_state(state)
+        self.banner(source, parts or {})
         # Restored last: nothing after this line may draw from a global generator but the training itself.
         if "rng_state" in state:
-            checkpoint.set_rng_state(state["rng_state"])
+            checkpoint.set_rng_state(state["rng_state"][0])
 
-    def banner(self, source: CheckpointSet | None, state: Mapping[str, Any]) -> None:
+    def banner(self, source: CheckpointSet | None, parts: Mapping[str, Any]) -> None:
         """What runs, on what data, restored from where, and what is different or absent."""
+        state = parts.get("state", {})
         say, opt, train = self.log.line, self.opt, self.opt["train"]
         names = ", ".join(f"{label} {self.model.describe_network(net).splitlines()[0]}"
                           for label, net in self.model.networks.items())
@@ -170,11 +209,12 @@ class Run:
         if source is None:
             say(f"start    at iteration 0 of {train['total_iter']}, learning rate {self.rate(0):.3g}")
             return
-        say(f"resume   from {source.record_path if source.committed else source.path('G')}: "
-            f"iteration {self.iteration} of {train['total_iter']}, epoch {self.batches.position[0]}, "
-            f"next learning rate {self.rate(self.iteration):.3g}")
+        say(f"resume   from {source.path}: iteration {self.iteration} of {train['total_iter']}, "
+            f"epoch {self.batches.position[0]}, next learning rate {self.rate(self.iteration):.3g}")
         wanted = [*self.model.networks, *self.model.optimizers, "state"]
-        if absent := [label for label in wanted if label not in source.labels]:
+        absent = [label for label in wanted if label not in parts]
+        absent += [name for name in ("rng_state", "sampler_state") if state and name not in state]
+        if absent:
             say(f"absent   {', '.join(absent)}: begun anew, so not bit for bit the run that was interrupted")
         then, now = state.get("environment", {}), checkpoint.environment()
         changed = [f"{key} {then[key]} -> {now[key]}" for key in now if key in then and then[key] != now[key]]
@@ -194,32 +234,74 @@ class Run:
         """`(epoch, offset)` in the data after the steps done so far."""
         return self.batches.after(self.iteration - self.started_at)
 
+    @property
+    def epochs_done(self) -> int:
+        epoch, offset = self.position
+        return epoch + (offset + self.batches.batch_size > self.batches.length)
+
+    def metric(self, row: Mapping[str, Any]) -> float | None:
+        """The metric that counts, in a row of the history."""
+        name = self.best_metric[0]
+        return next((value for key, value in row.items() if key == name or key.endswith(f".{name}")), None)
+
+    @property
+    def best(self) -> int | None:
+        """The iteration of the best validation so far."""
+        rows = [row for row in self.history if self.metric(row) is not None and math.isfinite(self.metric(row))]
+        choose = max if self.best_metric[1] == "max" else min
+        return choose(rows, key=self.metric)["iteration"] if rows else None
+
     def state(self) -> dict[str, Any]:
         """Everything but networks and optimizers that makes the next step."""
         epoch, offset = self.position
-        return {"version": checkpoint.VERSION, "iteration": self.iteration, "epoch": epoch,
-                "sampler_state": {"epoch": epoch, "offset": offset}, "rng_state": checkpoint.rng_state(),
-                "history": self.history, "skipped": self.model.skipped, "config": plain(self.opt),
-                "environment": checkpoint.environment(), "timestamp": checkpoint.timestamp()}
+        validated = self.history and self.history[-1]["iteration"] == self.iteration
+        return {"version": checkpoint.VERSION, "iteration": self.iteration, "epoch": self.epochs_done,
+                "sampler_state": {"epoch": epoch, "offset": offset, "length": len(self.train_set)},
+                "rng_state": [checkpoint.rng_state()], "history": self.history, "best": self.best,
+                "metric": self.metric(self.history[-1]) if validated else None,
+                "metadata": {"model": self.opt["model"], "stage": None},
+                "config": plain(self.opt), "environment": checkpoint.environment(),
+                "timestamp": checkpoint.timestamp(), **self.model.extra_state(self.iteration)}
 
     def save(self, reason: str = "regular") -> None:
         """Commit a checkpoint of this iteration, then drop what it supersedes."""
         if self.saved_at == self.iteration or self.iteration == 0:
             return
-        began = time.monotonic()
+        if self.save_due():
+            reason = "regular"
+        self.finish_save()
         self.check_finite()
+        state, self.saved_at = self.state(), self.iteration
         try:
-            self.model.save(self.iteration, self.state(), reason=reason, epoch=self.position[0],
-                            metric=self.history[-1] if self.history else None)
+            self.saver.save(self.iteration, {**self.model.parts(), "state": state}, best=state["best"], reason=reason,
+                            epoch=state["epoch"], metric=state["metric"])
         except (OSError, RuntimeError) as error:
-            problem = f"checkpoint {self.iteration} was not saved: {str(error).splitlines()[0]}"
-            if self.opt["checkpoint"]["on_save_error"] == "stop":
-                raise CheckpointError(f"{self.models}: {problem}; older checkpoints are intact") from None
-            self.log.line(f"warning  {problem}; the next interval tries again")
+            self.save_failed(error)
+        self.look_at_save()
+
+    def finish_save(self) -> None:
+        """Wait for the save under way and say what became of it."""
+        self.saver.wait()
+        self.look_at_save()
+
+    def look_at_save(self) -> None:
+        """Say what became of a save, once; between two steps this costs nothing."""
+        try:
+            saved = self.saver.poll()
+        except (OSError, RuntimeError) as error:
+            self.save_failed(error)
             return
-        self.saved_at = self.iteration
-        checkpoint.prune(self.models, self.opt["checkpoint"]["keep_last_n"])
-        self.log.line(f"saved    {self.models / f'{self.iteration}.json'} in {time.monotonic() - began:.1f} s")
+        if saved:
+            waited = f", {saved.waited:.2f} s of it waited for" if self.saver.background else ""
+            self.log.line(f"saved    {saved.found.path} in {saved.seconds:.1f} s{waited}")
+
+    def save_failed(self, error: Exception) -> None:
+        """A save that was refused: the run ends, or goes on without, as the options say. Older ones are intact."""
+        problem = f"checkpoint {self.saved_at} was not saved: {str(error).splitlines()[0]}"
+        if self.opt["checkpoint"]["on_save_error"] == "stop":
+            raise CheckpointError(f"{self.models}: {problem}; older checkpoints are intact") from None
+        self.saved_at = None
+        self.log.line(f"warning  {problem}; the next interval tries again")
 
     def check_finite(self) -> None:
         """Stop at a NaN or infinite loss. Looks at all steps since the last look: the device is waited for rarely."""
@@ -255,6 +337,10 @@ class Run:
             return self.batches.ends_epoch(self.iteration - self.started_at, epochs)
         return bool(every) and self.iteration % every == 0
 
+    def save_due(self) -> bool:
+        train = self.opt["train"]
+        return self.due(train["checkpoint_save"], train["save_interval"]) or self.iteration == train["total_iter"]
+
     def validation_due(self) -> bool:
         train = self.opt["train"]
         return bool(self.test_sets) and self.iteration > 0 and (
@@ -281,6 +367,10 @@ class Run:
         self.pace.paused += time.monotonic() - began
         self.history.append({"iteration": self.iteration, **means})
         self.log.row("test", self.history[-1])
+        if self.metric(self.history[-1]) is None:
+            self.save(reason="interrupted")
+            raise options.OptionError(f"{self.opt['opt_path']}: checkpoint.best_metric: {self.best_metric[0]!r} is no "
+                                      f"metric of this run; valid: {', '.join(means)}")
 
     def validate_clip(self, name: str, sample: Mapping[str, Any]) -> dict[str, float]:
         self.model.feed_data(sample)
@@ -295,11 +385,19 @@ class Run:
     def begin(self, resumed_from: CheckpointSet | None, fresh: bool) -> None:
         """Make the folder: nothing was created before everything was found to be valid."""
         self.models.mkdir(parents=True, exist_ok=True)
+        if self.lock is None:
+            self.claim()
+            if resumed_from is None and checkpoint.has_traces(self.models):
+                raise CheckpointError(f"{self.folder}: another process began this run just now; run the same command "
+                                      "again to go on from there")
         own = resumed_from is not None and resumed_from.folder.resolve() == self.models.resolve()
         archive = checkpoint.put_away(self.models, after=self.iteration if own else -1)
         if archive:
             self.log.line(f"archived {'all' if fresh else 'other' if not own else 'newer'} checkpoints: {archive}")
         checkpoint.clean(self.models)
+        if own:
+            self.source = resumed_from
+            self.saver.relink(self.best)  # what a kill or going back left undone
         self.log.open(self.folder / "log", self.iteration)
         record = self.folder / "options" / f"{Path(self.opt['opt_path']).stem}_{time.strftime('%y%m%d_%H%M%S')}.json"
         record.parent.mkdir(exist_ok=True)
@@ -312,6 +410,8 @@ class Run:
         """Steps until the run is finished or a signal asked to stop."""
         if self.validation_due() and self.iteration not in [row["iteration"] for row in self.history]:
             self.validate(stop)  # the interrupted run had not come to it
+            if self.best == self.iteration and self.saved_at == self.iteration:
+                self.saver.mark_best(self.source)
         samples = endless(self.train_set, self.batches, self.opt["datasets"]["train"]["dataloader_num_workers"],
                           pinned=self.opt["device"] != "cpu")
         with contextlib.closing(samples):
@@ -335,13 +435,16 @@ class Run:
                 if self.opt["device"] == "cpu":
                     self.check_finite()
             self.show_progress()
+            self.look_at_save()
             if self.due(train["checkpoint_print"], None):
                 self.check_finite()
                 self.record()
             if self.validation_due():
                 self.check_finite()
                 self.validate(stop)
-            if self.due(train["checkpoint_save"], train["save_interval"]) or self.iteration == total:
+                if self.best == self.iteration:
+                    self.save(reason="best")
+            if self.save_due():
                 self.save()
 
 
@@ -357,10 +460,11 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
     """
     prepare_machine(opt)
     log = RunLog()
-    with contextlib.closing(log), StopRequest() as stop:
+    with contextlib.closing(log), StopRequest() as stop, contextlib.ExitStack() as stack:
         for notice in notices:
             log.line(f"note     {notice}")
-        run = Run(opt, log)
+        run = stack.enter_context(contextlib.closing(Run(opt, log)))
+        run.claim()
         source = run.find_source(resume, init_from, fresh)
         run.restore(source, init_from)
         if source and run.iteration >= opt["train"]["total_iter"] and not resume:
@@ -371,9 +475,11 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
         run.loop(stop)
         if stop.signal and run.iteration < opt["train"]["total_iter"]:
             run.save(reason="interrupted")
+            run.finish_save()
             log.line(f"stopped  by {stop.signal.name} after iteration {run.iteration}; go on with: {command}")
             return stop.exit_code
-        log.line(f"finished {opt['train']['total_iter']} iterations; {run.models / f'{run.iteration}_G.pth'}")
+        run.finish_save()
+        log.line(f"finished {opt['train']['total_iter']} iterations in {run.folder}")
         return 0
 
 

@@ -37,6 +37,8 @@ class ModelBase:
         eval_interval: int | None = None
         manual_seed: int = 0  # fixed, so that a run killed before its first checkpoint is repeated as it was
         on_nan: Literal["stop", "skip"] = "stop"  # skip: leave such a step out and count it
+        amp: Literal["bf16", "fp16"] | None = None  # forward passes in half precision; weights and loss stay in float32
+        accumulate: int = 1  # work through a batch in this many parts: less memory, the same step but for rounding
 
     @dataclass
     class ValOptions:
@@ -54,11 +56,15 @@ class ModelBase:
         self.schedules: dict[str, Schedule] = {}
         self.log_dict: dict[str, Tensor] = OrderedDict()  # loss terms of the last step, still tensors
         self.skipped = 0  # steps left out because of train.on_nan
+        self.scaler = torch.amp.GradScaler(self.device.type) if self.opt_train["amp"] == "fp16" else None
 
     # ------------------------------------------------ a subclass says
 
-    def init_train(self, parts: Mapping[str, Any] | None = None) -> list[str]:
-        """Make ready to train, from the parts of a checkpoint or from `path.pretrained_*`. Returns report lines."""
+    def init_train(self, parts: Mapping[str, Any] | None = None, source: str = "checkpoint") -> list[str]:
+        """Make ready to train, from a checkpoint's parts or from `path.pretrained_*`. Returns report lines.
+
+        Args: source: where the parts come from, for messages.
+        """
         raise NotImplementedError
 
     def feed_data(self, data: Mapping[str, Any], need_H: bool = True) -> None:
@@ -77,6 +83,8 @@ class ModelBase:
     def pictures(self) -> list[Tensor]:
         """Of what `test` left: (C, H, W) images in [0, 1], shown side by side."""
         raise NotImplementedError
+
+    best_metric = "psnr", "max"  # which test metric says that a checkpoint is the best, and which way
 
     # ------------------------------------------------ networks
 
@@ -110,25 +118,33 @@ class ModelBase:
     # ------------------------------------------------ saving
 
     def parts(self) -> dict[str, Any]:
-        """State dicts of every network (bare, on the CPU) and optimizer, by label."""
-        states = {label: _to_cpu(self.get_bare_model(net).state_dict()) for label, net in self.networks.items()}
-        return states | {label: _to_cpu(optimizer.state_dict()) for label, optimizer in self.optimizers.items()}
+        """State dicts of every network (bare) and optimizer, by label, as they are: on their device, not copied."""
+        states = {label: self.get_bare_model(net).state_dict() for label, net in self.networks.items()}
+        return states | {label: optimizer.state_dict() for label, optimizer in self.optimizers.items()}
 
-    def save(self, iter_label: int, state: Mapping[str, Any] | None = None, **info: Any) -> None:
-        """Commit all parts of an iteration at once; `state` is what else makes the next step."""
-        parts = self.parts() | ({"state": state} if state else {})
-        os.makedirs(self.save_dir, exist_ok=True)
-        checkpoint.commit(self.save_dir, iter_label, parts, **info)
+    def extra_state(self, finished: int) -> dict[str, Any]:
+        """What else of the model makes the step after n finished ones, plain types and tensors; recipes add to it."""
+        rates = {label: [self.schedules[label](group["initial_lr"], finished) for group in optimizer.param_groups]
+                 for label, optimizer in self.optimizers.items()}  # for others: ours follow from the step
+        return {"skipped": self.skipped,
+                "scheduler_state_dict": {k: {"last_epoch": finished, "_last_lr": v} for k, v in rates.items()},
+                "scaler_state_dict": self.scaler.state_dict() if self.scaler else {}}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """The same back; what is absent stays as it is."""
+        self.skipped = state.get("skipped", 0)
+        if self.scaler and state.get("scaler_state_dict"):
+            self.scaler.load_state_dict(state["scaler_state_dict"])
 
     def save_network(self, save_dir: str, network: nn.Module, network_label: str, iter_label: int | str) -> None:
         """Write one network's weights as `{iter}_{label}.pth`."""
         path = os.path.join(save_dir, f"{iter_label}_{network_label}.pth")
-        checkpoint.save_file(path, _to_cpu(self.get_bare_model(network).state_dict()))
+        checkpoint.save_file(path, checkpoint.to_cpu(self.get_bare_model(network).state_dict()))
 
     def save_optimizer(self, save_dir: str, optimizer, optimizer_label: str, iter_label: int | str) -> None:
         """Write one optimizer's state as `{iter}_{label}.pth`."""
         path = os.path.join(save_dir, f"{iter_label}_{optimizer_label}.pth")
-        checkpoint.save_file(path, _to_cpu(optimizer.state_dict()))
+        checkpoint.save_file(path, checkpoint.to_cpu(optimizer.state_dict()))
 
     # ------------------------------------------------ loading
 
@@ -177,9 +193,38 @@ class ModelBase:
             raise checkpoint.CheckpointError(
                 f"{source}: parameter groups of {saved} tensors don't fit this optimizer's "
                 f"{[len(g['params']) for g in optimizer.param_groups]}; was it made with other options?")
+        numbers = [n for group in state["param_groups"] for n in group["params"]]
+        for number, parameter in zip(numbers, (p for group in optimizer.param_groups for p in group["params"])):
+            for name, value in state["state"].get(number, {}).items():
+                if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                    raise checkpoint.CheckpointError(f"{source}: {name} {tuple(value.shape)} does not fit a parameter "
+                                                     f"of {tuple(parameter.shape)}; was it made with other options?")
         optimizer.load_state_dict(state)
         for group, options in zip(optimizer.param_groups, chosen):
             group.update(options)  # what the user says now wins over what was saved
+
+    # ------------------------------------------------ a step
+
+    def autocast(self) -> torch.autocast:
+        """For forward passes: half precision as `train.amp` says."""
+        kind = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}[self.opt_train["amp"]]
+        return torch.autocast(self.device.type, dtype=kind, enabled=kind is not None)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a loss's gradients, scaled where fp16 needs it."""
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
+
+    def step(self, optimizer: torch.optim.Optimizer, clip: float | None = None) -> None:
+        """One optimizer step, the norm of its whole gradient cut to `clip`."""
+        if clip:
+            if self.scaler:
+                self.scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+        if self.scaler:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        else:
+            optimizer.step()
 
     # ------------------------------------------------ learning rate and log
 
@@ -208,15 +253,6 @@ class ModelBase:
     def current_log(self) -> dict[str, float]:
         """Loss terms of the last step as numbers: this waits for the device."""
         return {name: float(value) for name, value in self.log_dict.items()}
-
-
-def _to_cpu(tree: Any) -> Any:
-    """A nested state with every tensor on the CPU; containers are new, CPU tensors are the same."""
-    if isinstance(tree, Tensor):
-        return tree.detach().cpu()
-    if isinstance(tree, Mapping):
-        return {key: _to_cpu(value) for key, value in tree.items()}
-    return [_to_cpu(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
 
 
 def _some(keys: list[str], most: int = 3) -> str:

@@ -49,23 +49,23 @@ class ModelPlain(ModelBase):
         else:
             self.netE = None
 
-    def init_train(self, parts: Mapping[str, Any] | None = None) -> list[str]:
-        reports = self.load(parts)
+    def init_train(self, parts: Mapping[str, Any] | None = None, source: str = "checkpoint") -> list[str]:
+        reports = self.load(parts, source)
         self.netG.train()
         self.define_loss()
         self.define_optimizer()
-        self.load_optimizers(parts)
+        self.load_optimizers(parts, source)
         self.define_scheduler()
         return reports
 
     # ------------------------------------------------ before training
 
-    def load(self, parts: Mapping[str, Any] | None = None) -> list[str]:
+    def load(self, parts: Mapping[str, Any] | None = None, source: str = "checkpoint") -> list[str]:
         """Weights from a checkpoint's parts, or from `path.pretrained_*`. Returns a report line for each file."""
         if parts:
             for label, network in self.networks.items():
                 if label in parts:
-                    self.load_weights(network, parts[label], strict=True, source=f"checkpoint, {label}")
+                    self.load_weights(network, parts[label], strict=True, source=f"{source}: {label}")
             if self.netE is not None and "E" not in parts:
                 self.update_E(0)
             return []
@@ -80,10 +80,10 @@ class ModelPlain(ModelBase):
                 self.update_E(0)
         return reports
 
-    def load_optimizers(self, parts: Mapping[str, Any] | None = None) -> None:
+    def load_optimizers(self, parts: Mapping[str, Any] | None = None, source: str = "checkpoint") -> None:
         for label, optimizer in self.optimizers.items():
             if parts and label in parts:
-                self.load_optimizer_state(optimizer, parts[label], f"checkpoint, {label}")
+                self.load_optimizer_state(optimizer, parts[label], f"{source}: {label}")
 
     def define_loss(self) -> None:
         section = Section(G_lossfn_type=self.opt_train["G_lossfn_type"])
@@ -127,18 +127,24 @@ class ModelPlain(ModelBase):
         self.restored = self.netG(self.degraded)
 
     def optimize_parameters(self, current_step: int) -> None:
+        t, whole = self.opt_train, (self.degraded, self.target)
         self.G_optimizer.zero_grad(set_to_none=True)
-        self.netG_forward()
-        loss = self.opt_train["G_lossfn_weight"] * self.G_lossfn(self.restored, self.target)
-        self.log_dict["G_loss"] = loss.detach()
-        if self.unusable(loss):
-            return
-        loss.backward()
-        if self.opt_train["G_optimizer_clipgrad"]:
-            torch.nn.utils.clip_grad_norm_(self.netG.parameters(), self.opt_train["G_optimizer_clipgrad"])
-        self.G_optimizer.step()
-        if self.netE is not None:
-            self.update_E(self.opt_train["E_decay"])
+        losses = []
+        for self.degraded, self.target in zip(*(tensor.chunk(t["accumulate"]) for tensor in whole)):
+            with self.autocast():
+                self.netG_forward()
+            share = len(self.degraded) / len(whole[0])
+            loss = t["G_lossfn_weight"] * share * self.G_lossfn(self.restored.float(), self.target)
+            losses.append(loss.detach())
+            if self.unusable(loss):
+                break
+            self.backward(loss)
+        else:
+            self.step(self.G_optimizer, t["G_optimizer_clipgrad"])
+            if self.netE is not None:
+                self.update_E(t["E_decay"])
+        self.log_dict["G_loss"] = sum(losses)
+        self.degraded, self.target = whole
 
     # ------------------------------------------------ testing
 

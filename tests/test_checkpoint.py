@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import checkpoint
+import durable
 from checkpoint import CheckpointError, commit, find_last_checkpoint, find_newest, find_sets, locate
 
 
 def parts(value=0.0):
     return {"G": {"w": torch.full((64,), value), "b": torch.zeros(3)},
             "optimizerG": {"state": {0: {"exp_avg": torch.ones(64)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
-            "state": {"iteration": int(value), "list": [1, 2.5, None, "text"]}}
+            "state": {"version": checkpoint.VERSION, "iteration": int(value), "list": [1, 2.5, None, "text"]}}
 
 
 def flip(path, at=0.5):
@@ -183,10 +184,9 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, monkeypatch, label, zip
 @pytest.mark.parametrize("name", ["../7_G.pth", "/etc/7_G.pth", "8_G.pth", "7_G.pth/x", "7.json"])
 def test_a_record_that_leads_elsewhere_is_refused(tmp_path, name):
     commit(tmp_path, 7, parts(7))
-    record = json.loads((tmp_path / "7.json").read_text())
+    record = durable.unsigned((tmp_path / "7.json").read_bytes())
     record["files"][name] = record["files"].pop("7_G.pth")
-    record["seal"] = checkpoint._seal(record)
-    (tmp_path / "7.json").write_text(json.dumps(record))
+    (tmp_path / "7.json").write_bytes(durable.signed(record))
     said = []
     assert find_newest(tmp_path, said.append) is None and "it names" in said[0]
 

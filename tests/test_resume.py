@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,13 +22,12 @@ TOTAL = 6
 TIMES = ("timestamp", "config", "environment")  # what may differ between two runs that are otherwise equal
 
 
-@pytest.fixture
-def recipe(tmp_path):
-    """The default recipe, small: an option file whose run lies in `tmp_path/<name>`."""
+def recipe_in(folder):
+    """The default recipe, small: makes an option file whose run lies in `folder/<name>`."""
 
     def make(name="run", workers=0, train=None, **over):
         tree = {
-            "extends": str(ROOT / "options/train_vrt.json"), "task": name, "path": {"root": str(tmp_path)},
+            "extends": str(ROOT / "options/train_vrt.json"), "task": name, "path": {"root": str(folder)},
             "num_threads": 2,
             "datasets": {"train": {"gt_size": 64, "num_frame": 2, "dataloader_num_workers": workers,
                                    "generated": {"num_clips": 5}},  # epochs of 2 batches: a run crosses three of them
@@ -36,9 +36,14 @@ def recipe(tmp_path):
                      "deformable_groups": 2, "window_size": [2, 2, 2]},
             "train": {"total_iter": TOTAL, "checkpoint_save": 2, "checkpoint_test": 3, "checkpoint_print": 1,
                       "G_optimizer_clipgrad": 1.0, "E_decay": 0.9, **(train or {})}, **over}
-        return write_json(tmp_path / f"{name}.json", tree)
+        return write_json(folder / f"{name}.json", tree)
 
     return make
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return recipe_in(tmp_path)
 
 
 def run(*arguments):
@@ -73,17 +78,33 @@ def assert_equal_runs(a, b, iteration=TOTAL):
         assert (a / "log" / f"{table}.csv").read_text() == (b / "log" / f"{table}.csv").read_text()
 
 
+@pytest.fixture(scope="session")
+def never_stopped(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("never_stopped")
+    torch.set_num_threads(2)
+    assert run("-opt", recipe_in(folder)("straight")) == 0
+    return folder / "straight"
+
+
 @pytest.fixture
-def straight(recipe, tmp_path):
-    """The folder of a run that was never stopped."""
-    assert run("-opt", recipe("straight")) == 0
+def straight(recipe, tmp_path, never_stopped):
+    """The folder of a run that was never stopped, for this test alone."""
+    recipe("straight")
+    shutil.copytree(never_stopped, tmp_path / "straight")
+    for which in ("latest", "best"):  # hard links, which copying takes apart
+        link = tmp_path / "straight/models" / f"{which}.json"
+        iteration = checkpoint.locate(link).iteration
+        link.unlink()
+        os.link(link.with_name(f"{iteration}.json"), link)
     return tmp_path / "straight"
 
 
 def test_a_run_leaves_what_it_promises(straight):
     names = set(os.listdir(straight / "models"))
     assert {f"{n}_{part}.pth" for n in (2, 4, 6) for part in ("G", "E", "optimizerG", "state")} <= names
-    assert {"2.json", "4.json", "6.json"} <= names and len(names) == 15
+    assert {"2.json", "4.json", "6.json"} <= names and len(names) == 4 * 5 + 2
+    for link, iteration in (("latest", 6), ("best", 6)):  # 3 was the best before, and is kept
+        assert (straight / "models" / f"{link}.json").samefile(straight / "models" / f"{iteration}.json")
     with open(straight / "log" / "train.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(r["iteration"]) for r in rows] == [1, 2, 3, 4, 5, 6] and float(rows[0]["G_loss"]) > 0
@@ -211,7 +232,7 @@ def test_a_finished_run_says_so_and_goes_on_when_raised(recipe, straight, tmp_pa
 
 def test_epochs_count_for_total_and_intervals(recipe, tmp_path):
     assert run("-opt", recipe("epochs", train={"save_interval": 2, "eval_interval": 3}), "--epochs", 4) == 0
-    assert [s.iteration for s in checkpoint.find_sets(tmp_path / "epochs/models")] == [4, 8]
+    assert [s.iteration for s in checkpoint.find_sets(tmp_path / "epochs/models")] == [4, 6, 8]  # 6: the best
     with open(tmp_path / "epochs/log/test.csv", newline="") as file:
         assert [r["iteration"] for r in csv.DictReader(file)] == ["6", "8"]
 
@@ -220,7 +241,7 @@ def test_resume_to_an_older_one_archives_the_newer(recipe, straight, tmp_path, c
     kept = final(straight)
     assert run("-opt", tmp_path / "straight.json", "--resume", straight / "models/2_G.pth") == 0
     archives = list(straight.glob("models_*"))
-    assert len(archives) == 1 and [s.iteration for s in checkpoint.find_sets(archives[0])] == [4, 6]
+    assert len(archives) == 1 and [s.iteration for s in checkpoint.find_sets(archives[0])] == [3, 4, 6]
     assert differing(kept, final(straight)) == []
     assert "archived newer checkpoints" in capsys.readouterr().out
     with open(straight / "log" / "train.csv", newline="") as file:

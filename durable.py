@@ -1,0 +1,296 @@
+"""One file that is whole or absent: write to the disk, seal, verify, read without running code, lock a folder.
+
+Atomic on POSIX (DESIGN 4): temporary name in the same folder, write, fsync, rename, fsync of the folder.
+A torch file is a zip archive; ours carry a *seal* in the archive's comment, a JSON object with what the file is and
+the CRC-32 of everything before it (torch.load checks no CRC, measured: a flipped bit loads silently). Every other
+reader of zip or torch files skips the comment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pickle
+import re
+import shutil
+import socket
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+END = b"PK\x05\x06"  # signature of a zip archive's last record: 22 bytes, the last two say how long the comment is
+MARK = b'{"perdure": '
+CHUNK = 1 << 20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be read, trusted or written: one line that says which and why."""
+
+
+# ---------------------------------------------------------------- writing
+
+
+class _Counted:
+    """A binary file that remembers the size and CRC-32 of what went through it, and the last piece."""
+
+    def __init__(self, file, helper: ThreadPoolExecutor):
+        self.file, self.helper = file, helper
+        self.size = self.crc_before = 0
+        self.last = b""
+
+    @property
+    def crc32(self) -> int:
+        return zlib.crc32(self.last, self.crc_before)
+
+    def write(self, data) -> int:
+        self.crc_before = self.crc32
+        if len(data) > CHUNK:  # the checksum of a large tensor is taken while it is written
+            crc = self.helper.submit(zlib.crc32, data, self.crc_before)
+            self.file.write(data)
+            self.crc_before, self.last = crc.result(), b""
+        else:
+            self.file.write(data)
+            self.last = bytes(data)
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_durably(path: Path, payload: Any, about: Mapping[str, Any] | None = None) -> dict[str, int]:
+    """Create a file and force it to the disk; when that fails, there is none.
+
+    Args: payload: bytes, or what `torch.save` writes. about: of a torch file, plain values for its seal.
+    Returns: the file's size in bytes and CRC-32. Raises: OSError or RuntimeError, as the disk or torch says.
+    """
+    try:
+        with open(path, "wb", buffering=CHUNK) as file, ThreadPoolExecutor(1) as helper:
+            counted = _Counted(file, helper)
+            if isinstance(payload, bytes):
+                counted.write(payload)
+            else:
+                torch.save(payload, counted)
+                _seal(counted, about or {})
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise
+    return {"size": counted.size, "crc32": counted.crc32}
+
+
+def _seal(counted: _Counted, about: Mapping[str, Any]) -> None:
+    """Append the seal to a torch file just written: its length where the archive's end says 0, then the text."""
+    assert counted.last[-22:-18] == END and counted.last[-2:] == b"\0\0", "torch.save wrote no plain zip archive"
+    comment = signed({"perdure": 2, **about, "body": counted.size, "body_crc32": counted.crc32})
+    length = struct.pack("<H", len(comment))
+    counted.file.seek(-2, os.SEEK_CUR)
+    counted.file.write(length)
+    counted.last = counted.last[:-2] + length
+    counted.write(comment)
+
+
+def signed(facts: Mapping[str, Any], indent: int | None = None) -> bytes:
+    """Facts as JSON with a checksum of their own, so that a flipped bit in them is noticed as well."""
+    seal = zlib.crc32(json.dumps(facts, sort_keys=True).encode())
+    return json.dumps({**facts, "seal": seal}, indent=indent).encode()
+
+
+def unsigned(text: bytes) -> dict[str, Any]:
+    """The facts of `signed`. Raises ValueError when they are not what was written."""
+    facts = json.loads(text)
+    seal = facts.pop("seal", None) if isinstance(facts, dict) else None
+    if seal != zlib.crc32(json.dumps(facts, sort_keys=True).encode()):
+        raise ValueError("checksum differs")
+    return facts
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's entries (renames, links, removals) to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_file(path: Path | str, payload: Any, about: Mapping[str, Any] | None = None) -> dict[str, int]:
+    """Leave either the old file or the complete new one (see `write_durably`)."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    facts = write_durably(temporary, payload, about)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+    return facts
+
+
+def link(source: Path, target: Path) -> None:
+    """Make `target` another name of a file, replacing what it named before at once; a copy where links fail."""
+    if target.exists() and target.samefile(source):
+        return
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+    os.replace(temporary, target)
+    sync_folder(target.parent)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise OSError (ENOSPC) when the folder's disk has less room than `needed` bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"the disk of {folder} has {in_units(free)} free, {in_units(needed)} are needed")
+
+
+def in_units(size: float) -> str:
+    """Bytes for people: '512 B', '2.4 MB', '1.2 GB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_seal(path: Path) -> dict[str, Any] | None:
+    """What a torch file of ours says it is, or None for a file that others wrote. Raises CheckpointError if damaged.
+
+    Only the file's end is read: whether the rest is what was sealed, `find_fault` says.
+    """
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 22 - 0xFFFF))
+        tail = file.read()
+    end = tail.rfind(END)
+    comment = tail[end + 22 :] if end >= 0 else b""
+    if MARK not in tail and not comment:
+        return None
+    try:
+        facts = unsigned(comment)
+        if struct.unpack("<H", tail[end + 20 : end + 22])[0] != len(comment) or facts["body"] != size - len(comment):
+            raise ValueError("its size is another")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged (its seal: {error})") from None
+    return facts
+
+
+def find_fault(path: Path, facts: Mapping[str, int] | None = None) -> str | None:
+    """What is wrong with a torch file, or None.
+
+    Args: facts: size and CRC-32 that a commit record gives; None: the file's own seal counts, and for a file of
+    others the CRCs of the zip archive.
+    """
+    if not path.is_file():
+        return "is missing"
+    size = path.stat().st_size
+    if size == 0:
+        return "is empty"
+    try:
+        if facts:
+            if size != facts["size"]:
+                return f"has {size} bytes, was committed with {facts['size']}"
+            return None if _crc32(path, size) == facts["crc32"] else "damaged (checksum differs)"
+        if seal := read_seal(path):
+            crc = zlib.crc32(b"\0\0", _crc32(path, seal["body"] - 2))  # it was taken before the seal had a length
+            return None if crc == seal["body_crc32"] else "damaged (checksum differs)"
+        if zipfile.is_zipfile(path):
+            broken = zipfile.ZipFile(path).testzip()
+            return f"damaged (record {broken})" if broken else None
+        read_torch(path)
+    except (OSError, zipfile.BadZipFile, zlib.error, CheckpointError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return f"damaged ({reason.removeprefix(f'{path}: ')})"
+    return None
+
+
+def _crc32(path: Path, size: int) -> int:
+    """CRC-32 of a file's first `size` bytes."""
+    crc, buffer = 0, memoryview(bytearray(CHUNK))
+    with open(path, "rb", buffering=0) as file:
+        while size > 0 and (count := file.readinto(buffer[: min(size, CHUNK)])):
+            crc, size = zlib.crc32(buffer[:count], crc), size - count
+    return crc
+
+
+def load_file(path: Path | str) -> Any:
+    """Verify a torch file, then read it to the CPU, tensors and plain types only: code in it is never run.
+
+    Raises: CheckpointError in one line: missing, empty, truncated, damaged, not a torch file, or refused.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; name a .pth file in it")
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file")
+    if fault := find_fault(path):
+        hint = ", its writer was interrupted" if fault == "is empty" else ""
+        raise CheckpointError(f"{path}: {fault}{hint}; name another checkpoint")
+    return read_torch(path)
+
+
+def read_torch(path: Path) -> Any:
+    """Read a torch file that was found good. Raises CheckpointError in one line."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        blamed = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class|operand)[: ]+(?:GLOBAL )?(\S+)", str(error))
+        what = f"it asks for {blamed.group(1) or blamed.group(2)}" if blamed else "it is no plain torch file"
+        raise CheckpointError(f"{path}: refused: {what}; only tensors and plain values are read") from None
+    except Exception as error:  # torch's reader fails in many ways on bytes that nobody wrote on purpose
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: can't be read as a torch file: {reason}") from None
+
+
+# ---------------------------------------------------------------- one writer
+
+
+class FolderLock:
+    """One process at a time writes in a folder. The system frees the lock when its owner ends, however it ends.
+
+    A POSIX record lock: unlike flock's it is not inherited by data workers, which may outlive a killed parent.
+    Raises: CheckpointError naming the owner, or when the folder can't be written.
+    """
+
+    def __init__(self, folder: Path):
+        path = folder / ".lock"
+        try:
+            self.file = open(path, "a+", encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"{folder}: can't be written: {error.strerror}") from None
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.file.seek(0)
+            owner = self.file.read().strip() or "another process"
+            self.file.close()
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise CheckpointError(f"{folder}: {owner} is writing here; wait for it or stop it, or give this run "
+                                      "another task name") from None
+            return  # a file system without locks: nothing to be had
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+Report = Callable[[str], None]
