@@ -407,10 +407,13 @@ def clean(folder: Path | str) -> None:
 
 
 def prune(folder: Path | str, keep_last_n: int | None, best: int | None = None) -> None:
-    """After a commit: drop interrupted saves that it supersedes, and all but the newest n. Never best or newest."""
+    """After a commit: drop what it supersedes, never best or newest.
+
+    That is all but the newest n regular sets, and those that were saved only as interrupted or best, and aren't now.
+    """
     sets = [s for s in find_sets(folder) if s.committed]
     newest = sets[-1:]
-    regular = [s for s in sets if s.record.get("reason") != "interrupted"]
+    regular = [s for s in sets if s.record.get("reason", "regular") == "regular"]
     kept = regular[-keep_last_n:] if keep_last_n else regular
     for old in sets:
         linked = len(old.names) > 1  # a bundle that is also best or latest outlives its own name
