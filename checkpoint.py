@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class CheckpointSet:
     iteration: int | None  # None: the file of others does not say
     files: Mapping[str, Path]  # by label; a bundle is one file, "bundle"
     record: Mapping | None = field(default=None, compare=False)
-    names: tuple[Path, ...] = field(default=(), compare=False)  # of a bundle: every hard link to it in the folder
+    names: tuple[Path, ...] = field(default=(), compare=False)  # of the record or bundle: every hard link to it there
     _checked: list = field(default_factory=list, compare=False, repr=False)
 
     @property
@@ -156,17 +156,19 @@ def commit(folder: Path | str, iteration: int, parts: Mapping[str, Any], layout:
     check_space(folder, num_bytes(parts))
     info = {"iteration": iteration, "timestamp": timestamp(), "epoch": 0, "reason": "regular", **info}
     if layout.kind == "bundle":
-        name = layout.file_name(iteration, info["epoch"], info["reason"])
-        record = {"name": name, "parts": sorted(parts), **info}
-        save_file(folder / name, foreign.pack(parts), record)
-        return _bundle(folder / name)
+        return save_bundle(folder / layout.file_name(iteration, info["epoch"], info["reason"]), parts, info)
     return _commit_split(folder, iteration, parts, info)
+
+
+def save_bundle(path: Path, parts: Mapping[str, Any], info: Mapping[str, Any]) -> CheckpointSet:
+    """One file with all parts; `info`, with the iteration, goes into its seal."""
+    save_file(path, foreign.pack(parts), {"name": path.name, "parts": sorted(parts), **info})
+    return _bundle(path)
 
 
 def _commit_split(folder: Path, iteration: int, parts: Mapping[str, Any], info: Mapping[str, Any]) -> CheckpointSet:
     """All files under temporary names, then renamed; the record last."""
-    # The state is renamed first: without a record it marks a set as begun by us, not left by KAIR.
-    names = {label: f"{iteration}_{label}.pth" for label in sorted(parts, key=lambda label: label != "state")}
+    names = {label: f"{iteration}_{label}.pth" for label in parts}
     path = folder / f"{iteration}.json"
     temporary = {folder / name: folder / f"{name}.tmp" for name in (*names.values(), path.name)}
     renamed: list[Path] = []
@@ -193,13 +195,18 @@ def _commit_split(folder: Path, iteration: int, parts: Mapping[str, Any], info: 
 
 
 def _bundle(path: Path, names: tuple[Path, ...] = ()) -> CheckpointSet | None:
-    """A file of ours as a set, or None when it is none. Raises CheckpointError for a damaged seal."""
+    """A file of ours as a set, or None when it is none. Raises CheckpointError for a damaged seal or another's file."""
     seal = read_seal(path)
-    return CheckpointSet(path.parent, seal["iteration"], {"bundle": path}, seal, names or (path,)) \
-        if seal and "parts" in seal else None
+    if not seal or "parts" not in seal:
+        return None
+    names = tuple(sorted(names or (path,), key=lambda name: name.name != seal["name"]))
+    path = names[0]  # what it was committed as, rather than a link to it
+    if path.name != seal["name"] and _alike(path.name, seal["name"]):
+        raise CheckpointError(f"{path}: holds what was committed as {seal['name']}")
+    return CheckpointSet(path.parent, seal["iteration"], {"bundle": path}, seal, names)
 
 
-def _split(path: Path) -> CheckpointSet:
+def _split(path: Path, names: tuple[Path, ...] = ()) -> CheckpointSet:
     """The set of a commit record that can be trusted. Raises CheckpointError."""
     try:
         record = unsigned(path.read_bytes())
@@ -213,7 +220,7 @@ def _split(path: Path) -> CheckpointSet:
             raise ValueError(f"it speaks for {iteration}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path.name}: the commit record is damaged ({error})") from None
-    return CheckpointSet(path.parent, iteration, files, record)
+    return CheckpointSet(path.parent, iteration, files, record, names or (path,))
 
 
 # ---------------------------------------------------------------- finding
@@ -223,27 +230,31 @@ def find_sets(folder: Path | str, report: Report | None = None) -> list[Checkpoi
     """The sets in a folder, oldest first: ours, of either layout, and KAIR's, unverified. Bad records are reported."""
     report, sets = report or (lambda line: None), []
     members, records, singles = _scan(Path(folder))
-    for path in records.values():
+    for names in records.values():
         try:
-            sets.append(_split(path))
+            sets.append(_split(names[0], names))
         except CheckpointError as error:
             report(str(error))
     for iteration, files in members.items():
-        if iteration not in records and "state" not in files and "G" in files:
+        if iteration not in records and "G" in files and not _is_ours(files):
             sets.append(CheckpointSet(Path(folder), iteration, files))
     for names in singles:
         try:
             found = _bundle(names[0], names)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             report(str(error).removeprefix(f"{folder}/"))
             continue
         if found:
-            own = tuple(sorted(names, key=lambda path: path.name != found.record["name"]))
-            if own[0].name != found.record["name"] and _alike(own[0].name, found.record["name"]):
-                report(f"{own[0].name}: holds what was committed as {found.record['name']}")
-            else:
-                sets.append(replace(found, files={"bundle": own[0]}, names=own))
+            sets.append(found)
     return sorted(sets, key=lambda found: found.iteration)
+
+
+def _is_ours(files: Mapping[str, Path]) -> bool:
+    """Whether members that no record speaks for are what an interrupted save or removal of ours left."""
+    try:
+        return "state" in files or any("part" in (read_seal(path) or {}) for path in files.values())
+    except (CheckpointError, OSError):
+        return False  # the reason is said when the set is looked at
 
 
 def _alike(a: str, b: str) -> bool:
@@ -251,23 +262,21 @@ def _alike(a: str, b: str) -> bool:
     return re.sub(r"\d+", "#", a) == re.sub(r"\d+", "#", b)
 
 
-def _scan(folder: Path) -> tuple[dict[int, dict[str, Path]], dict[int, Path], list[tuple[Path, ...]]]:
-    """Files that may be checkpoints, by name: members by iteration and label, records, groups of linked others."""
+def _scan(folder: Path) -> tuple[dict[int, dict[str, Path]], dict[int, tuple[Path, ...]], list[tuple[Path, ...]]]:
+    """Files that may be checkpoints, by name: members by iteration and label, records, others; each with its links."""
     members: dict[int, dict[str, Path]] = {}
-    records: dict[int, Path] = {}
-    singles: dict[tuple[int, int], list[Path]] = {}
+    linked: dict[tuple[int, int], list[Path]] = {}
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for path in sorted(folder.iterdir()):
-            if not path.is_file():
-                continue
             if match := MEMBER.fullmatch(path.name):
-                members.setdefault(int(match[1]), {})[match[2]] = path
-            elif match := RECORD.fullmatch(path.name):
-                records[int(match[1])] = path
-            elif path.suffix in SUFFIXES:
+                if path.is_file():
+                    members.setdefault(int(match[1]), {})[match[2]] = path
+            elif path.suffix in (*SUFFIXES, ".json") and path.is_file():
                 facts = path.stat()
-                singles.setdefault((facts.st_dev, facts.st_ino), []).append(path)
-    return members, records, [tuple(names) for names in singles.values()]
+                linked.setdefault((facts.st_dev, facts.st_ino), []).append(path)
+    groups = [tuple(sorted(names, key=lambda path: not RECORD.fullmatch(path.name))) for names in linked.values()]
+    records = {int(match[1]): names for names in groups if (match := RECORD.fullmatch(names[0].name))}
+    return members, records, [names for names in groups if names[0].suffix != ".json"]
 
 
 def has_traces(folder: Path | str) -> bool:
@@ -381,7 +390,7 @@ def _located_file(path: Path) -> CheckpointSet:
 
 
 def remove(old: CheckpointSet) -> None:
-    """Delete a set: its record first, so that it is gone at once; its state last, so that the rest stays known.
+    """Delete a set: its record first, so that it is gone at once.
 
     Of a bundle only the name that it was committed under goes: links to it, as best, stay.
     """
@@ -390,8 +399,8 @@ def remove(old: CheckpointSet) -> None:
         return
     (old.folder / f"{old.iteration}.json").unlink(missing_ok=True)
     sync_folder(old.folder)
-    for label in sorted(old.files, key=lambda label: label == "state"):
-        old.files[label].unlink(missing_ok=True)
+    for path in old.files.values():
+        path.unlink(missing_ok=True)
 
 
 def clean(folder: Path | str) -> None:
@@ -402,7 +411,7 @@ def clean(folder: Path | str) -> None:
             path.unlink(missing_ok=True)
     members, records, _ = _scan(folder)
     for iteration, files in members.items():
-        if "state" in files and iteration not in records:
+        if iteration not in records and _is_ours(files):
             remove(CheckpointSet(folder, iteration, files))
 
 
@@ -416,7 +425,7 @@ def prune(folder: Path | str, keep_last_n: int | None, best: int | None = None) 
     regular = [s for s in sets if s.record.get("reason", "regular") == "regular"]
     kept = regular[-keep_last_n:] if keep_last_n else regular
     for old in sets:
-        linked = len(old.names) > 1  # a bundle that is also best or latest outlives its own name
+        linked = old.bundled and len(old.names) > 1  # what is also best or latest outlives its own name
         if old not in kept and old not in newest and (old.iteration != best or linked):
             remove(old)
 
@@ -428,7 +437,7 @@ def put_away(folder: Path | str, after: int = -1, only: int | None = None) -> Pa
     wanted = (lambda iteration: iteration == only) if only is not None else (lambda iteration: iteration > after)
     moved = [path for iteration, files in members.items() if wanted(iteration) for path in files.values()]
     moved += [path for names in singles for path in names if wanted(_iteration_of(path))]
-    moved += [path for iteration, path in records.items() if wanted(iteration)]
+    moved += [path for iteration, names in records.items() if wanted(iteration) for path in reversed(names)]
     if not moved:
         return None
     archive = unused_name(folder.parent / f"{folder.name}_{time.strftime('%Y%m%d_%H%M%S')}")
@@ -438,10 +447,6 @@ def put_away(folder: Path | str, after: int = -1, only: int | None = None) -> Pa
         os.replace(path, archive / path.name)
     sync_folder(archive)
     sync_folder(folder)
-    for name in ("latest.json", "best.json"):  # links to records that are gone
-        with contextlib.suppress(OSError, CheckpointError):
-            if not (folder / f"{_split(folder / name).iteration}.json").exists():
-                (folder / name).unlink()
     return archive
 
 
@@ -602,7 +607,7 @@ def rng_state() -> dict[str, Any]:
     """State of every global generator of this process, as tensors and plain types."""
     version, internal, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
-    state = {"python": [version, list(internal), gauss],
+    state = {"python": [version, torch.tensor(internal), gauss],
              "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
              "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -613,7 +618,7 @@ def rng_state() -> dict[str, Any]:
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Put every global generator back to what `rng_state` returned."""
     version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate((version, tuple(int(n) for n in internal), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
@@ -639,3 +644,9 @@ def environment() -> dict[str, Any]:
 
 def timestamp() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+if __name__ == "__main__":
+    from checkpoint_cli import main
+
+    sys.exit(main(sys.argv[1:]))

@@ -20,7 +20,7 @@ import socket
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,20 @@ class _Counted:
         self.file, self.helper = file, helper
         self.size = self.crc_before = 0
         self.last = b""
+        self.refusal: OSError | None = None  # torch.save hides it behind an error of its own
 
     @property
     def crc32(self) -> int:
         return zlib.crc32(self.last, self.crc_before)
 
     def write(self, data) -> int:
+        try:
+            return self._write(data)
+        except OSError as error:
+            self.refusal = error
+            raise
+
+    def _write(self, data) -> int:
         self.crc_before = self.crc32
         if len(data) > CHUNK:  # the checksum of a large tensor is taken while it is written
             crc = self.helper.submit(zlib.crc32, data, self.crc_before)
@@ -71,23 +79,32 @@ def write_durably(path: Path, payload: Any, about: Mapping[str, Any] | None = No
     """Create a file and force it to the disk; when that fails, there is none.
 
     Args: payload: bytes, or what `torch.save` writes. about: of a torch file, plain values for its seal.
-    Returns: the file's size in bytes and CRC-32. Raises: OSError or RuntimeError, as the disk or torch says.
+    Returns: the file's size in bytes and CRC-32. Raises: OSError as the disk says.
     """
-    try:
-        with open(path, "wb", buffering=CHUNK) as file, ThreadPoolExecutor(1) as helper:
-            counted = _Counted(file, helper)
-            if isinstance(payload, bytes):
-                counted.write(payload)
-            else:
+    with _gone_if_refused(path), open(path, "wb", buffering=CHUNK) as file, ThreadPoolExecutor(1) as helper:
+        counted = _Counted(file, helper)
+        if isinstance(payload, bytes):
+            counted.write(payload)
+        else:
+            try:
                 torch.save(payload, counted)
-                _seal(counted, about or {})
-            file.flush()
-            os.fsync(file.fileno())
+            except RuntimeError:
+                raise counted.refusal or OSError("torch.save failed") from None
+            _seal(counted, about or {})
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": counted.size, "crc32": counted.crc32}
+
+
+@contextlib.contextmanager
+def _gone_if_refused(path: Path) -> Iterator[None]:
+    """What can't be finished is not left behind."""
+    try:
+        yield
     except BaseException:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
         raise
-    return {"size": counted.size, "crc32": counted.crc32}
 
 
 def _seal(counted: _Counted, about: Mapping[str, Any]) -> None:
@@ -110,10 +127,10 @@ def signed(facts: Mapping[str, Any], indent: int | None = None) -> bytes:
 def unsigned(text: bytes) -> dict[str, Any]:
     """The facts of `signed`. Raises ValueError when they are not what was written."""
     facts = json.loads(text)
-    seal = facts.pop("seal", None) if isinstance(facts, dict) else None
-    if seal != zlib.crc32(json.dumps(facts, sort_keys=True).encode()):
-        raise ValueError("checksum differs")
-    return facts
+    if isinstance(facts, dict) and facts.pop("seal", None) is not None and \
+            text in (signed(facts), signed(facts, indent=1)):  # to the byte: 1e-5 and 1E-5 are the same number
+        return facts
+    raise ValueError("checksum differs")
 
 
 def sync_folder(folder: Path) -> None:
@@ -129,8 +146,9 @@ def save_file(path: Path | str, payload: Any, about: Mapping[str, Any] | None = 
     """Leave either the old file or the complete new one (see `write_durably`)."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    facts = write_durably(temporary, payload, about)
-    os.replace(temporary, path)
+    with _gone_if_refused(temporary):
+        facts = write_durably(temporary, payload, about)
+        os.replace(temporary, path)
     sync_folder(path.parent)
     return facts
 
@@ -141,13 +159,12 @@ def link(source: Path, target: Path) -> None:
         return
     temporary = target.with_name(target.name + ".tmp")
     temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-    os.replace(temporary, target)
+    with _gone_if_refused(temporary):
+        try:
+            os.link(source, temporary)
+        except OSError:
+            write_durably(temporary, source.read_bytes())
+        os.replace(temporary, target)
     sync_folder(target.parent)
 
 
@@ -176,18 +193,22 @@ def read_seal(path: Path) -> dict[str, Any] | None:
     Only the file's end is read: whether the rest is what was sealed, `find_fault` says.
     """
     with open(path, "rb") as file:
+        head = file.read(4)
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 22 - 0xFFFF))
         tail = file.read()
     end = tail.rfind(END)
     comment = tail[end + 22 :] if end >= 0 else b""
-    if MARK not in tail and not comment:
-        return None
+    if MARK not in tail:
+        if end >= 0 and tail[end + 20 :] == b"\0\0" or end < 0 and not b"PK\x03\x04".startswith(head):
+            return None  # a whole archive without a comment, or no archive
+        if not comment:
+            raise CheckpointError(f"{path}: {'damaged (its end is missing)' if head else 'is empty'}")
     try:
         facts = unsigned(comment)
         if struct.unpack("<H", tail[end + 20 : end + 22])[0] != len(comment) or facts["body"] != size - len(comment):
             raise ValueError("its size is another")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, struct.error) as error:
         raise CheckpointError(f"{path}: damaged (its seal: {error})") from None
     return facts
 
@@ -291,6 +312,3 @@ class FolderLock:
 
     def close(self) -> None:
         self.file.close()
-
-
-Report = Callable[[str], None]

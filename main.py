@@ -15,6 +15,7 @@ import options
 from checkpoint import CheckpointError
 from data import DATASETS
 from models import MODELS, NETWORKS
+from prove import prove
 from train import NonFiniteLoss, train
 
 
@@ -28,6 +29,8 @@ def parser_for(flags: dict[str, str], **settings) -> argparse.ArgumentParser:
                        help="go on from this checkpoint: a member of a set, its record (500.json) or a folder")
     start.add_argument("--init-from", "--init_from", metavar="FILE", help="start at iteration 0 with these weights")
     parser.add_argument("--fresh", action="store_true", help="put away the run's checkpoints and begin anew")
+    parser.add_argument("--prove-resume", type=int, nargs="?", const=6, metavar="N",
+                        help="only run N steps straight and N steps with a kill, and say whether they end equal")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set any option")
     for flag, key in flags.items():
         names = dict.fromkeys([f"--{flag}", f"--{flag.replace('_', '-')}"])
@@ -68,6 +71,8 @@ def main(argv: list[str]) -> int:
     args = parser_for(flags).parse_args(argv)
     if not args.opt:
         raise options.OptionError("which run? give an option file: python main.py -opt options/train_vrt.json")
+    if args.prove_resume is not None:
+        return prove(args.opt, overrides_in(args, flags), args.prove_resume)
     opt, notices = options.parse(args.opt, overrides_in(args, flags), MODELS, NETWORKS, DATASETS)
     return train(opt, notices, resume=args.resume, init_from=args.init_from, fresh=args.fresh,
                  command=resume_command(argv))

@@ -384,7 +384,10 @@ class Run:
 
     def begin(self, resumed_from: CheckpointSet | None, fresh: bool) -> None:
         """Make the folder: nothing was created before everything was found to be valid."""
-        self.models.mkdir(parents=True, exist_ok=True)
+        try:
+            self.models.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{self.models}: can't be made: {error.strerror}; is path.root right?") from None
         if self.lock is None:
             self.claim()
             if resumed_from is None and checkpoint.has_traces(self.models):

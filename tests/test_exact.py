@@ -14,7 +14,8 @@ from tests.test_resume import differing, run
 
 TOTAL = 9  # 11 samples in batches of 4: epochs of 2 steps, so that these cross four boundaries
 LAYOUTS = {"split": {"layout": "split"}, "bundle": {"layout": "bundle", "keep_last_n": 2},
-           "latest only": {"layout": "bundle", "name": None}, "iterations": {"layout": "bundle", "name": "it{iter}.pth"}}
+           "latest only": {"layout": "bundle", "name": None},
+           "iterations": {"layout": "bundle", "name": "it{iter}.pth"}}
 STEPS = {"plain": {}, "parts": {"accumulate": 3}, "bf16": {"amp": "bf16"}, "fp16": {"amp": "fp16", "accumulate": 2},
          "no clipping, no average": {"G_optimizer_clipgrad": None, "E_decay": 0}, "epochs": {"save_interval": 1},
          "adamw": {"G_optimizer_type": "adamw", "G_optimizer_wd": 0.1}}

@@ -6,8 +6,9 @@ import pytest
 
 from tests.conftest import ROOT
 
-ROWS = {"main": 4, "train": 3, "models.model_": 2, "models.network_": 1, "losses": 1, "data": 1, "options": 0,
-        "checkpoint": 0, "foreign": -1, "durable": -2, "schedules": 0, "metrics": 0, "log": 0, "distributed": 0}
+ROWS = {"main": 5, "prove": 4, "train": 3, "models.model_": 2, "models.network_": 1, "losses": 1, "data": 1,
+        "checkpoint_cli": 1, "options": 0, "checkpoint": 0, "schedules": 0, "metrics": 0, "log": 0, "distributed": 0,
+        "foreign": -1, "durable": -2}
 TABLES = {"models", "losses", "data"}  # a package's __init__ is a table of names: anyone may read it
 FILES = sorted(p for p in [*ROOT.glob("*.py"), *(p for d in TABLES for p in (ROOT / d).glob("*.py"))])
 
@@ -20,7 +21,9 @@ def row(module):
 
 
 def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "__main__" in ast.dump(node.test))]
+    for node in ast.walk(tree):  # what a file does as a program is above all rows
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -1,0 +1,292 @@
+"""Checkpoints for people: `python -m checkpoint inspect | verify | compare | convert`. The exit code is the verdict.
+
+    python -m checkpoint inspect experiments/train_vrt             what is there: iterations, metrics, sizes
+    python -m checkpoint verify experiments/train_vrt              0: every set is good, 1: one is not
+    python -m checkpoint compare a/models/300.json b/models/300.json   0: every tensor is equal, 1: not
+    python -m checkpoint convert run/models/300.json --to weights vrt.pth
+
+A folder stands for its newest checkpoint, except for verify and inspect. 2: the command could not be carried out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import checkpoint
+import foreign
+from checkpoint import CheckpointError, CheckpointSet
+from durable import find_fault, in_units, load_file, read_seal, save_file
+
+UNCOMPARED = ("timestamp", "environment", "version")  # of a state; options are compared on their own
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m checkpoint", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for command, words in ((inspect, "what is in it"), (verify, "each set: good, or what is wrong"),
+                           (compare, "which tensors and options differ"), (convert, "the same for another program")):
+        one = commands.add_parser(command.__name__, help=words)
+        one.set_defaults(command=command)
+        for name in ("a", "b") if command is compare else ("path",):
+            one.add_argument(name, type=Path, metavar=name.upper(), help="a file, a commit record or a folder")
+        if command is inspect:
+            one.add_argument("--options", action="store_true", help="print the options that it was trained with")
+            one.add_argument("--tensors", action="store_true", help="list every tensor")
+        if command is convert:
+            one.add_argument("--to", required=True, choices=("kair", "bundle", "weights"))
+            one.add_argument("out", type=Path, metavar="OUT", help="a folder for kair, else a file")
+            one.add_argument("--network", help="which weights: G, E, ...; without it E where there is one, else G")
+    args = vars(parser.parse_args(argv))
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when piped into head
+    try:
+        return args.pop("command")(**args)
+    except (CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def models_of(folder: Path) -> Path:
+    """A run's folder stands for the models folder in it."""
+    return folder / "models" if (folder / "models").is_dir() else folder
+
+
+# ---------------------------------------------------------------- inspect
+
+
+def inspect(path: Path, options: bool, tensors: bool) -> int:
+    if path.is_dir() and not (options or tensors):
+        return inspect_folder(models_of(path))
+    parts = read(path)
+    state = parts.get("state", {})
+    print(f"{path}: {describe_kind(path)}")
+    for name, value in (("iteration", state.get("iteration")), ("epochs done", state.get("epoch")),
+                        ("metric", state.get("metric")), ("best at", state.get("best")),
+                        ("saved", state.get("timestamp")), ("with", describe(state.get("environment")))):
+        if value is not None:
+            print(f"  {name:<12}{value}")
+    for label, part in parts.items():
+        if label != "state":
+            found = dict(flat(part))
+            size = sum(value.numel() * value.element_size() for value in found.values() if is_tensor(value))
+            count = sum(value.numel() for value in found.values() if is_tensor(value))
+            print(f"  {label:<12}{sum(map(is_tensor, found.values()))} tensors, {count:,} numbers, {in_units(size)}")
+            for key, value in found.items() if tensors else ():
+                if is_tensor(value):
+                    print(f"    {key}  {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}")
+    if state:
+        held = [key for key in state if key not in ("iteration", "epoch", "metric", "best", "timestamp", "environment")]
+        print(f"  {'state':<12}{', '.join(held)}")
+    if options:
+        print(json.dumps(state.get("config", {}), indent=2))
+    return 0
+
+
+def inspect_folder(folder: Path) -> int:
+    """A table of the sets in a folder, one a line."""
+    problems: list[str] = []
+    sets = checkpoint.find_sets(folder, problems.append)
+    for line in problems:
+        print(f"bad   {line}")
+    for found in sets:
+        record = found.record or {}
+        size = sum(path.stat().st_size for path in found.files.values() if path.is_file())
+        metric = f"metric {record['metric']:.4f}" if isinstance(record.get("metric"), float) else ""
+        words = [f"{found.path.name:<24}", f"iteration {found.iteration:>8}", in_units(size),
+                 f"{record.get('timestamp', 'not ours: no record')}", metric,
+                 record.get("reason", "") if record.get("reason") != "regular" else "",
+                 ", ".join(path.stem for path in found.names[1:])]
+        print("  ".join(word for word in words if word))
+    if not sets and not problems:
+        raise CheckpointError(f"{folder}: no checkpoint in this folder")
+    return 0
+
+
+def describe_kind(path: Path) -> str:
+    if path.is_dir() or path.suffix == ".json":
+        return "a committed set"
+    seal = read_seal(path)
+    if seal is None:
+        return f"written by another program, {in_units(path.stat().st_size)}"
+    kind = "a bundle" if "parts" in seal else f"{seal['part']} of iteration {seal['iteration']}" if "part" in seal \
+        else "weights"
+    return f"{kind}, sealed and good, {in_units(path.stat().st_size)}"
+
+
+def describe(facts: Mapping | None) -> str | None:
+    return ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None) if facts else None
+
+
+# ---------------------------------------------------------------- verify
+
+
+def verify(path: Path) -> int:
+    """One line a set; the last says how many are good."""
+    if path.is_file() and path.suffix != ".json" and not checkpoint.MEMBER.fullmatch(path.name):
+        fault = find_fault(path)
+        print(f"bad   {path.name}: {fault}" if fault else f"good  {path.name}: {describe_kind(path)}")
+        return 1 if fault else 0
+    if path.is_file() or not path.exists():
+        try:
+            found = checkpoint.locate(path)
+        except CheckpointError as error:
+            print(f"bad   {error}")
+            return 1 if path.exists() else 2
+        print(f"good  {describe_set(found)}")
+        return 0
+    problems: list[str] = []
+    folder = models_of(path)
+    sets = checkpoint.find_sets(folder, problems.append)
+    for found in sets:
+        if fault := found.fault():
+            problems.append(f"{found.iteration}: {fault}")
+        else:
+            print(f"good  {describe_set(found)}")
+    for line in problems:
+        print(f"bad   {line}")
+    for leftover in sorted(folder.glob("*.tmp")):
+        print(f"note  {leftover.name}: left by an interrupted save; the next start of the run removes it")
+    if not sets and not problems:
+        raise CheckpointError(f"{folder}: no checkpoint in this folder")
+    print(f"{len(sets) + len(problems) - sum(1 for s in sets if s.fault())} sets, {len(problems)} bad")
+    return 1 if problems else 0
+
+
+def describe_set(found: CheckpointSet) -> str:
+    size = sum(path.stat().st_size for path in found.files.values())
+    kind = "" if found.committed else ", no record: the zip archives' own checksums only"
+    return f"{found.path.name}: iteration {found.iteration}, {', '.join(found.labels)}, {in_units(size)}{kind}"
+
+
+# ---------------------------------------------------------------- compare
+
+
+def compare(a: Path, b: Path) -> int:
+    """Differing tensors, values and options, a line each; the last line says it all."""
+    one, two = read(a), read(b)
+    if len(one) == len(two) == 1 and set(one) != set(two):  # one network against another, as G against E
+        one, two = {"weights": next(iter(one.values()))}, {"weights": next(iter(two.values()))}
+    opted = [parts.get("state", {}).pop("config", {}) for parts in (one, two)]
+    if all(opted):
+        one["options"], two["options"] = opted
+    lines, count = [f"{label}: only in {a if label in one else b}" for label in one.keys() ^ two.keys()], 0
+    left, right = (dict(flat({label: parts[label] for label in one.keys() & two.keys()})) for parts in (one, two))
+    for key in {**left, **right}:
+        if key.startswith("options.") or key.removeprefix("state.") in UNCOMPARED or \
+                key.startswith("state.environment."):
+            continue
+        if key not in left or key not in right:
+            lines.append(f"{key}: only in {a if key in left else b}")
+        elif is_tensor(left[key]) and is_tensor(right[key]):
+            count += 1
+            if difference := differ(left[key], right[key]):
+                lines.append(f"{key}: {difference}")
+        elif not same(left[key], right[key]):
+            lines.append(f"{key}: {left[key]!r} and {right[key]!r}")
+    for line in lines:
+        print(f"differs  {line}")
+    for key in {**left, **right}:
+        if key.startswith("options.") and not same(left.get(key), right.get(key)):
+            print(f"option   {key.removeprefix('options.')}: {left.get(key)!r} and {right.get(key)!r}")
+    print(f"{count} tensors compared, " + (f"{len(lines)} differences" if lines else "all equal, bit for bit"))
+    return 1 if lines else 0
+
+
+def differ(a: torch.Tensor, b: torch.Tensor) -> str | None:
+    """How two tensors differ, or None."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return f"{tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype}"
+    if torch.equal(a, b):
+        return None
+    if not (a.is_floating_point() or a.is_complex()):
+        return f"{int((a != b).sum())} of {a.numel()} values"
+    unequal = (a != b) & ~(a.isnan() & b.isnan())
+    if not unequal.any():
+        return None
+    return f"{int(unequal.sum())} of {a.numel()} values, by at most {float((a.double() - b.double()).abs().max()):.3e}"
+
+
+def same(a: Any, b: Any) -> bool:
+    return a == b or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b))
+
+
+def flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of a nested state with the path that leads to it."""
+    if isinstance(tree, Mapping):
+        tree = tree.items()
+    elif isinstance(tree, (list, tuple)):
+        tree = enumerate(tree)
+    else:
+        yield path, tree
+        return
+    for key, value in tree:
+        yield from flat(value, f"{path}.{key}" if path else str(key))
+
+
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+# ---------------------------------------------------------------- convert
+
+
+def convert(path: Path, to: str, out: Path, network: str | None) -> int:
+    """Write what others read; nothing that exists is touched."""
+    parts = read(path)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    networks = [label for label in parts if label != "state" and not label.startswith("optimizer")]
+    if to == "weights":
+        label = network or ("E" if "E" in parts else "G" if "G" in parts else networks[0] if networks else "G")
+        if label not in parts:
+            raise CheckpointError(f"{path}: holds no network {label}; valid: {', '.join(networks) or 'none'}")
+        refuse_existing(out)
+        save_file(out, foreign.weights_in(parts[label], path))
+        print(f"{out}: the weights of {label}, a bare state dict")
+        return 0
+    iteration = parts.get("state", {}).get("iteration")
+    if iteration is None:
+        found = checkpoint.MEMBER.fullmatch(path.name)
+        iteration = int(found[1]) if found else checkpoint.locate(path).iteration or 0
+    if to == "bundle":
+        refuse_existing(out)
+        parts.setdefault("state", {"iteration": iteration})
+        checkpoint.save_bundle(out, parts, {"iteration": iteration, "timestamp": checkpoint.timestamp()})
+        print(f"{out}: iteration {iteration}: {', '.join(sorted(parts))}")
+        return 0
+    files = {out / f"{iteration}_{label}.pth": part for label, part in parts.items() if label != "state"}
+    for file in files:
+        refuse_existing(file)
+    out.mkdir(exist_ok=True)
+    for file, part in files.items():
+        save_file(file, part)
+        print(file)
+    return 0
+
+
+def refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise CheckpointError(f"{path}: exists already; name another or remove it")
+
+
+# ---------------------------------------------------------------- all
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The parts that a path stands for: of a set, or only the one file when a member or a weights file is named."""
+    member = checkpoint.MEMBER.fullmatch(path.name)
+    if member and path.is_file():
+        return {member[2]: load_file(path)}
+    if path.is_file() and path.suffix != ".json":
+        payload = load_file(path)
+        parts = foreign.unpack(payload, path)
+        return parts or {"G": foreign.weights_in(payload, path)}
+    return checkpoint.locate(path).load()

@@ -1,0 +1,151 @@
+"""Does a run of these options resume exactly, here? Two runs of N steps, one of them killed, compared bit for bit.
+
+Both run as processes of their own in a temporary folder, on the options' own data, without test sets. When they
+differ, a third run that was not stopped either tells whether the machine repeats itself at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import checkpoint
+import options
+import train
+from checkpoint_cli import differ, flat, is_tensor
+from data import DATASETS
+from models import MODELS, NETWORKS
+
+IGNORED = ("config", "timestamp", "environment", "history", "best", "metric")  # of a state, here
+Override = tuple[str, Any, str]
+
+
+def prove(option_file: str, overrides: Iterable[Override], steps: int, say=print) -> int:
+    """Say whether N steps and N steps with a kill in between end equal. Returns 0 if they do, 1 if not.
+
+    Raises: OptionError when the runs can't be made, with their own complaint.
+    """
+    if steps < 2:
+        raise options.OptionError(f"--prove-resume {steps}: must be >= 2: a step before the kill and one after")
+    middle, overrides = steps // 2, list(overrides)
+    with tempfile.TemporaryDirectory(prefix="perdure_") as folder:
+        def run(name: str, kill: bool = False, look: bool = False) -> str:
+            return _run(folder, name, option_file, overrides, steps, middle if kill else None, look)
+
+        say(f"proving  {steps} steps straight, and {steps} steps killed after step {middle}, in processes of their own")
+        run("straight")
+        run("killed", kill=True)
+        run("killed")
+        one, two = _final(folder, "straight", steps), _final(folder, "killed", steps)
+        if not (differing := list(_differing(one, two))):
+            tensors = sum(map(is_tensor, one.values()))
+            say(f"exact    all {tensors} tensors and the rest of the state are equal, bit for bit")
+            return 0
+        say(f"differs  {len(differing)} of {len(one)} parts of the state; first {differing[0]}")
+        for reason in _reasons(run, folder, one, steps):
+            say(f"because  {reason}")
+        return 1
+
+
+def _reasons(run, folder: str, one: dict[str, Any], steps: int) -> Iterable[str]:
+    """Why a state can differ: what this machine does not repeat, else what the checkpoint does not hold."""
+    threads = {name: checkpoint.find_newest(_models(folder, name)).load()["state"]["environment"]["num_threads"]
+               for name in ("straight", "killed")}
+    if len(set(threads.values())) > 1:
+        yield f"the thread count was {threads['straight']}, then {threads['killed']}; set num_threads"
+    said = run("again", look=True)
+    named = sorted(set(re.findall(r"^NONDETERMINISTIC (.+)$", said, re.MULTILINE)))
+    for operation in named:
+        yield f"{operation} has no deterministic kernel on this device"
+    if list(_differing(one, _final(folder, "again", steps))):
+        yield "two runs that nobody stopped differ as well: not the resume, but what computes; set deterministic"
+    elif not named:
+        yield "a run that nobody stopped repeats itself, so something that makes the next step is in no checkpoint: " \
+              "a variable or a generator of the model's, the loss's or the data's own"
+
+
+def _models(folder: str, name: str) -> Path:
+    return Path(folder) / name / "models"
+
+
+def _final(folder: str, name: str, steps: int) -> dict[str, Any]:
+    found = checkpoint.find_newest(_models(folder, name))
+    assert found and found.iteration == steps
+    parts = found.load()
+    parts["state"] = {key: value for key, value in parts["state"].items() if key not in IGNORED}
+    return dict(flat(parts))
+
+
+def _differing(one: dict[str, Any], two: dict[str, Any]) -> Iterable[str]:
+    for key in {**one, **two}:
+        a, b = one.get(key), two.get(key)
+        if is_tensor(a) and is_tensor(b):
+            if difference := differ(a, b):
+                yield f"{key}: {difference}"
+        elif a is not b and a != b:
+            yield f"{key}: {a!r} and {b!r}"
+
+
+def _run(folder: str, name: str, option_file: str, overrides: list[Override], steps: int, kill_after: int | None,
+         look: bool) -> str:
+    """One run in a process of its own. Returns what it printed."""
+    task = json.dumps([option_file, overrides, folder, name, steps, kill_after, look])
+    done = subprocess.run([sys.executable, __file__, task], capture_output=True, text=True)
+    if done.returncode != (-signal.SIGKILL if kill_after else 0):
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise options.OptionError((lines[-1] if lines else f"the run ended with {done.returncode}")
+                                  .removeprefix("error: "))
+    return done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------- in the process of a run
+
+
+class Killed(train.Run):
+    """A run that dies by SIGKILL in the step after its checkpoint of `kill_after`."""
+
+    kill_after: int
+
+    def look_at_save(self) -> None:
+        super().look_at_save()
+        if self.iteration > self.kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _child(option_file: str, overrides: list[Override], folder: str, name: str, steps: int, kill_after: int | None,
+           look: bool) -> int:
+    opt, notices = options.parse(option_file, overrides, MODELS, NETWORKS, DATASETS)
+    opt["task"], opt["path"]["root"] = name, folder
+    opt["datasets"] = {"train": opt["datasets"]["train"]}
+    opt["train"] |= {"total_iter": steps, "total_epochs": None, "checkpoint_save": steps // 2, "save_interval": None}
+    opt["checkpoint"] |= {"layout": "split", "keep_last_n": None, "on_save_error": "stop"}
+    if kill_after:
+        Killed.kill_after = kill_after
+        train.Run = Killed
+    with warnings.catch_warnings(record=True) as seen:
+        if look:
+            warnings.simplefilter("always")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        code = train.train(opt, notices)
+    for warning in seen:
+        if found := re.match(r"(\S+) does not have a deterministic implementation", str(warning.message)):
+            print(f"NONDETERMINISTIC {found[1]}")
+    return code
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(_child(*json.loads(sys.argv[1])))
+    except (ValueError, RuntimeError) as problem:
+        sys.exit(f"error: {problem}")

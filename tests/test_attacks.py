@@ -1,0 +1,366 @@
+"""Bit flips, power loss, full and failing disks, hostile files: nothing committed is lost, nothing bad is used."""
+
+import builtins
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import zlib
+
+import pytest
+import torch
+
+import checkpoint
+import checkpoint_cli
+import durable
+from checkpoint import CheckpointError, Layout, Saver, commit, find_newest, locate
+from tests.conftest import ROOT
+from tests.test_checkpoint import flip, parts
+
+LAYOUTS = {"split": Layout(), "bundle": Layout("bundle", name="it{iter}.pt")}
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request):
+    return LAYOUTS[request.param]
+
+
+def value(found):
+    """The number that `parts` was made with, if every part of the set agrees on it."""
+    loaded = found.load()
+    assert loaded["state"]["iteration"] == found.iteration
+    (number,) = loaded["G"]["w"].unique().tolist()
+    return number
+
+
+# ---------------------------------------------------------------- corruption
+
+
+def test_a_thousand_damages_are_all_caught(tmp_path, layout):
+    """500 for each layout: single bits anywhere, also in records and seals, cut ends, zeroed ends, swapped files."""
+    for n in (1, 2):
+        commit(tmp_path, n, parts(n), layout)
+    newest = find_newest(tmp_path)
+    victims = {path: path.read_bytes() for path in {newest.path, *newest.files.values()}}
+    older = {path.name.replace("1", "2", 1): path.read_bytes() for path in tmp_path.iterdir() if path not in victims}
+    dice = random.Random(0)
+    for trial in range(500):
+        path = dice.choice(sorted(victims))
+        data = bytearray(victims[path])
+        kind = trial % 10
+        if kind < 7:
+            data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+        elif kind == 7:
+            del data[dice.randrange(len(data)):]
+        elif kind == 8:
+            tail = dice.randrange(1, len(data))
+            data[-tail:] = bytes(tail)
+        else:
+            data = older[path.name]
+        path.write_bytes(data)
+        said = []
+        found = find_newest(tmp_path, said.append)
+        assert found.iteration == 1 and value(found) == 1 and len(said) == 1, (path.name, kind, said)
+        with pytest.raises(CheckpointError):
+            locate(newest.path).load()
+        path.write_bytes(victims[path])
+    assert value(find_newest(tmp_path)) == 2
+
+
+def test_a_single_file_far_from_its_set_is_verified_too(tmp_path):
+    commit(tmp_path, 1, parts(1))
+    copy = shutil.copy(tmp_path / "1_G.pth", tmp_path / "weights.pth")
+    assert torch.equal(checkpoint.load_file(copy)["w"], torch.ones(64))
+    flip(tmp_path / "weights.pth", 0.4)
+    assert torch.load(copy, weights_only=True)  # torch alone does not notice
+    with pytest.raises(CheckpointError, match="weights.pth: damaged"):
+        checkpoint.load_file(copy)
+
+
+# ---------------------------------------------------------------- power loss
+
+
+class Disk:
+    """Records file operations below a folder, and rebuilds what a power loss after any of them may leave.
+
+    A file's content is on the disk once it was fsynced; a folder's entry once the folder was.
+    """
+
+    def __init__(self, root, monkeypatch):
+        self.root, self.log, self.live, self.count = root, [], {}, 0
+        for name in ("replace", "link", "unlink"):
+            monkeypatch.setattr(os, name, self.entry(getattr(os, name), name))
+        monkeypatch.setattr(os, "fsync", self.fsync(os.fsync))
+        monkeypatch.setattr(builtins, "open", self.open(builtins.open))
+
+    def mine(self, path):
+        return os.fspath(path).startswith(str(self.root)) if isinstance(path, (str, os.PathLike)) else False
+
+    def open(self, real):
+        def call(path, mode="r", *args, **kwargs):
+            file = real(path, mode, *args, **kwargs)
+            if "w" in mode and self.mine(path):
+                self.count += 1
+                self.live[str(path)] = self.count
+                self.log.append(("entries", {str(path): self.count}))
+            return file
+
+        return call
+
+    def entry(self, real, name):
+        def call(*paths, **kwargs):
+            try:
+                real(*paths, **kwargs)
+            except FileNotFoundError:
+                raise
+            a, b = str(paths[0]), str(paths[-1])
+            if self.mine(a):
+                change = {a: None} if name == "unlink" else {b: self.live[a]} if name == "link" else \
+                    {a: None, b: self.live[a]}
+                self.live.update(change)
+                self.log.append(("entries", change))
+
+        return call
+
+    def fsync(self, real):
+        def call(descriptor):
+            real(descriptor)
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+            if os.path.isdir(path):
+                self.log.append(("folder", path))
+            elif self.mine(path):
+                with os.fdopen(os.open(path, os.O_RDONLY), "rb") as file:
+                    self.log.append(("content", self.live[path], file.read()))
+
+        return call
+
+    def after(self, operations, kept):
+        """Entries {path: content} after so many operations; `kept(change)` says whether an unsynced entry made it."""
+        entries, pending, contents = {}, [], {}
+        for what, *facts in self.log[:operations]:
+            if what == "entries":
+                pending.append(facts[0])
+            elif what == "content":
+                contents[facts[0]] = facts[1]
+            elif what == "folder":
+                for change in [c for c in pending if any(os.path.dirname(path) == facts[0] for path in c)]:
+                    entries.update(change)
+                    pending.remove(change)
+        for change in pending:
+            if kept(change):
+                entries.update(change)
+        return {path: contents.get(number, b"") for path, number in entries.items() if number is not None}
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["waiting", "in background"])
+def test_power_loss_after_any_file_operation_leaves_a_complete_set(tmp_path, monkeypatch, layout, background):
+    models, after = tmp_path / "run", tmp_path / "after"
+    models.mkdir(), after.mkdir()
+    acknowledged = []  # (operations done, iteration that save had returned for)
+    with monkeypatch.context() as patch:
+        disk = Disk(models, patch)
+        saver = Saver(models, layout, keep_last_n=2, background=background)
+        for n, reason in enumerate(("regular best interrupted regular interrupted regular regular").split(), 1):
+            saver.save(n, parts(n), best=2 if n < 4 else 4, reason=reason, epoch=n)
+            saver.wait()
+            saver.poll()
+            acknowledged.append((len(disk.log), n))
+    assert len(disk.log) > 50
+    dice = random.Random(0)
+    for done in range(acknowledged[0][0], len(disk.log) + 1):
+        promised = max(n for operations, n in acknowledged if operations <= done)
+        for kept in (lambda _: False, lambda _: True, lambda _: dice.random() < 0.5, lambda _: dice.random() < 0.5):
+            for path, content in disk.after(done, kept).items():
+                (after / os.path.basename(path)).write_bytes(content)
+            found = find_newest(after)
+            assert found and found.iteration >= promised, (done, promised, disk.log[done - 1][:2])
+            assert value(found) == found.iteration
+            checkpoint.clean(after)
+            assert find_newest(after).iteration == found.iteration and not list(after.glob("*.tmp"))
+            for path in after.iterdir():
+                path.unlink()
+
+
+# ---------------------------------------------------------------- disks that refuse
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "link", "write"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EACCES])
+def test_an_error_at_any_operation_is_said_and_harms_nothing(tmp_path, monkeypatch, layout, call, number):
+    saver, real = Saver(tmp_path, layout), durable._Counted.write if call == "write" else getattr(os, call)
+    saver.save(1, parts(1), best=1)
+    saver.poll()
+    for failing in range(0, 1000, 13 if call == "write" else 1):
+        left = iter(range(failing, -1, -1))
+
+        def refuse(*args, left=left, **kwargs):
+            if next(left, 1) == 0:
+                raise OSError(number, os.strerror(number))
+            return real(*args, **kwargs)
+
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        saver.outcome = None
+        with monkeypatch.context() as patch:
+            patch.setattr(durable._Counted, "write", refuse) if call == "write" else patch.setattr(os, call, refuse)
+            try:
+                saver.save(2, parts(2), best=2)
+                refused = False
+            except OSError:
+                refused = True
+        assert not list(tmp_path.glob("*.tmp"))
+        found = find_newest(tmp_path)
+        assert found.fault() is None and value(found) == found.iteration
+        assert all((tmp_path / name).exists() for name in before if name not in ("latest.json", "best.json"))
+        if not refused:
+            break
+        if call != "link" and found.iteration == 1:
+            assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        for path in tmp_path.iterdir():  # back to the first for the next trial
+            path.unlink()
+        for name, data in before.items():
+            (tmp_path / name).write_bytes(data)
+    assert found.iteration == 2 and (failing > 2 or call == "link")  # links that fail become copies
+
+
+def test_a_file_size_limit_leaves_nothing_partial(tmp_path, layout):
+    commit(tmp_path, 1, parts(1), layout)
+    before, limits = sorted(os.listdir(tmp_path)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises((OSError, RuntimeError)):
+            commit(tmp_path, 2, parts(2) | {"E": {"w": torch.randn(100_000)}}, layout)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(os.listdir(tmp_path)) == before and find_newest(tmp_path).fault() is None
+
+
+def test_space_is_checked_before_anything_is_written(tmp_path, monkeypatch, layout):
+    commit(tmp_path, 1, parts(1), layout)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    monkeypatch.setattr(durable, "write_durably", None)
+    with pytest.raises(OSError, match=r"has 10.0 kB free, 8\d\d\.\d kB are needed"):
+        commit(tmp_path, 2, parts(2) | {"E": {"w": torch.randn(200_000)}}, layout)
+    assert find_newest(tmp_path).iteration == 1
+
+
+def test_a_full_small_disk_keeps_what_it_has(tmp_path, monkeypatch, layout):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    try:
+        commit(tmp_path, 1, parts(1), layout)
+        (tmp_path / "other.bin").write_bytes(bytes(60_000))
+        for checked in (True, False):  # refused by the check before, and by the disk in the middle
+            with monkeypatch.context() as patch, pytest.raises((OSError, RuntimeError)):
+                if not checked:
+                    patch.setattr(checkpoint, "check_space", lambda *_: None)
+                commit(tmp_path, 2, parts(2) | {"E": {"w": torch.randn(40_000)}}, layout)
+            assert not list(tmp_path.glob("*.tmp")) and find_newest(tmp_path).iteration == 1
+        (tmp_path / "other.bin").unlink()
+        commit(tmp_path, 2, parts(2), layout)
+        assert value(find_newest(tmp_path)) == 2
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+# ---------------------------------------------------------------- hostile files
+
+
+CALLS = [("os", "system"), ("posix", "system"), ("os", "popen"), ("os", "remove"), ("builtins", "eval"),
+         ("builtins", "exec"), ("builtins", "compile"), ("builtins", "__import__"), ("builtins", "open"),
+         ("builtins", "getattr"), ("subprocess", "Popen"), ("subprocess", "call"), ("runpy", "run_path"),
+         ("importlib", "import_module"), ("shutil", "rmtree"), ("pickle", "loads"), ("torch", "load"),
+         ("torch.hub", "load"), ("torch.serialization", "add_safe_globals"), ("ctypes", "CDLL"), ("pty", "spawn"),
+         ("webbrowser", "open"), ("functools", "partial"), ("operator", "attrgetter"), ("types", "SimpleNamespace"),
+         ("numpy", "load"), ("pathlib", "Path.touch"), ("code", "interact")]
+
+
+class Call:
+    """Pickles to a call of any function: what a hostile file is made of."""
+
+    def __init__(self, module, name):
+        self.module, self.name = module, name
+
+    def __reduce__(self):
+        target = __import__(self.module, fromlist=["_"])
+        for part in self.name.split("."):
+            target = getattr(target, part)
+        return target, ("touch HOSTILE" if self.name in ("system", "popen", "call") else "HOSTILE",)
+
+
+@pytest.mark.parametrize("module, name", CALLS, ids=[".".join(c) for c in CALLS])
+def test_no_file_that_can_be_read_runs_code(tmp_path, monkeypatch, capsys, module, name):
+    """In each part of a set with a good record, in a bundle with a good seal, and in files of others."""
+    monkeypatch.chdir(tmp_path)
+    hostile = {"x": Call(module, name)}
+    files = []
+    for label in ("G", "optimizerG", "state"):
+        folder = tmp_path / label
+        folder.mkdir()
+        commit(folder, 1, parts(1) | {label: parts(1)[label] | hostile})
+        files.append(folder / "1.json")
+    checkpoint.save_bundle(tmp_path / "all.pt", parts(1) | {"state": parts(1)["state"] | hostile}, {"iteration": 1})
+    torch.save({"state_dict": {"w": torch.ones(2)}, "global_step": 3, "callbacks": Call(module, name)}, "other.ckpt")
+    torch.save({"w": Call(module, name)}, "weights.pth", _use_new_zipfile_serialization=False)
+    for path in (*files, tmp_path / "all.pt", tmp_path / "other.ckpt", tmp_path / "weights.pth"):
+        with pytest.raises(CheckpointError, match="refused: it asks for|can't be read|refused") as caught:
+            locate(path).load()
+        assert "\n" not in str(caught.value)
+        assert checkpoint_cli.main(["convert", str(path), "--to", "weights", str(tmp_path / "out.pth")]) == 2
+        assert checkpoint_cli.main(["inspect", str(path), "--options"]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 2 and "Traceback" not in said
+    assert not os.path.exists("HOSTILE") and not os.path.exists("out.pth")
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--init-from"])
+def test_the_door_refuses_hostile_files(tmp_path, flag):
+    torch.save({"params": {"w": torch.ones(1)}, "x": Call("os", "system")}, tmp_path / "bad.pth")
+    from tests.conftest import run_main
+
+    done = run_main("-opt", ROOT / "options/train_vrt.json", "--set", f"path.root={tmp_path}",
+                    flag, tmp_path / "bad.pth", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "refused: it asks for posix.system" in done.stderr
+    assert not (tmp_path / "HOSTILE").exists() and not (tmp_path / "train_vrt").exists()
+
+
+@pytest.mark.parametrize("name", ["../7_G.pth", "/etc/7_G.pth", "8_G.pth", "7_G.pth/x", "7.json", "7_G.pth\0"])
+def test_a_record_that_leads_elsewhere_is_refused(tmp_path, name):
+    commit(tmp_path, 7, parts(7))
+    record = durable.unsigned((tmp_path / "7.json").read_bytes())
+    record["files"][name] = record["files"].pop("7_G.pth")
+    (tmp_path / "7.json").write_bytes(durable.signed(record))
+    said = []
+    assert find_newest(tmp_path, said.append) is None and "it names" in said[0]
+
+
+def test_a_member_that_is_a_link_to_elsewhere_is_refused(tmp_path):
+    commit(tmp_path, 7, parts(7))
+    shutil.move(tmp_path / "7_G.pth", tmp_path / "secret.bin")
+    os.symlink(tmp_path / "secret.bin", tmp_path / "7_G.pth")
+    said = []
+    assert find_newest(tmp_path, said.append) is None and "it names '7_G.pth'" in said[0]
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"null", b'{"files": 3}', b'{"iteration": "x", "files": {}}',
+                                  b"\xff\xfe"])
+def test_rubbish_in_place_of_a_record_is_reported(tmp_path, text):
+    commit(tmp_path, 7, parts(7))
+    (tmp_path / "7.json").write_bytes(text)
+    for content in (text, durable.signed(json.loads(text)) if text.startswith(b"{") else text):
+        (tmp_path / "7.json").write_bytes(content)
+        said = []
+        assert find_newest(tmp_path, said.append) is None and len(said) == 1 and "record is damaged" in said[0]
+
+
+def test_a_seal_is_not_taken_from_a_file_of_another_size(tmp_path):
+    commit(tmp_path, 1, parts(1), LAYOUTS["bundle"])
+    data = (tmp_path / "it1.pt").read_bytes()
+    (tmp_path / "it1.pt").write_bytes(b"x" * 100 + data)
+    assert "damaged" in durable.find_fault(tmp_path / "it1.pt")
+    assert zlib.crc32(b"") == 0 and sys.maxsize  # the checksum of nothing is 0: no special case is needed for it
