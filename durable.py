@@ -200,8 +200,8 @@ def read_seal(path: Path) -> dict[str, Any] | None:
     end = tail.rfind(END)
     comment = tail[end + 22 :] if end >= 0 else b""
     if MARK not in tail:
-        if end >= 0 and tail[end + 20 :] == b"\0\0" or end < 0 and not b"PK\x03\x04".startswith(head):
-            return None  # a whole archive without a comment, or no archive
+        if end >= 0 and tail[end + 20 :] == b"\0\0" or end < 0 and head[:1] not in (b"P", b"\0", b""):
+            return None  # a whole archive without a comment, or no archive at all: torch's old format
         if not comment:
             raise CheckpointError(f"{path}: {'damaged (its end is missing)' if head else 'is empty'}")
     try:
