@@ -1,4 +1,4 @@
-"""The main job stopped at random moments, by each signal, on drawn and on real video, with and without workers.
+"""The main job stopped at random moments, by each signal, on drawn and on real video; 200 kills of short runs.
 
 Minutes long, so not part of the usual run:  python -m pytest -m slow tests/test_campaign.py
 """
@@ -6,12 +6,15 @@ Minutes long, so not part of the usual run:  python -m pytest -m slow tests/test
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
+import checkpoint
 from tests.conftest import ROOT, SHARED, run_main
-from tests.test_resume import assert_equal_runs, start_process
+from tests.test_resume import assert_equal_runs, differing, recipe_in, start_process
 
 TOTAL = 24
 STOPS = int(os.environ.get("PERDURE_STOPS", 2))  # how often each run is stopped before it is left alone
@@ -60,3 +63,64 @@ def test_stopped_at_a_random_moment_and_run_again(straight, sig, workers):
     assert done.returncode == 0, (stops, done.stderr)
     print(f"{data}, {name}: stopped after (seconds, exit code) {stops}")
     assert_equal_runs(folder / "straight", folder / name, TOTAL)
+
+
+KILLS = int(os.environ.get("PERDURE_KILLS", 200))  # over all four ways to save
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Makes the option file of a small real run in 12 steps that validates twice; the first of them has run."""
+    folder = tmp_path_factory.mktemp("killed")
+
+    def make(name, keep):
+        train = {"total_iter": 12, "checkpoint_save": 1, "checkpoint_test": 4}
+        path = recipe_in(folder)(name, train=train, checkpoint=keep)
+        return ["-opt", str(path), "--set", "num_threads=1"], folder / name
+
+    command, straight = make("straight", {})
+    began = time.monotonic()
+    assert run_main(*command).returncode == 0
+    return make, straight, time.monotonic() - began
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["waiting", "in background"])
+@pytest.mark.parametrize("layout", ["split", "bundle"])
+def test_killed_at_random_points_again_and_again(small, layout, background):
+    """Half of the kills at a random moment, half at a random file operation of a save. Nothing committed is lost."""
+    make, straight, seconds = small
+    expected, dice = final_parts(straight), random.Random(hash((layout, background)) & 0xFFFF)
+    kills = ended = 0
+    reached, points = {}, []
+    while kills < KILLS // 4 or reached:
+        name = f"{layout}_{background}_{ended}"
+        command, folder = make(name, {"layout": layout, "async": background, "keep_last_n": 2})
+        at_operation = dice.random() < 0.5
+        program = ["-m", "tests.tiny", *(["--die-at", str(dice.randint(1, 160))] if at_operation else []), *command]
+        process = subprocess.Popen([sys.executable, *program], cwd=ROOT, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        try:
+            process.wait(60 if at_operation or kills >= KILLS // 4 else dice.uniform(0.4 * seconds, 1.1 * seconds))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(20)
+        assert process.returncode in (0, -signal.SIGKILL), process.stderr.read().decode()
+        kills += process.returncode != 0
+        problems = []
+        sets = checkpoint.find_sets(folder / "models", problems.append)
+        assert not problems and all(found.fault() is None for found in sets)
+        newest = sets[-1].iteration if sets else 0
+        assert newest >= reached.get(name, 0), f"{name}: {reached[name]} was committed, {newest} is left"
+        reached[name] = newest
+        points.append(newest)
+        if process.returncode == 0:
+            assert differing(final_parts(folder), expected) == []
+            ended, reached = ended + 1, {}
+    print(f"{layout}, {'in background' if background else 'waiting'}: {kills} kills, {ended} runs ended, all equal; "
+          f"newest checkpoint after each kill: {points}")
+
+
+def final_parts(folder):
+    found = checkpoint.find_newest(folder / "models")
+    assert found.iteration == 12
+    return found.load()
