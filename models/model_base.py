@@ -160,7 +160,9 @@ class ModelBase:
     def load_weights(self, network: nn.Module, weights: Mapping[str, Tensor], strict: bool, source: str) -> str:
         """The same from a state dict in memory."""
         bare = self.get_bare_model(network)
-        own = bare.state_dict()
+        own, all_keys = bare.state_dict(), list(weights)
+        prefix = _common_prefix(own, weights)
+        weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
         fitting = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
         how = "by name"
         same_order = [v.shape for v in weights.values()] == [v.shape for v in own.values()]
@@ -174,6 +176,9 @@ class ModelBase:
             raise checkpoint.CheckpointError(f"{source}: no tensor fits {type(bare).__name__} by name and shape")
         bare.load_state_dict(fitting, strict=False)
         report = f"{source}: {len(fitting)} of {len(own)} tensors loaded {how}"
+        if prefix:
+            report += f" below {prefix!r}"
+            skipped += [k for k in all_keys if not k.startswith(prefix)]
         for name, keys in (("missing", missing), ("skipped", skipped)):
             report += f"; {name} {len(keys)}: {_some(keys)}" if keys else ""
         return report
@@ -253,6 +258,17 @@ class ModelBase:
     def current_log(self) -> dict[str, float]:
         """Loss terms of the last step as numbers: this waits for the device."""
         return {name: float(value) for name, value in self.log_dict.items()}
+
+
+def _common_prefix(own: Mapping, weights: Mapping) -> str:
+    """What stands before every key of a network in a file that holds more, as Lightning's "model."; "" if nothing."""
+    first = next(iter(own), "")
+    if first not in weights:
+        for key in weights:
+            prefix = key.removesuffix(first)
+            if key.endswith(f".{first}") and all(f"{prefix}{k}" in weights for k in own):
+                return prefix
+    return ""
 
 
 def _some(keys: list[str], most: int = 3) -> str:

@@ -28,6 +28,15 @@ def shared():
     return SHARED
 
 
+@pytest.fixture
+def tiny_tables(monkeypatch):
+    """The rows of tests/tiny.py, for runs in this process."""
+    from tests import tiny
+
+    for table, name, row in tiny.ROWS:
+        monkeypatch.setitem(table, name, row)
+
+
 def run_main(*arguments, cwd=ROOT, timeout=240, **kwargs):
     """`python main.py ...` as a user runs it: a process of its own. Returns the finished process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -5,6 +5,7 @@ import shutil
 import signal
 
 import pytest
+import torch
 
 import checkpoint
 from models.model_plain import ModelPlain
@@ -21,10 +22,7 @@ STEPS = {"plain": {}, "parts": {"accumulate": 3}, "bf16": {"amp": "bf16"}, "fp16
          "adamw": {"G_optimizer_type": "adamw", "G_optimizer_wd": 0.1}}
 
 
-@pytest.fixture(autouse=True)
-def tables(monkeypatch):
-    for table, name, row in tiny.ROWS:
-        monkeypatch.setitem(table, name, row)
+pytestmark = pytest.mark.usefixtures("tiny_tables")
 
 
 def final(folder, iteration=TOTAL):
@@ -99,16 +97,12 @@ def test_the_layout_may_change_at_a_resume(tmp_path, monkeypatch):
 
 def test_parts_of_a_batch_make_the_same_step(tmp_path):
     """Without dropout and batch statistics, accumulation differs from the whole batch by rounding only."""
-    import torch
-
-    from tests.tiny import Net
-
     torch.manual_seed(0)
     data, gradients = torch.rand(5, 3, 16, 16), []
     for parts in (1, 2, 5):
         torch.manual_seed(1)
         model = ModelPlain.__new__(ModelPlain)
-        net = Net().eval()
+        net = tiny.Net().eval()
         model.__dict__ |= {"netG": net, "netE": None, "G_lossfn": torch.nn.L1Loss(), "scaler": None, "log_dict": {},
                            "device": torch.device("cpu"), "degraded": data, "target": data * 0.5, "skipped": 0,
                            "G_optimizer": torch.optim.SGD(net.parameters(), 0.0),
