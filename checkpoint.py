@@ -421,12 +421,12 @@ def prune(folder: Path | str, keep_last_n: int | None, best: int | None = None) 
     That is all but the newest n regular sets, and those that were saved only as interrupted or best, and aren't now.
     """
     sets = [s for s in find_sets(folder) if s.committed]
-    newest = sets[-1:]
-    regular = [s for s in sets if s.record.get("reason", "regular") == "regular"]
-    kept = regular[-keep_last_n:] if keep_last_n else regular
+    regular = sorted({s.iteration for s in sets if s.record.get("reason", "regular") == "regular"})
+    kept = {*(regular[-keep_last_n:] if keep_last_n else regular), *(s.iteration for s in sets[-1:])}
     for old in sets:
-        linked = old.bundled and len(old.names) > 1  # what is also best or latest outlives its own name
-        if old not in kept and old not in newest and (old.iteration != best or linked):
+        names = sum(len(other.names) for other in sets if other.iteration == old.iteration)
+        outlives = old.bundled and names > 1  # under the name of best or latest, a link or a copy
+        if old.iteration not in kept and (old.iteration != best or outlives):
             remove(old)
 
 

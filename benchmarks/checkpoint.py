@@ -1,0 +1,103 @@
+"""What a save and a load cost, as ratios to plain `torch.save` and `torch.load` of the same state in the same run.
+
+    python benchmarks/checkpoint.py [--megabytes 260] [--rounds 9] [--folder /tmp]
+
+durable    commit (checksum, fsync, rename, fsync of the folder) in either layout, against torch.save
+blocked    how long training stands still for a save in the background
+verified   find the newest set, check every byte, load it, against torch.load without any check
+memory     what the background save adds to the resident memory, in copies of the state (Linux)
+
+The ways take turns within a round; medians are compared. Seconds depend on the disk and on who else uses it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+import checkpoint  # noqa: E402
+from checkpoint import Layout, Saver  # noqa: E402
+
+
+def state_of(megabytes: float) -> dict:
+    """A network and its Adam moments, in tensors of a megabyte or less, as networks have them."""
+    count = max(1, round(megabytes / 3))
+    weights = {f"layer.{i}.weight": torch.randn(512, 512) for i in range(count)}
+    moments = {i: {"step": torch.tensor(1.0), "exp_avg": torch.randn(512, 512), "exp_avg_sq": torch.rand(512, 512)}
+               for i in range(count)}
+    groups = [{"lr": 1e-4, "params": list(range(count))}]
+    return {"G": weights, "optimizerG": {"state": moments, "param_groups": groups},
+            "state": {"version": checkpoint.VERSION, "iteration": 1, "sampler_state": {}}}
+
+
+def resident() -> float:
+    """Bytes of memory that this process holds."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=260)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--folder", help="where to write; the default is the system's temporary folder")
+    args = parser.parse_args()
+    parts, seconds = state_of(args.megabytes), defaultdict(list)
+    size = checkpoint.num_bytes(parts)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        plain, split, bundle, thread = (Path(folder) / name for name in ("plain", "split", "bundle", "thread"))
+        for path in (plain, split, bundle, thread):
+            path.mkdir()
+        savers = {"split": Saver(split, keep_last_n=1), "bundle": Saver(bundle, Layout("bundle"), keep_last_n=1),
+                  "thread": Saver(thread, keep_last_n=1, background=True)}
+        before = resident()
+        savers["thread"].snapshot.take(parts)
+        extra = (resident() - before) / size
+
+        def save(name: str, n: int) -> None:
+            savers[name].save(n, parts, epoch=n)
+
+        def settle(name: str) -> None:
+            savers[name].wait()
+            savers[name].poll()
+
+        ways = {
+            "torch.save": lambda n: torch.save(parts, plain / f"{n}.pt"),
+            "split": lambda n: save("split", n),
+            "bundle": lambda n: save("bundle", n),
+            "blocked": lambda n: save("thread", n),
+            "torch.load": lambda n: torch.load(plain / f"{n}.pt", weights_only=True),
+            "verified split": lambda n: checkpoint.find_newest(split).load(),
+            "verified bundle": lambda n: checkpoint.find_newest(bundle).load(),
+        }
+        for n in range(1, args.rounds + 2):
+            for name, way in ways.items():
+                os.sync()  # nobody pays for what another left in the cache
+                began = time.perf_counter()
+                way(n)
+                if n > 1:  # the first round allocates and warms up
+                    seconds[name].append(time.perf_counter() - began)
+                for saver in savers:
+                    settle(saver)
+            (plain / f"{n}.pt").unlink()
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    print(f"{size / 1e6:.0f} MB in {len(parts['G']) * 4} tensors, {torch.get_num_threads()} threads, median of "
+          f"{args.rounds} rounds")
+    for name, median in medians.items():
+        base = "torch.load" if "load" in name or "verified" in name else "torch.save"
+        print(f"  {name:<18}{median:8.3f} s   {median / medians[base]:5.2f} of {base}")
+    print(f"  {'memory':<18}{extra:8.2f} copies of the state in the background save's buffers")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""One run's folder over time: a lock, saves on a thread, refused saves, links, and what proves that a run resumes."""
+
+import contextlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+
+import pytest
+import torch
+
+import checkpoint
+import durable
+import options
+import prove
+import train
+from checkpoint import CheckpointError, Layout, Saver, Snapshot
+from durable import FolderLock
+from models.model_plain import ModelPlain
+from tests import tiny
+from tests.conftest import ROOT, run_main, write_json
+from tests.test_checkpoint import parts
+from tests.test_exact import final, run, stopped_at
+
+pytestmark = pytest.mark.usefixtures("tiny_tables")
+
+
+def start(program, **kwargs):
+    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True, **kwargs)
+
+
+# ---------------------------------------------------------------- a lock
+
+
+def test_a_second_process_is_refused_by_the_owners_name_until_it_dies(tmp_path):
+    owner = start(f"import time; from pathlib import Path; from durable import FolderLock; "
+                  f"lock = FolderLock(Path({str(tmp_path)!r})); print('held', flush=True); time.sleep(60)")
+    try:
+        assert owner.stdout.readline() == "held\n"
+        with pytest.raises(CheckpointError, match=f"process {owner.pid} on .* is writing here; wait for it or stop it"):
+            FolderLock(tmp_path)
+    finally:
+        owner.kill()
+        owner.wait(10)
+    FolderLock(tmp_path).close()  # freed by its death
+
+
+def test_a_run_is_refused_while_another_trains_in_its_folder_and_workers_hold_no_lock(tmp_path):
+    tree = tiny.options(tmp_path, "run", workers=2, train={"total_iter": 100000, "checkpoint_save": 5})
+    path = write_json(tmp_path / "run.json", tree)
+    command = [sys.executable, "-m", "tests.tiny", "-opt", str(path)]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "run/models").glob("*.json")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with pytest.raises(CheckpointError, match=f"process {first.pid} on .* is writing here"):
+            run("-opt", path)
+        first.kill()
+        first.wait(10)
+        total = checkpoint.find_newest(tmp_path / "run/models").iteration + 1
+        assert run("-opt", path, "--set", f"train.total_iter={total}",
+                   "--set", "datasets.train.dataloader_num_workers=0") == 0  # its orphaned workers may still live
+    finally:
+        first.kill()
+        first.wait(10)
+
+
+def test_a_folder_that_cant_be_written_is_one_line(tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError, match="/proc/perdure/run/models: can't be made: No such file"):
+        run("-opt", write_json(tmp_path / "x.json", tiny.options("/proc/perdure", "run")))
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(CheckpointError, match="can't be made"):
+        run("-opt", write_json(tmp_path / "x.json", tiny.options(tmp_path, "taken")))
+    path = write_json(tmp_path / "y.json", tiny.options(tmp_path, "run", train={"total_iter": 1}))
+    assert run("-opt", path) == 0
+
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(durable, "open", refuse, raising=False)
+    with pytest.raises(CheckpointError, match="run: can't be written: Read-only file system"):
+        run("-opt", path)
+
+
+# ---------------------------------------------------------------- saving on a thread
+
+
+def test_a_snapshot_is_a_copy_in_buffers_that_are_used_again():
+    tree = {"a": torch.arange(6.0).reshape(2, 3).t(), "b": [torch.ones(2, dtype=torch.int64), {"c": 3}], "a/b": None}
+    snapshot = Snapshot()
+    first = snapshot.take(tree)
+    addresses = [t.data_ptr() for t in snapshot.buffers.values()]
+    assert torch.equal(first["a"], tree["a"]) and first["b"][1] == {"c": 3}
+    tree["a"].add_(1)
+    assert not torch.equal(first["a"], tree["a"])  # what is being written does not move
+    second = snapshot.take(tree)
+    assert torch.equal(second["a"], tree["a"])
+    assert [t.data_ptr() for t in snapshot.buffers.values()] == addresses
+
+
+def test_training_goes_on_while_a_save_is_written_and_the_next_waits_for_it(tmp_path, monkeypatch):
+    gate, order = threading.Event(), []
+    real = checkpoint.commit
+
+    def slow(folder, iteration, *args, **kwargs):
+        gate.wait(10)
+        order.append(iteration)
+        return real(folder, iteration, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "commit", slow)
+    saver, state = Saver(tmp_path, background=True), parts(1)
+    saver.save(1, state)
+    state["G"]["w"].fill_(99)  # a step that changes what is being written
+    assert saver.poll() is None and not list(tmp_path.glob("*.json"))
+    gate.set()
+    saver.wait()
+    assert saver.poll().found.iteration == 1 and saver.poll() is None
+    assert torch.equal(checkpoint.find_newest(tmp_path).load()["G"]["w"], torch.ones(64))
+    saver.save(2, parts(2))
+    saver.wait()
+    assert order == [1, 2] and saver.poll().found.iteration == 2
+
+
+@pytest.mark.parametrize("policy", ["stop", "warn"])
+def test_an_error_on_the_thread_surfaces_at_the_next_step(tmp_path, monkeypatch, capsys, policy):
+    real, failed = checkpoint.commit, []
+
+    def refused_once(folder, iteration, *args, **kwargs):
+        if iteration == 2 and not failed:
+            failed.append(iteration)
+            raise OSError(28, "No space left on device")
+        return real(folder, iteration, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "commit", refused_once)
+    steps, wait = [], ModelPlain.optimize_parameters
+
+    def counted(self, step):
+        while step == 3 and self.saver_of_test.thread and self.saver_of_test.thread.is_alive():
+            time.sleep(0.01)
+        steps.append(step)
+        wait(self, step)
+
+    monkeypatch.setattr(ModelPlain, "optimize_parameters", counted)
+    made = Saver.__init__
+    monkeypatch.setattr(Saver, "__init__", lambda self, *a, **k: (
+        made(self, *a, **k), setattr(ModelPlain, "saver_of_test", self))[0])
+    keep = {"async": True, "on_save_error": policy}
+    path = write_json(tmp_path / "run.json", tiny.options(tmp_path, "run", checkpoint=keep))
+    if policy == "stop":
+        with pytest.raises(CheckpointError, match="checkpoint 2 was not saved: .*No space left on device; older"):
+            run("-opt", path)
+        assert steps[-1] <= 3
+    else:
+        assert run("-opt", path) == 0
+        assert "warning  checkpoint 2 was not saved: [Errno 28] No space left" in capsys.readouterr().out
+        assert final(tmp_path / "run")["state"]["iteration"] == 9
+    assert not list((tmp_path / "run/models").glob("*.tmp"))
+
+
+def test_a_signal_in_the_middle_of_a_background_save_ends_with_both_committed(tmp_path, monkeypatch):
+    real = checkpoint.commit
+
+    def slow(folder, iteration, *args, **kwargs):
+        if iteration == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+        return real(folder, iteration, *args, **kwargs)
+
+    keep = {"async": True}
+    path = write_json(tmp_path / "run.json", tiny.options(tmp_path, "run", checkpoint=keep))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "commit", slow)
+        assert run("-opt", path) == 143
+    iterations = [found.iteration for found in checkpoint.find_sets(tmp_path / "run/models")]
+    assert 4 in iterations and all(found.fault() is None for found in checkpoint.find_sets(tmp_path / "run/models"))
+    assert run("-opt", path) == 0
+
+
+def test_what_runs_in_the_background_by_itself(tmp_path):
+    from train import Run
+
+    def background(**over):
+        tree = tiny.options(tmp_path, "run", **over)
+        from data import DATASETS
+        from models import MODELS, NETWORKS
+
+        opt, _ = options.parse(str(write_json(tmp_path / "run.json", tree)), [], MODELS, NETWORKS, DATASETS)
+        opt["device"] = "cpu"
+        return Run(opt, None).saver.background
+
+    assert [background(), background(checkpoint={"async": True}), background(checkpoint={"async": False})] == \
+        [False, True, False]  # auto: with CUDA
+
+
+# ---------------------------------------------------------------- names and metrics
+
+
+@pytest.mark.parametrize("keep, words", [
+    ({"name": "epoch.pt"}, "name: 'epoch.pt' needs the field {epoch} or {iter}"),
+    ({"name": "{step}.pt"}, "the fields are {epoch} and {iter}"),
+    ({"best": "../best.pt"}, "best: '../best.pt' must be a file name that ends in one of .pt, .pth, .ckpt"),
+    ({"latest": "latest"}, "latest: 'latest' must be a file name"),
+    ({"layout": "bundle", "name": None, "latest": None}, "name and latest can't both be null"),
+    ({"best_metric": "lpips"}, "checkpoint.best_mode: missing; whether a larger or a smaller lpips is better"),
+    ({"async": "yes"}, "checkpoint.async: \"yes\" is not one of \"auto\" or true or false"),
+    ({"layout": "zip"}, "checkpoint.layout"),
+])
+def test_names_that_no_file_could_have_are_refused(tmp_path, keep, words):
+    path = write_json(tmp_path / "x.json", tiny.options(tmp_path, "run", checkpoint=keep))
+    with pytest.raises(options.OptionError) as caught:
+        run("-opt", path)
+    assert words in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_a_metric_that_there_is_not_is_said_with_those_that_there_are(tmp_path):
+    tree = tiny.options(tmp_path, "run", checkpoint={"best_metric": "lpips", "best_mode": "min"})
+    with pytest.raises(options.OptionError, match="'lpips' is no metric of this run; valid: test.psnr, test.ssim"):
+        run("-opt", write_json(tmp_path / "run.json", tree))
+    assert checkpoint.find_newest(tmp_path / "run/models").iteration == 3  # what was learnt is kept
+
+
+def test_links_become_copies_where_a_disk_has_none(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    saver = Saver(tmp_path, Layout("bundle", name="it{iter}.pt"), keep_last_n=1)
+    for n in (1, 2, 3):
+        saver.save(n, parts(n), best=1)
+        saver.poll()
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "it3.pt", "latest.pt"]
+    assert checkpoint.locate(tmp_path / "best.pt").iteration == 1 and checkpoint.find_newest(tmp_path).iteration == 3
+
+
+def test_a_kill_between_a_commit_and_its_links_is_put_right_at_the_next_start(tmp_path, monkeypatch):
+    path = write_json(tmp_path / "run.json", tiny.options(tmp_path, "run"))
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 8)
+        assert run("-opt", path) == 143
+    latest = tmp_path / "run/models/latest.json"
+    latest.unlink()
+    os.link(tmp_path / "run/models/4.json", latest)
+    (tmp_path / "run/models/best.json").unlink()
+    assert run("-opt", path, "--set", "train.total_iter=8") == 0  # nothing to do: nothing is touched
+    assert run("-opt", path) == 0
+    assert latest.samefile(tmp_path / "run/models/9.json")
+    assert checkpoint.locate(tmp_path / "run/models/best.json").iteration == final(tmp_path / "run")["state"]["best"]
+
+
+# ---------------------------------------------------------------- --prove-resume
+
+
+def test_prove_resume_says_exact_on_the_users_own_options(tmp_path):
+    from tests.test_resume import recipe_in
+
+    done = run_main("-opt", recipe_in(tmp_path)("run"), "--prove-resume", "4")
+    assert done.returncode == 0, done.stderr
+    assert "4 steps straight, and 4 steps killed after step 2" in done.stdout
+    assert "parts of the state are equal" in done.stdout or "are equal, bit for bit" in done.stdout
+    assert sorted(os.listdir(tmp_path)) == ["run.json"]  # nothing of it stays
+
+
+class Died(BaseException):
+    """In place of SIGKILL, where processes would only take longer."""
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Runs of prove.py as calls."""
+    def call(folder, name, option_file, overrides, steps, kill_after, look):
+        with monkeypatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+            patch.setattr(train, "Run", train.Run)
+            patch.setattr(os, "kill", lambda *_: (_ for _ in ()).throw(Died()))
+            with contextlib.suppress(Died):
+                prove._child(option_file, overrides, folder, name, steps, kill_after, look)
+                assert kill_after is None
+        torch.use_deterministic_algorithms(False)
+        return said.getvalue()
+
+    monkeypatch.setattr(prove, "_run", call)
+
+
+@pytest.mark.parametrize("fault, words", [
+    ("none", "exact    all 39 tensors and the rest of the state are equal, bit for bit"),
+    ("a variable", "because  a run that nobody stopped repeats itself, so something that makes the next step is in no"),
+    ("the clock", "because  two runs that nobody stopped differ as well"),
+    ("an operation", "because  upsample_nearest_of_the_test has no deterministic kernel on this device"),
+])
+def test_prove_resume_says_whether_and_why(tmp_path, monkeypatch, in_this_process, capsys, fault, words):
+    """A step that depends on a variable in no checkpoint, on the clock, on an operation that says so."""
+    real, clock = ModelPlain.feed_data, iter(range(1, 1000))
+
+    def feed_data(self, data, **kwargs):
+        real(self, data, **kwargs)
+        self.steps = getattr(self, "steps", 0) + 1
+        if fault == "an operation" and torch.are_deterministic_algorithms_enabled():
+            warnings.warn("upsample_nearest_of_the_test does not have a deterministic implementation", stacklevel=1)
+        self.degraded = self.degraded + {"none": 0, "a variable": self.steps}.get(fault, next(clock)) * 1e-3
+
+    monkeypatch.setattr(ModelPlain, "feed_data", feed_data)
+    code = prove.prove(str(write_json(tmp_path / "run.json", tiny.options(tmp_path, "run"))), [], 4)
+    said = capsys.readouterr().out
+    assert code == (fault != "none") and words in said
+    assert ("differs " in said and "first G.body.0.weight" in said) == (fault != "none")
