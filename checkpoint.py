@@ -17,9 +17,9 @@ import os
 import random
 import re
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,8 +173,11 @@ def _commit_split(folder: Path, iteration: int, parts: Mapping[str, Any], info: 
     temporary = {folder / name: folder / f"{name}.tmp" for name in (*names.values(), path.name)}
     renamed: list[Path] = []
     try:
-        files = {name: write_durably(folder / f"{name}.tmp", parts[label], {"iteration": iteration, "part": label})
-                 for label, name in names.items()}
+        def write(label: str) -> dict[str, int]:
+            return write_durably(folder / f"{names[label]}.tmp", parts[label], {"iteration": iteration, "part": label})
+
+        with ThreadPoolExecutor(4) as pool:  # torch.save leaves other threads room while it sums and writes
+            files = dict(zip(names.values(), pool.map(write, names)))
         record = {"version": VERSION, **info, "files": files}
         write_durably(temporary[path], signed(record, indent=1))
         sync_folder(folder)
@@ -518,32 +521,26 @@ class Saver:
     def __init__(self, folder: Path, layout: Layout = Layout(), keep_last_n: int | None = None,
                  background: bool = False):
         self.folder, self.layout, self.keep_last_n, self.background = Path(folder), layout, keep_last_n, background
-        self.snapshot, self.thread = Snapshot(), None
-        self.outcome: Saved | BaseException | None = None
+        self.snapshot, self.pool = Snapshot(), ThreadPoolExecutor(1)
+        self.pending: Future | None = None
 
     def save(self, iteration: int, parts: Mapping[str, Any], best: int | None = None, **info: Any) -> None:
         """Commit a set. What becomes of it, `poll` says; when not in background, what it meets is raised here.
 
         Args: best: iteration of the best set so far. info: see `commit`.
         """
-        assert self.thread is None and self.outcome is None, "wait for the save before and poll it"
+        assert self.pending is None, "wait for the save before and poll it"
         began = time.monotonic()
-        if not self.background:
-            self._commit(iteration, to_cpu(parts), best, info, began)
-            return
-        copied = self.snapshot.take(parts)
-        self.waited = time.monotonic() - began
-        self.thread = threading.Thread(target=self._in_background, args=(iteration, copied, best, info, began))
-        self.thread.start()
-
-    def _in_background(self, *arguments: Any) -> None:
-        try:
-            self._commit(*arguments)
-        except BaseException as error:  # handed to the training thread by `poll`
-            self.outcome = error
+        if self.background:
+            copied = self.snapshot.take(parts)
+            waited = time.monotonic() - began
+            self.pending = self.pool.submit(self._commit, iteration, copied, best, info, began, waited)
+        else:
+            saved, self.pending = self._commit(iteration, to_cpu(parts), best, info, began, None), Future()
+            self.pending.set_result(saved)
 
     def _commit(self, iteration: int, parts: Mapping[str, Any], best: int | None, info: Mapping[str, Any],
-                began: float) -> None:
+                began: float, waited: float | None) -> Saved:
         found = commit(self.folder, iteration, parts, self.layout, **info)
         if info.get("reason") != "interrupted" and (name := self.layout.link_name("latest")):
             link(found.path, self.folder / name)
@@ -551,7 +548,7 @@ class Saver:
             self.mark_best(found)
         prune(self.folder, self.keep_last_n, best)
         seconds = time.monotonic() - began
-        self.outcome = Saved(found, seconds, self.waited if self.background else seconds)
+        return Saved(found, seconds, seconds if waited is None else waited)
 
     def relink(self, best: int | None) -> None:
         """Make latest and best name what they should, after a kill between a commit and its links, or a rewind."""
@@ -569,17 +566,15 @@ class Saver:
 
     def poll(self) -> Saved | None:
         """What ended since the last look; raises the error that a save met. Costs nothing when there is none."""
-        if self.outcome is None or (self.thread and self.thread.is_alive()):
+        if self.pending is None or not self.pending.done():
             return None
-        outcome, self.outcome, self.thread = self.outcome, None, None
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
+        ended, self.pending = self.pending, None
+        return ended.result()
 
     def wait(self) -> None:
         """Until the save under way has ended."""
-        if self.thread:
-            self.thread.join()
+        if self.pending:
+            wait([self.pending])
 
 
 def to_cpu(tree: Any) -> Any:

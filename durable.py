@@ -1,9 +1,10 @@
 """One file that is whole or absent: write to the disk, seal, verify, read without running code, lock a folder.
 
 Atomic on POSIX (DESIGN 4): temporary name in the same folder, write, fsync, rename, fsync of the folder.
-A torch file is a zip archive; ours carry a *seal* in the archive's comment, a JSON object with what the file is and
-the CRC-32 of everything before it (torch.load checks no CRC, measured: a flipped bit loads silently). Every other
-reader of zip or torch files skips the comment.
+A torch file is a zip archive with a CRC-32 of each record's data, which torch.load does not check (measured: a flipped
+bit loads silently). Ours carry a *seal* in the archive's comment, which every other reader skips: a JSON object with
+what the file is and the CRC-32 of all that is not data. That includes the table of the data's own CRCs, so the two
+together cover every byte, and nothing is summed twice.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import re
 import shutil
 import socket
 import struct
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,61 +40,124 @@ class CheckpointError(ValueError):
 # ---------------------------------------------------------------- writing
 
 
-class _Counted:
-    """A binary file that remembers the size and CRC-32 of what went through it, and the last piece."""
+class _Refusable:
+    """A file to write to that remembers why the disk refused: torch.save hides it behind an error of its own."""
 
-    def __init__(self, file, helper: ThreadPoolExecutor):
-        self.file, self.helper = file, helper
-        self.size = self.crc_before = 0
-        self.last = b""
-        self.refusal: OSError | None = None  # torch.save hides it behind an error of its own
-
-    @property
-    def crc32(self) -> int:
-        return zlib.crc32(self.last, self.crc_before)
+    def __init__(self, file):
+        self.file, self.refusal = file, None
 
     def write(self, data) -> int:
         try:
-            return self._write(data)
+            return self.file.write(data)
         except OSError as error:
             self.refusal = error
             raise
 
-    def _write(self, data) -> int:
-        self.crc_before = self.crc32
-        if len(data) > CHUNK:  # the checksum of a large tensor is taken while it is written
-            crc = self.helper.submit(zlib.crc32, data, self.crc_before)
-            self.file.write(data)
-            self.crc_before, self.last = crc.result(), b""
-        else:
-            self.file.write(data)
-            self.last = bytes(data)
-        self.size += len(data)
-        return len(data)
-
     def flush(self) -> None:
         self.file.flush()
+
+
+@contextlib.contextmanager
+def _written_back(descriptor: int) -> Iterator[None]:
+    """The disk takes a file while it is still being written, so that little is left for the fsync at the end."""
+    done, errors = threading.Event(), []
+
+    def write_back() -> None:
+        try:
+            while not done.wait(0.02):
+                os.fdatasync(descriptor)
+        except OSError as error:  # told once and only here: the data may be gone, so the file is
+            errors.append(error)
+
+    thread = threading.Thread(target=write_back, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def write_durably(path: Path, payload: Any, about: Mapping[str, Any] | None = None) -> dict[str, int]:
     """Create a file and force it to the disk; when that fails, there is none.
 
     Args: payload: bytes, or what `torch.save` writes. about: of a torch file, plain values for its seal.
-    Returns: the file's size in bytes and CRC-32. Raises: OSError as the disk says.
+    Returns: its size in bytes and, of a torch file, the seal's CRC-32. Raises: OSError as the disk says.
     """
-    with _gone_if_refused(path), open(path, "wb", buffering=CHUNK) as file, ThreadPoolExecutor(1) as helper:
-        counted = _Counted(file, helper)
+    facts = {}
+    with _gone_if_refused(path), open(path, "w+b", buffering=CHUNK) as file:
         if isinstance(payload, bytes):
-            counted.write(payload)
+            _Refusable(file).write(payload)
         else:
-            try:
-                torch.save(payload, counted)
-            except RuntimeError:
-                raise counted.refusal or OSError("torch.save failed") from None
-            _seal(counted, about or {})
+            with _written_back(file.fileno()):
+                writer = _Refusable(file)
+                try:
+                    torch.save(payload, writer)
+                except RuntimeError:
+                    raise writer.refusal or OSError("torch.save failed") from None
+                facts = _seal(writer, about or {})
         file.flush()
         os.fsync(file.fileno())
-    return {"size": counted.size, "crc32": counted.crc32}
+        return {"size": file.tell(), **facts}
+
+
+def _seal(writer: _Refusable, about: Mapping[str, Any]) -> dict[str, int]:
+    """Append the seal to a torch file just written: its length where the archive's end says 0, then the text."""
+    file = writer.file
+    file.flush()
+    body = file.tell()
+    assert os.pread(file.fileno(), 4, body - 22) == END, "torch.save wrote no plain zip archive"
+    crc = _Archive(file.fileno(), body).crc32()
+    comment = signed({"perdure": 2, **about, "body": body, "body_crc32": crc})
+    file.seek(body - 2)
+    writer.write(struct.pack("<H", len(comment)))
+    writer.write(comment)
+    return {"body_crc32": crc}
+
+
+class _Archive:
+    """A torch file as a zip archive without a comment: its records, and everything else.
+
+    Args: descriptor: an open file. body: its size in bytes up to the comment.
+    Raises: ValueError, zipfile.BadZipFile: it is not what torch writes.
+    """
+
+    def __init__(self, descriptor: int, body: int):
+        self.descriptor, self.body = descriptor, body
+        with open(os.dup(descriptor), "rb") as file:
+            records = sorted(zipfile.ZipFile(file).infolist(), key=lambda record: record.header_offset)
+        self.data: list[tuple[int, int, int]] = []  # from, to, CRC-32
+        end = 0
+        for record in records:
+            header = os.pread(descriptor, 30, record.header_offset)
+            name, extra = struct.unpack("<HH", header[26:30])
+            start = record.header_offset + 30 + name + extra
+            if record.header_offset < end or record.compress_type or record.file_size != record.compress_size:
+                raise ValueError("its records overlap or are compressed")
+            end = start + record.file_size
+            self.data.append((start, end, record.CRC))
+        if end > body - 22:
+            raise ValueError("its records lead beyond its end")
+
+    def crc32(self) -> int:
+        """Of every byte that is no record's data, the comment's length taken as 0."""
+        crc, at = 0, 0
+        for start, end, _ in self.data:
+            crc, at = zlib.crc32(os.pread(self.descriptor, start - at, at), crc), end
+        return zlib.crc32(os.pread(self.descriptor, self.body - 2 - at, at) + b"\0\0", crc)
+
+    def broken(self) -> int | None:
+        """The first record whose data is not what it was, counted from 0."""
+        buffer = memoryview(bytearray(CHUNK))
+        for i, (start, end, expected) in enumerate(self.data):
+            crc = 0
+            while start < end and (count := os.preadv(self.descriptor, [buffer[: end - start]], start)):
+                crc, start = zlib.crc32(buffer[:count], crc), start + count
+            if crc != expected or start < end:
+                return i
+        return None
 
 
 @contextlib.contextmanager
@@ -105,17 +169,6 @@ def _gone_if_refused(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
         raise
-
-
-def _seal(counted: _Counted, about: Mapping[str, Any]) -> None:
-    """Append the seal to a torch file just written: its length where the archive's end says 0, then the text."""
-    assert counted.last[-22:-18] == END and counted.last[-2:] == b"\0\0", "torch.save wrote no plain zip archive"
-    comment = signed({"perdure": 2, **about, "body": counted.size, "body_crc32": counted.crc32})
-    length = struct.pack("<H", len(comment))
-    counted.file.seek(-2, os.SEEK_CUR)
-    counted.file.write(length)
-    counted.last = counted.last[:-2] + length
-    counted.write(comment)
 
 
 def signed(facts: Mapping[str, Any], indent: int | None = None) -> bytes:
@@ -228,26 +281,32 @@ def find_fault(path: Path, facts: Mapping[str, int] | None = None) -> str | None
         if facts:
             if size != facts["size"]:
                 return f"has {size} bytes, was committed with {facts['size']}"
-            return None if _crc32(path, size) == facts["crc32"] else "damaged (checksum differs)"
-        if seal := read_seal(path):
-            crc = zlib.crc32(b"\0\0", _crc32(path, seal["body"] - 2))  # it was taken before the seal had a length
-            return None if crc == seal["body_crc32"] else "damaged (checksum differs)"
-        if zipfile.is_zipfile(path):
+            if "crc32" in facts:  # version 1: of the whole file
+                return None if _crc32(path) == facts["crc32"] else "damaged (checksum differs)"
+        seal = read_seal(path)
+        if facts and (not seal or seal["body_crc32"] != facts["body_crc32"]):
+            return "is not the file that was committed"
+        if seal:
+            with open(path, "rb") as file:
+                archive = _Archive(file.fileno(), seal["body"])
+                if archive.crc32() != seal["body_crc32"] or archive.broken() is not None:
+                    return "damaged (checksum differs)"
+        elif zipfile.is_zipfile(path):
             broken = zipfile.ZipFile(path).testzip()
             return f"damaged (record {broken})" if broken else None
-        read_torch(path)
-    except (OSError, zipfile.BadZipFile, zlib.error, CheckpointError) as error:
+        else:
+            read_torch(path)
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return f"damaged ({reason.removeprefix(f'{path}: ')})"
+        return reason if (reason := reason.removeprefix(f"{path}: ")).startswith("damaged") else f"damaged ({reason})"
     return None
 
 
-def _crc32(path: Path, size: int) -> int:
-    """CRC-32 of a file's first `size` bytes."""
-    crc, buffer = 0, memoryview(bytearray(CHUNK))
-    with open(path, "rb", buffering=0) as file:
-        while size > 0 and (count := file.readinto(buffer[: min(size, CHUNK)])):
-            crc, size = zlib.crc32(buffer[:count], crc), size - count
+def _crc32(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            crc = zlib.crc32(chunk, crc)
     return crc
 
 

@@ -191,7 +191,7 @@ def test_power_loss_after_any_file_operation_leaves_a_complete_set(tmp_path, mon
 @pytest.mark.parametrize("call", ["fsync", "replace", "link", "write"])
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EACCES])
 def test_an_error_at_any_operation_is_said_and_harms_nothing(tmp_path, monkeypatch, layout, call, number):
-    saver, real = Saver(tmp_path, layout), durable._Counted.write if call == "write" else getattr(os, call)
+    saver, real = Saver(tmp_path, layout), durable._Refusable.write if call == "write" else getattr(os, call)
     saver.save(1, parts(1), best=1)
     saver.poll()
     for failing in range(0, 1000, 13 if call == "write" else 1):
@@ -203,9 +203,9 @@ def test_an_error_at_any_operation_is_said_and_harms_nothing(tmp_path, monkeypat
             return real(*args, **kwargs)
 
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-        saver.outcome = None
+        saver.pending = None
         with monkeypatch.context() as patch:
-            patch.setattr(durable._Counted, "write", refuse) if call == "write" else patch.setattr(os, call, refuse)
+            patch.setattr(durable._Refusable, "write", refuse) if call == "write" else patch.setattr(os, call, refuse)
             try:
                 saver.save(2, parts(2), best=2)
                 refused = False

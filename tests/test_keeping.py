@@ -140,8 +140,8 @@ def test_an_error_on_the_thread_surfaces_at_the_next_step(tmp_path, monkeypatch,
     steps, wait = [], ModelPlain.optimize_parameters
 
     def counted(self, step):
-        while step == 3 and self.saver_of_test.thread and self.saver_of_test.thread.is_alive():
-            time.sleep(0.01)
+        if step == 3:
+            self.saver_of_test.wait()
         steps.append(step)
         wait(self, step)
 
