@@ -268,7 +268,7 @@ class Run:
         if self.saved_at == self.iteration or self.iteration == 0:
             return
         if self.save_due():
-            reason = "regular"
+            reason = "regular"  # whatever else it is
         self.finish_save()
         self.check_finite()
         state, self.saved_at = self.state(), self.iteration

@@ -176,8 +176,10 @@ def test_power_loss_after_any_file_operation_leaves_a_complete_set(tmp_path, mon
         for kept in (lambda _: False, lambda _: True, lambda _: dice.random() < 0.5, lambda _: dice.random() < 0.5):
             for path, content in disk.after(done, kept).items():
                 (after / os.path.basename(path)).write_bytes(content)
-            found = find_newest(after)
+            said = []
+            found = find_newest(after, said.append)
             assert found and found.iteration >= promised, (done, promised, disk.log[done - 1][:2])
+            assert not said and not any(s.fault() for s in checkpoint.find_sets(after)), done  # nothing is half there
             assert value(found) == found.iteration
             checkpoint.clean(after)
             assert find_newest(after).iteration == found.iteration and not list(after.glob("*.tmp"))
