@@ -116,6 +116,8 @@ KAIR_UNUSED = {
     "path.log": "it is in the run's folder", "path.models": "it is in the run's folder",
     "path.images": "it is in the run's folder", "path.options": "it is in the run's folder",
     "path.pretrained_optimizerG": "resume restores it",
+    "datasets.*.interval_list": "a sequence of Vimeo-90K is taken as it is",
+    "datasets.*.dataroot_lq": "this dataset makes L of dataroot_gt",
 }
 
 

@@ -2,6 +2,14 @@
 
 DATASETS = {
     "VideoRecurrentTrainDataset": "data.video:VideoRecurrentTrainDataset",
+    "VideoRecurrentTrainNonblindDenoisingDataset": "data.video:VideoRecurrentTrainNonblindDenoisingDataset",
+    "VideoRecurrentTrainVimeoDataset": "data.vimeo:VideoRecurrentTrainVimeoDataset",
+    "VideoRecurrentTrainVimeoVFIDataset": "data.vimeo:VideoRecurrentTrainVimeoVFIDataset",
     "VideoRecurrentTestDataset": "data.video:VideoRecurrentTestDataset",
+    "SingleVideoRecurrentTestDataset": "data.video:SingleVideoRecurrentTestDataset",
+    "VideoTestVimeo90KDataset": "data.vimeo:VideoTestVimeo90KDataset",
+    "VFI_DAVIS": "data.vimeo:VFI_DAVIS",
+    "VFI_UCF101": "data.vimeo:VFI_UCF101",
+    "VFI_Vimeo90K": "data.vimeo:VFI_Vimeo90K",
     "SyntheticVideoDataset": "data.synthetic:SyntheticVideoDataset",
 }

@@ -13,12 +13,13 @@ import numpy as np
 Key = tuple[int, int]  # (epoch, index): what a dataset is asked for
 
 
-def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+def sample_rng(seed: int, epoch: int, index: int, *stream: int) -> np.random.Generator:
     """The generator a dataset draws the augmentation of one sample from.
 
-    Args: seed, epoch, index: integers >= 0. Returns: a generator that depends on nothing else.
+    Args: seed, epoch, index, stream: integers >= 0; stream numbers independent generators of one sample, e.g. one
+        for each frame. Returns: a generator that depends on nothing else.
     """
-    return np.random.default_rng((seed, epoch, index))
+    return np.random.default_rng(np.random.SeedSequence((seed, epoch, index), spawn_key=stream))
 
 
 def order(seed: int, epoch: int, length: int, shuffle: bool = True) -> list[int]:

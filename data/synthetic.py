@@ -68,7 +68,7 @@ class SyntheticVideoDataset(Dataset):
         epoch, index = split_key(key, len(self))
         clip = self.first_clip + index
         rng = sample_rng(self.seed, epoch, clip)
-        content = sample_rng(self.seed, 0, clip).spawn(1)[0]  # a stream of its own, the same in each epoch
+        content = sample_rng(self.seed, 0, clip, 0)  # a stream of its own, the same in each epoch
         frames = render(draw_scene(content, self.size), int(rng.integers(LIFETIME)) + np.arange(self.num_frame))
         lq, gt = augment([self.degradation(frames, rng), frames], rng, self.use_hflip, self.use_rot)
         folder = f"clip_{clip:03d}"

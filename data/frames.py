@@ -1,0 +1,325 @@
+"""Frames of clips: in folders or in an lmdb, listed, paired by name, and read one at a time.
+
+A frame's address is its path; in an lmdb it is `ROOT.lmdb/clip/frame`, without extension, as BasicSR's keys are.
+Source: the layout of BasicSR's lmdb (data.mdb and meta_info.txt) and KAIR's meta_info files.
+Different here: LQ and GT pair by name, not by position; numbers in frames' names count by value (2 before 10);
+the options are left as they are. A frame in memory is (3,H,W) uint8 RGB.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image, read_file
+
+VAL_PARTITIONS = {"REDS4": {"000", "011", "015", "020"}, "official": {f"{clip:03d}" for clip in range(240, 270)}}
+EXTENSIONS = (".png", ".jpg", ".jpeg")
+LMDB = ".lmdb"
+SIDES = ("dataroot_gt", "dataroot_lq")  # what messages call the two roots
+MAKE_LMDB = "python -m data.prepare lmdb FOLDER OUT.lmdb makes one"
+
+# Where a missing folder is to be had, by a part of its path.
+PUBLIC = {
+    "REDS": "REDS (seungjunnah.github.io/Datasets/reds): a folder per clip, 000 to 239 of its train set and "
+            "240 to 269, which are 000 to 029 of its validation set",
+    "REDS4": "clips 000, 011, 015 and 020 of REDS's train set (seungjunnah.github.io/Datasets/reds), a folder each",
+    "vimeo90k": "the Vimeo-90K septuplets (toflow.csail.mit.edu): sequences/00001/0001/im1.png to im7.png, "
+                "sep_trainlist.txt, sep_testlist.txt",
+    "Vid4": "Vid4: the clips calendar, city, foliage and walk, a folder each",
+    "UDM10": "UDM10 (github.com/psychopa4/PFNL): ten clips, a folder each",
+    "DVD": "DVD of Su et al. 2017 (github.com/shuochsu/DeepVideoDeblurring): a folder per clip, its GT/ in train_GT/, "
+           "its input/ in train_GT_blurred/",
+    "DVD10": "the ten test clips of DVD (github.com/shuochsu/DeepVideoDeblurring), each one's GT/ in test_GT/, its "
+             "input/ in test_GT_blurred/",
+    "GoPro": "GOPRO_Large (seungjunnah.github.io/Datasets/gopro): a folder per clip, its sharp/ in train_GT/, its "
+             "blur/ in train_GT_blurred/",
+    "GoPro11": "the eleven test clips of GOPRO_Large (seungjunnah.github.io/Datasets/gopro), each one's sharp/ in "
+               "test_GT/, its blur/ in test_GT_blurred/",
+    "DAVIS": "DAVIS 2017 at 480p (davischallenge.org): the clip folders of JPEGImages/480p",
+    "Set8": "Set8 (github.com/m-tassano/fastdvdnet): eight clips, a folder each",
+    "UCF101": "the UCF101 triplets of frame interpolation: folders of frame0.png to frame3.png and framet.png",
+}
+
+
+class Clip(NamedTuple):
+    """One clip: its frames' names without extension, and their paths; a side that is not there is None."""
+
+    name: str
+    frames: list[str]
+    gt: list[str] | None
+    lq: list[str] | None
+
+
+# Reading -----------------------------------------------------------------------------------------------------------
+
+class FrameReader:
+    """Reads frames; those of `keep` only once, at the start, where worker processes share them."""
+
+    def __init__(self, keep: Iterable[str] = ()):
+        self.kept = {path: read_frame(path) for path in keep}
+
+    def __call__(self, paths: Sequence[str]) -> list[Tensor]:
+        """The frames (3,H,W) uint8 at these paths, all of one size; not to be written to."""
+        frames = [self.kept[path] if path in self.kept else read_frame(path) for path in paths]
+        for path, frame in zip(paths, frames, strict=True):
+            if frame.shape != frames[0].shape:
+                raise ValueError(f"{path}: a frame of {size_of(frame)} in a clip of {size_of(frames[0])} ({paths[0]})")
+        return frames
+
+
+def paths_of(clips: Iterable[Clip]) -> Iterable[str]:
+    return (path for clip in clips for path in (clip.gt or []) + (clip.lq or []))
+
+
+def read_frame(path: str) -> Tensor:
+    """An image file, or one in an lmdb -> (3,H,W) uint8 RGB; transparency is dropped, grey repeated."""
+    if not (there := os.path.isfile(path)) and LMDB + "/" not in path:
+        raise FileNotFoundError(f"{path}: frame is missing")
+    encoded = None if there else _in_lmdb(path)
+    try:
+        frame = decode_image(read_file(path) if there else encoded, ImageReadMode.RGB)
+    except RuntimeError:
+        raise ValueError(f"{path}: not a readable image; a PNG or JPEG file is needed") from None
+    if frame.dtype != torch.uint8 or frame.ndim != 3:
+        raise ValueError(f"{path}: frame has {frame.dtype} values, shape {tuple(frame.shape)}; save it with 8 bits")
+    return frame
+
+
+def size_of(frame: Tensor) -> str:
+    return f"{frame.shape[-1]}x{frame.shape[-2]} (width x height)"
+
+
+# lmdb --------------------------------------------------------------------------------------------------------------
+
+_open: dict[str, Any] = {}  # root -> environment
+
+
+def _close_all() -> None:
+    while _open:
+        _open.popitem()[1].close()
+
+
+os.register_at_fork(before=_close_all)  # an environment must not cross a fork: each worker opens its own
+
+
+def lmdb_module() -> Any:
+    try:
+        return importlib.import_module("lmdb")
+    except ImportError:
+        raise ValueError("lmdb is not installed; pip install 'perdure[lmdb]' or pip install lmdb") from None
+
+
+def _in_lmdb(path: str) -> Tensor:
+    """The encoded image (bytes,) uint8 at `ROOT.lmdb/key`."""
+    root, _, key = path.rpartition(LMDB + "/")
+    root += LMDB
+    if root not in _open:
+        lmdb = lmdb_module()
+        try:
+            _open[root] = lmdb.open(root, readonly=True, lock=False, readahead=False, create=False)
+        except lmdb.Error as error:
+            raise ValueError(f"{root}: not a readable lmdb ({error}); {MAKE_LMDB}") from None
+    with _open[root].begin(buffers=True) as transaction:
+        found = transaction.get(key.encode())
+        if found is None:
+            raise FileNotFoundError(f"{path}: frame is missing in the lmdb")
+        return torch.frombuffer(bytearray(found or b"\0"), dtype=torch.uint8)  # b"\0": empty is told as unreadable
+
+
+@lru_cache(maxsize=4)
+def _scan_lmdb(root: str, side: str) -> dict[str, dict[str, str]]:
+    """{clip: {frame: path}}, of the keys that meta_info.txt lists; not to be written to."""
+    check_folder(root, side)
+    clips: dict[str, dict[str, str]] = {}
+    for _, line in lines_of(os.path.join(root, "meta_info.txt"), "lmdb"):
+        key = os.path.splitext(line.strip().rsplit(" ", 2)[0])[0]  # of `clip/frame.png (h,w,c) compress_level`
+        folder, _, frame = key.rpartition("/")
+        clips.setdefault(folder, {})[frame] = f"{root}/{key}"
+    return {folder: dict(sorted(clips[folder].items(), key=_natural)) for folder in sorted(clips)}
+
+
+def check_backend(io_backend: dict | None, *roots: str | None, sides: Sequence[str] = SIDES) -> None:
+    """That the backend exists, and the roots, and that these are of its kind."""
+    backend = dict(io_backend or {"type": "disk"})  # a copy: the options stay as they are
+    kind = backend.pop("type", None)
+    if kind not in ("disk", "lmdb") or backend:
+        raise ValueError(f'io_backend {io_backend} is unknown; valid are {{"type": "disk"}} and {{"type": "lmdb"}}')
+    for side, root in zip(sides, roots):
+        if not root:
+            continue
+        if root.endswith(LMDB) != (kind == "lmdb"):
+            need = f"the name of an lmdb ends with {LMDB}; {MAKE_LMDB}" if kind == "lmdb" else 'give {"type": "lmdb"}'
+            raise ValueError(f'{side} {root} does not fit io_backend "{kind}"; {need}')
+        check_folder(root, side)
+    if kind == "lmdb":
+        lmdb_module()
+
+
+def check_folder(folder: str, side: str) -> None:
+    """That a folder (or lmdb) exists; else a line that says where to get it."""
+    if not os.path.isdir(folder):
+        remedies = [MAKE_LMDB] * folder.endswith(LMDB) + [f"fetch {text}" for name, text in PUBLIC.items()
+                                                          if name in folder.split("/")]
+        raise FileNotFoundError("; ".join([f"{side}: folder {folder} does not exist", *remedies]))
+
+
+# Listing -----------------------------------------------------------------------------------------------------------
+
+def scan_clips(gt_root: str | None, lq_root: str | None, only: Sequence[str] | None = None,
+               sides: tuple[str, str] = SIDES) -> list[Clip]:
+    """The clips below one or two roots, paired by the names of folders and frames, sorted by name.
+
+    `only`: names of the clips to take, in this order. At least one root is needed. `sides`: the roots in messages.
+    """
+    gt, lq = (scan_root(root, side, only) if root else None for root, side in zip((gt_root, lq_root), sides))
+    if gt and lq:
+        check_same(gt, lq, gt_root, lq_root, "clip")
+        for folder in gt:
+            check_same(gt[folder], lq[folder], os.path.join(gt_root, folder), os.path.join(lq_root, folder), "frame")
+    root, clips = (gt_root, gt) if gt else (lq_root, lq)
+    own_name = os.path.basename(os.path.abspath(root))  # of a root that is itself the only clip
+    return [Clip(folder or own_name, list(frames),
+                 list(gt[folder].values()) if gt else None,
+                 [lq[folder][frame] for frame in frames] if lq else None) for folder, frames in clips.items()]
+
+
+def scan_root(root: str, side: str, only: Sequence[str] | None = None) -> dict[str, dict[str, str]]:
+    """{clip: {frame: path}}, sorted; the clip "" stands for frames that lie in the root itself."""
+    if root.endswith(LMDB):
+        clips = _scan_lmdb(root, side)
+        return {folder: scan_frames(root, folder, side) for folder in (clips if only is None else only)}
+    entries = list_folder(root, side)
+    folders = sorted(entry.name for entry in entries if entry.is_dir())
+    if any(entry.name.lower().endswith(EXTENSIONS) for entry in entries):
+        if folders:
+            raise ValueError(f"{side} {root} holds frames and folders ({name_some(folders)}); keep one kind")
+        folders = [""]
+    elif not folders:
+        raise ValueError(f"{side} {root} holds no clips; put each clip's png or jpg frames into a folder of its own")
+    elif only is not None:
+        folders = only
+    return {folder: scan_frames(root, folder, side) for folder in folders}
+
+
+def scan_frames(root: str, folder: str, side: str) -> dict[str, str]:
+    """{name without extension: path} of one clip's images, sorted by name."""
+    if root.endswith(LMDB):
+        if folder not in (clips := _scan_lmdb(root, side)):
+            raise FileNotFoundError(f"{side}: clip {folder!r} is missing in {root}")
+        return clips[folder]
+    frames: dict[str, str] = {}
+    for entry in list_folder(folder := os.path.join(root, folder), side):
+        stem, extension = os.path.splitext(entry.name)
+        if extension.lower() not in EXTENSIONS:
+            continue
+        if stem in frames:
+            raise ValueError(f"{entry.path}: a second frame named {stem!r} ({frames[stem]}); keep one of them")
+        frames[stem] = entry.path
+    if not frames:
+        raise ValueError(f"{side} {folder} holds no frames; png, jpg or jpeg files are needed")
+    return dict(sorted(frames.items(), key=_natural))
+
+
+def _natural(item: tuple[str, str]) -> list:
+    """To sort (name, path) so that 2 comes before 10; equal numbers go by their zeros."""
+    return [(int(part), part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", item[0]))]
+
+
+def clips_of_meta(meta: str, gt_root: str, lq_root: str | None, template: str, extension: str) -> list[Clip]:
+    """The clips that a file of lines `clip frames shape first_frame` lists; each named frame must be there.
+
+    A line without first_frame takes the clip's frames whatever their names.
+    """
+    clips = []
+    for number, line in lines_of(meta):
+        match = re.fullmatch(r"(\S+)\s+([0-9]+)\s+(\S+)(?:\s+([0-9]+))?", line.strip())
+        if not match or not (match[4] or match[3].startswith("(")):
+            raise ValueError(f"{meta}, line {number}: {line.strip()!r} is not `clip frames shape first_frame`, "
+                             "e.g. `000 100 (720,1280,3) 0`")
+        folder, count = match[1], int(match[2])
+        if match[4] is None:
+            (clip,) = scan_clips(gt_root, lq_root, [folder])
+            if len(clip.frames) != count:
+                raise ValueError(f"{meta}, line {number}: clip {folder!r} has {len(clip.frames)} frames, not {count}")
+            clips.append(clip)
+            continue
+        first = int(match[4])
+        try:
+            frames = [f"{frame:{template}}" for frame in range(first, first + count)]
+        except ValueError:
+            raise ValueError(f'filename_tmpl {template!r} can\'t number frames; give a format such as "08d"') from None
+        gt, lq = (None if root is None else numbered_frames(root, folder, side, frames, extension)
+                  for root, side in zip((gt_root, lq_root), SIDES))
+        clips.append(Clip(folder, frames, gt, lq))
+    return clips
+
+
+def numbered_frames(root: str, folder: str, side: str, frames: list[str], extension: str) -> list[str]:
+    """The paths of frames of these names, each of which must be there."""
+    paths = [frame_path(root, folder, frame, extension) for frame in frames]
+    if root.endswith(LMDB):
+        there = set(scan_frames(root, folder, side).values())
+    else:
+        there = {entry.path for entry in list_folder(os.path.join(root, folder), side)}
+    for path in paths:
+        if path not in there:
+            raise FileNotFoundError(f"{path}: frame is missing, but meta_info_file lists it")
+    return paths
+
+
+def frame_path(root: str, folder: str, frame: str, extension: str) -> str:
+    return f"{root}/{folder}/{frame}" if root.endswith(LMDB) else os.path.join(root, folder, f"{frame}.{extension}")
+
+
+def partition(clips: list[Clip], val_partition: str | None, test_mode: bool, root: str) -> list[Clip]:
+    """All clips but those of the partition; in test_mode only those."""
+    if val_partition is None and not test_mode:
+        return clips
+    if val_partition not in VAL_PARTITIONS:
+        raise ValueError(f'val_partition is {val_partition!r}; valid are {", ".join(map(repr, VAL_PARTITIONS))}'
+                         f'{", and test_mode needs one" if test_mode else ""}')
+    held_out = VAL_PARTITIONS[val_partition]
+    kept = [clip for clip in clips if (clip.name in held_out) == test_mode]
+    if not kept:
+        raise ValueError(f"{root}: no clip is left with val_partition {val_partition!r}, test_mode {test_mode}")
+    return kept
+
+
+def list_folder(folder: str, side: str) -> list[os.DirEntry]:
+    """What a folder holds, hidden files aside."""
+    check_folder(folder, side)
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".")]
+
+
+def lines_of(meta: str, what: str = "meta_info_file") -> list[tuple[int, str]]:
+    """The lines of a list of clips or frames that are not blank, with their numbers."""
+    if not os.path.isfile(meta):
+        remedy = MAKE_LMDB if what == "lmdb" else f"python -m data.prepare meta FOLDER {meta} writes it"
+        raise FileNotFoundError(f"{what}: {meta} does not exist; {remedy}")
+    with open(meta, encoding="utf-8") as file:
+        lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{what}: {meta} is empty; each line names a clip or a frame")
+    return lines
+
+
+def check_same(gt: Iterable[str], lq: Iterable[str], gt_root: str, lq_root: str, what: str) -> None:
+    """GT and LQ hold the same names, in one line that counts both and says which are missing where."""
+    gt, lq = set(gt), set(lq)
+    missing = [f"{what} {name_some(sorted(names))} only in {root}"
+               for names, root in ((gt - lq, gt_root), (lq - gt, lq_root)) if names]
+    if missing:
+        raise ValueError(f"GT has {len(gt)} {what}s, LQ {len(lq)}, not of the same names: {'; '.join(missing)}")
+
+
+def name_some(names: Sequence[str]) -> str:
+    listed = ", ".join(repr(name) for name in names[:3])
+    return listed + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,138 @@
+"""Prepare a folder of clips for training: pack it into an lmdb, or list it in a meta_info file.
+
+    python -m data.prepare lmdb trainsets/DVD/train_GT trainsets/DVD/train_GT.lmdb
+    python -m data.prepare meta trainsets/DVD/train_GT meta_info_DVD_train_GT.txt
+
+Source: BasicSR's lmdb, data.mdb and meta_info.txt of lines `clip/frame.png (h,w,c) 1` with keys without extension;
+KAIR's meta_info files. Different here: frames are stored as their files are, not encoded anew.
+Every frame is decoded once, so a damaged one is found now. OUT appears when it is complete, or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+
+from data.frames import EXTENSIONS, LMDB, check_folder, lmdb_module, read_frame
+
+BATCH = 64  # frames per transaction, which holds them in memory
+PAGE = 4096
+
+
+def main(argv: list[str]) -> str:
+    """Does what the command line says. Returns a line that tells what was made."""
+    parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, out in (("lmdb", "OUT.lmdb"), ("meta", "OUT.txt")):
+        command = commands.add_parser(name)
+        command.add_argument("folder", metavar="FOLDER", help="of clip folders, at any depth, of png or jpg frames")
+        command.add_argument("out", metavar=out)
+    args = parser.parse_args(argv)
+    folder, out = os.path.normpath(args.folder), os.path.normpath(args.out)
+    if args.command == "lmdb" and not out.endswith(LMDB):
+        raise ValueError(f"{out}: the name of an lmdb ends with {LMDB}")
+    if os.path.exists(out):
+        raise ValueError(f"{out} exists already; remove it, or name another")
+    check_folder(folder, "FOLDER")
+    above = os.path.dirname(os.path.abspath(out))
+    check_folder(above, "the place of " + out)
+    partial = tempfile.mkdtemp(prefix=f".{os.path.basename(out)}.", dir=above)
+    try:
+        made = os.path.join(partial, "made")
+        told = {"lmdb": write_lmdb, "meta": write_meta}[args.command](folder, made)
+        os.rename(made, out)
+    finally:
+        shutil.rmtree(partial)
+    return f"{out}: {told}"
+
+
+def clips_below(folder: str) -> Iterator[tuple[str, list[str]]]:
+    """(path of a clip below the folder, its frames' file names), sorted; the folder's own frames are the clip "."."""
+    empty = True
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        frames = sorted(name for name in files
+                        if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+        if len({os.path.splitext(name)[0] for name in frames}) < len(frames):
+            raise ValueError(f"{place}: two frames of one name but for the extension; keep one of them")
+        if frames:
+            empty = False
+            yield os.path.relpath(place, folder), frames
+    if empty:
+        raise ValueError(f"{folder} holds no frames; png, jpg or jpeg files are needed")
+
+
+def write_lmdb(folder: str, out: str) -> str:
+    """Pack every frame below a folder into an lmdb at `out`."""
+    lmdb = lmdb_module()
+    names = [os.path.normpath(os.path.join(clip, frame)) for clip, frames in clips_below(folder) for frame in frames]
+    # Each value fills whole pages; as many again for keys, and copies of pages while they are written.
+    pages = sum(2 + os.path.getsize(os.path.join(folder, name)) // PAGE for name in names)
+    environment = lmdb.open(out, map_size=(2 * pages + 1024) * PAGE, lock=False)
+    try:
+        with open(os.path.join(out, "meta_info.txt"), "w", encoding="utf-8") as meta:
+            for start in range(0, len(names), BATCH):
+                with environment.begin(write=True) as transaction:
+                    for name in names[start : start + BATCH]:
+                        path = os.path.join(folder, name)
+                        with open(path, "rb") as file:
+                            transaction.put(os.path.splitext(name)[0].encode(), file.read())
+                        meta.write(f"{name} {shape_of(path)} 1\n")
+            meta.flush()
+            os.fsync(meta.fileno())
+        environment.sync(True)
+    except lmdb.Error as error:  # e.g. a key beyond 511 bytes, a full disk
+        raise ValueError(f"{folder} can't be packed: {error}") from None
+    finally:
+        environment.close()
+    return f'{len(names)} frames; use it with io_backend {{"type": "lmdb"}}'
+
+
+def write_meta(folder: str, out: str) -> str:
+    """List the clips below a folder: `clip frames shape first_frame`, the last only where names are numbers."""
+    count, formats = 0, set()
+    with open(out, "w", encoding="utf-8") as file:
+        for clip, frames in clips_below(folder):
+            if any(character.isspace() for character in clip):
+                raise ValueError(f"{os.path.join(folder, clip)}: a clip's name must have no blanks to be listed")
+            shapes = {shape_of(os.path.join(folder, clip, frame)) for frame in frames}
+            if len(shapes) > 1:
+                raise ValueError(f"{os.path.join(folder, clip)}: frames of sizes {' and '.join(sorted(shapes)[:2])}")
+            numbering = numbering_of(frames)
+            formats.add(numbering and numbering[1:])
+            file.write(f"{clip} {len(frames)} {shapes.pop()}" + (f" {numbering[0]}\n" if numbering else "\n"))
+            count += 1
+        file.flush()
+        os.fsync(file.fileno())
+    if len(formats) == 1 and (only := formats.pop()):
+        return f"{count} clips; use it with filename_tmpl {only[0]}, filename_ext {only[1]}"
+    return f"{count} clips"
+
+
+def shape_of(path: str) -> str:
+    channels, height, width = read_frame(path).shape
+    return f"({height},{width},{channels})"
+
+
+def numbering_of(frames: list[str]) -> tuple[int, str, str] | None:
+    """(first frame, filename_tmpl, filename_ext) of files numbered without a gap; None for any others."""
+    stems, extensions = zip(*(os.path.splitext(frame) for frame in frames))
+    if len(set(extensions)) > 1 or not all(stem.isascii() and stem.isdigit() for stem in stems):
+        return None
+    first, width = min(map(int, stems)), min(map(len, stems))
+    template = f"0{width}d" if width > 1 else "d"
+    wanted = {f"{number:{template}}" for number in range(first, first + len(stems))}
+    return (first, template, extensions[0][1:]) if wanted == set(stems) else None
+
+
+if __name__ == "__main__":
+    try:
+        print(main(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,290 @@
+"""Sequences of Vimeo-90K for super-resolution, and sets of five frames for the one in between.
+
+Source: KAIR's data/dataset_video_train.py and dataset_video_test.py; FLAVR's test sets (arXiv:2012.08512) for
+interpolation. Different here: reversing leaves no trace in the next item; any number of frames up to 7 works; L can
+be made on the fly; caching works.
+Legend: T frames, H W pixels of GT, h w pixels of LQ. A sequence is a folder `00001/0001` of im1.png to im7.png.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import functional
+
+from data.frames import LMDB, FrameReader, check_backend, frame_path, lines_of, list_folder, scan_clips, scan_root
+from data.resize import modcrop
+from data.sampler import Key, sample_rng
+from data.video import RandomWindow, check_scale, lq_maker, split_key, to_float
+
+MIDDLE = 4  # the frame im4 that is compared, or made
+JITTER = 0.05  # FLAVR's: relative for brightness, contrast and saturation, of the full circle for hue
+
+
+class VideoRecurrentTrainVimeoDataset(Dataset):
+    """One window of the frames of a sequence, flipped and transposed at random.
+
+    Item `(epoch, index)` -> {"L": (T,3,h,w), "H": (T,3,H,W) float32 RGB in [0,1], "key": "00001/0001"}.
+
+    Args:
+        dataroot_gt: folder (or lmdb) of sequences.
+        dataroot_lq: the same with degraded frames; None makes them of GT, see `degradation`.
+        meta_info_file: lines whose first field names a sequence, as Vimeo-90K's own sep_trainlist.txt; None takes all.
+        num_frame: how many frames around im4. temporal_scale: takes every so manieth of them.
+        pad_sequence: repeat the last frame. mirror_sequence: append the frames backwards.
+        gt_size: side of the GT window in pixels, a multiple of scale.
+        scale: GT pixels per LQ pixel.
+        random_reverse: play every other item backwards.
+        use_hflip: mirror left-right with probability 1/2. use_rot: upside down, and transpose, each likewise.
+        filename_ext: of the frames' files.
+        io_backend: {"type": "disk"}, or {"type": "lmdb"} where both roots are lmdbs of BasicSR's layout.
+        name: KAIR's label of the dataset; not used.
+        degradation: how L is made when there is no dataroot_lq, see `data.resize.Degradation`.
+        seed: of all draws, together with epoch and index.
+    Raises:
+        FileNotFoundError, ValueError: of one line.
+    """
+
+    def __init__(self, *, dataroot_gt: str, dataroot_lq: str | None = None, meta_info_file: str | None = None,
+                 num_frame: int = 7, temporal_scale: int = 1, pad_sequence: bool = False,
+                 mirror_sequence: bool = False, gt_size: int = 256, scale: int = 4, random_reverse: bool = False,
+                 use_hflip: bool = True, use_rot: bool = True, filename_ext: str = "png",
+                 io_backend: dict | None = None, name: str | None = None, degradation: dict | None = None,
+                 seed: int = 0):
+        check_backend(io_backend, dataroot_gt, dataroot_lq)
+        self.names = names_of(meta_info_file, dataroot_gt)
+        self.roots, self.extension, self.seed = (dataroot_gt, dataroot_lq), filename_ext, seed
+        self.numbers, self.random_reverse = numbers_of(num_frame, temporal_scale), random_reverse
+        self.order = order_of(len(self.numbers), pad_sequence, mirror_sequence)
+        self.window = RandomWindow(gt_size, scale, lq_maker(scale, dataroot_lq, degradation), use_hflip, use_rot)
+        self.window.read(*self._paths(self.names[0], self.numbers[:1]))  # a wrong size or format shows now
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, key: Key | int) -> dict[str, Tensor | str]:
+        epoch, index = split_key(key, len(self))
+        rng, name = sample_rng(self.seed, epoch, index), self.names[index]
+        back = self.random_reverse and rng.random() < 0.5
+        lq, gt = self.window(*self._paths(name, self.numbers[::-1] if back else self.numbers), rng)
+        return {"L": to_float(lq[self.order]), "H": to_float(gt[self.order]), "key": name}
+
+    def _paths(self, name: str, numbers: list[int]) -> tuple[list[str], list[str] | None]:
+        gt, lq = (root and [frame_path(root, name, f"im{i}", self.extension) for i in numbers] for root in self.roots)
+        return gt, lq
+
+
+class VideoRecurrentTrainVimeoVFIDataset(Dataset):
+    """Frames of a sequence around im4, and im4 itself for the network to make: frame interpolation.
+
+    Item `(epoch, index)` -> {"L": (T,3,H,W), "H": (1,3,H,W) float32 RGB in [0,1], "key": "00001/0001"}.
+
+    Args:
+        temporal_scale: 2 takes im1, im3, im5, im7 out of num_frame 7; im4 must not be among them.
+        color_jitter: change brightness, contrast, saturation and hue a little, all frames alike.
+        others: see `VideoRecurrentTrainVimeoDataset`.
+    Raises:
+        FileNotFoundError, ValueError: of one line.
+    """
+
+    def __init__(self, *, dataroot_gt: str, meta_info_file: str | None = None, num_frame: int = 7,
+                 temporal_scale: int = 2, gt_size: int = 192, random_reverse: bool = False, use_hflip: bool = True,
+                 use_rot: bool = True, color_jitter: bool = False, filename_ext: str = "png",
+                 io_backend: dict | None = None, name: str | None = None, seed: int = 0):
+        self.around = numbers_of(num_frame, temporal_scale)
+        if MIDDLE in self.around or len(self.around) < 2:
+            raise ValueError(f"num_frame {num_frame}, temporal_scale {temporal_scale} give frames {self.around}; im4, "
+                             "to be made of those around it, must not be one; 7 and 2 give [1, 3, 5, 7]")
+        check_backend(io_backend, dataroot_gt)
+        self.names, self.root, self.extension = names_of(meta_info_file, dataroot_gt), dataroot_gt, filename_ext
+        self.random_reverse, self.color_jitter, self.seed = random_reverse, color_jitter, seed
+        self.window = RandomWindow(gt_size, 1, None, use_hflip, use_rot)
+        self.window.read(self._paths(self.names[0], [MIDDLE]), None)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, key: Key | int) -> dict[str, Tensor | str]:
+        epoch, index = split_key(key, len(self))
+        rng, name = sample_rng(self.seed, epoch, index), self.names[index]
+        back = self.random_reverse and rng.random() < 0.5
+        numbers = [*(self.around[::-1] if back else self.around), MIDDLE]
+        frames = to_float(self.window(self._paths(name, numbers), None, rng)[1])
+        if self.color_jitter:
+            frames = jitter(frames, rng)
+        return {"L": frames[:-1], "H": frames[-1:], "key": name}
+
+    def _paths(self, name: str, numbers: list[int]) -> list[str]:
+        return [frame_path(self.root, name, f"im{i}", self.extension) for i in numbers]
+
+
+class VideoTestVimeo90KDataset(Dataset):
+    """Whole sequences whose im4 is compared: of super-resolution, or of interpolation with temporal_scale 2.
+
+    Item `(epoch, index)` -> {"L": (T,3,h,w), "H": (1,3,H,W) float32 RGB in [0,1], "folder": "00001/0266",
+    "lq_path": file names, "target_frame": which frame of L is im4, -1 if none}.
+
+    Args: cache_data: decode all frames at the start and keep them (3 bytes per pixel).
+        others: see `VideoRecurrentTrainVimeoDataset`.
+    Raises:
+        FileNotFoundError, ValueError: of one line.
+    """
+
+    def __init__(self, *, dataroot_gt: str, dataroot_lq: str | None = None, meta_info_file: str | None = None,
+                 num_frame: int = 7, temporal_scale: int = 1, pad_sequence: bool = False,
+                 mirror_sequence: bool = False, scale: int = 4, cache_data: bool = False, filename_ext: str = "png",
+                 io_backend: dict | None = None, name: str | None = None, degradation: dict | None = None,
+                 seed: int = 0):
+        check_backend(io_backend, dataroot_gt, dataroot_lq)
+        self.names, self.scale, self.seed = names_of(meta_info_file, dataroot_gt), scale, seed
+        self.gt_root, self.lq_root, self.extension = dataroot_gt, dataroot_lq or dataroot_gt, filename_ext
+        maker = lq_maker(scale, dataroot_lq, degradation)
+        self.degradation = maker if scale > 1 or degradation else None  # at scale 1 L is GT as it is
+        self.numbers = numbers_of(num_frame, temporal_scale)
+        self.order = order_of(len(self.numbers), pad_sequence, mirror_sequence)
+        keep = range(len(self)) if cache_data else ()
+        self.reader = FrameReader({path for index in keep for paths in self._paths(index) for path in paths})
+        self.reader([path for paths in self._paths(0) for path in paths][-1:])  # a wrong format shows now
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, key: Key | int) -> dict[str, Tensor | str | int | list[str]]:
+        _, index = split_key(key, len(self))
+        lq_paths, gt_path = self._paths(index)
+        (gt,), lq = self.reader(gt_path), self.reader(lq_paths)
+        gt = modcrop(gt, self.scale)
+        if self.degradation:
+            lq = list(self.degradation(lq, sample_rng(self.seed, 0, index)))
+        check_scale(lq_paths[0], gt, lq[0], self.scale)
+        return {"L": to_float(torch.stack([lq[i] for i in self.order])), "H": to_float(gt[None]),
+                "folder": self.names[index], "lq_path": [lq_paths[i] for i in self.order],
+                "target_frame": self.numbers.index(MIDDLE) if MIDDLE in self.numbers else -1}
+
+    def _paths(self, index: int) -> tuple[list[str], list[str]]:
+        """Those of L's frames, and that of im4."""
+        name = self.names[index]
+        return ([frame_path(self.lq_root, name, f"im{i}", self.extension) for i in self.numbers],
+                [frame_path(self.gt_root, name, f"im{MIDDLE}", self.extension)])
+
+
+class InterpolationTestDataset(Dataset):
+    """Four frames and the one in their middle; a subclass says which, as rows (folder, four paths, one path).
+
+    Item `(epoch, index)` -> {"L": (4,3,H,W), "H": (1,3,H,W) float32 RGB in [0,1], "folder": name,
+    "lq_path": four file names}. There is as little as possible to set: these are test sets as published.
+    """
+
+    def __init__(self, rows: list[tuple[str, list[str], str]]):
+        self.rows, self.reader = rows, FrameReader()
+        self.reader(rows[0][1][:1])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: Key | int) -> dict[str, Tensor | str | list[str]]:
+        folder, around, middle = self.rows[split_key(key, len(self))[1]]
+        frames = to_float(torch.stack(self.reader([*around, middle])))
+        return {"L": frames[:-1], "H": frames[-1:], "folder": folder, "lq_path": around}
+
+
+class VFI_DAVIS(InterpolationTestDataset):
+    """DAVIS at 480p: in windows of seven frames, two frames apart, frame 3 of 0, 2, 4, 6.
+
+    Args: dataroot_gt: folder (or lmdb) of clip folders. io_backend: its kind. name: KAIR's label; not used.
+    Raises: FileNotFoundError, ValueError: of one line.
+    """
+
+    def __init__(self, *, dataroot_gt: str, io_backend: dict | None = None, name: str | None = None):
+        check_backend(io_backend, dataroot_gt)
+        rows = [(f"{clip.name}/{clip.frames[start + 3]}", clip.gt[start : start + 7 : 2], clip.gt[start + 3])
+                for clip in scan_clips(dataroot_gt, None) for start in range(0, len(clip.frames) - 6, 2)]
+        if not rows:
+            raise ValueError(f"dataroot_gt {dataroot_gt} has no clip of seven frames; give longer clips")
+        super().__init__(rows)
+
+
+class VFI_UCF101(InterpolationTestDataset):
+    """UCF101: in each folder frame0 to frame3 and, between the middle two, framet.
+
+    Args: dataroot_gt: folder (or lmdb) of these folders. io_backend: its kind. name: KAIR's label; not used.
+    Raises: FileNotFoundError, ValueError: of one line.
+    """
+
+    def __init__(self, *, dataroot_gt: str, io_backend: dict | None = None, name: str | None = None):
+        check_backend(io_backend, dataroot_gt)
+        wanted, rows = [*(f"frame{i}" for i in range(4)), "framet"], []
+        for clip in scan_clips(dataroot_gt, None):
+            paths = dict(zip(clip.frames, clip.gt))
+            if absent := [frame for frame in wanted if frame not in paths]:
+                raise FileNotFoundError(f"{dataroot_gt}/{clip.name}: {absent[0]} is missing; a folder holds frame0 to "
+                                        "frame3 and framet")
+            *around, middle = (paths[frame] for frame in wanted)
+            rows.append((clip.name, around, middle))
+        super().__init__(rows)
+
+
+class VFI_Vimeo90K(InterpolationTestDataset):
+    """Vimeo-90K: im4 of im1, im3, im5, im7.
+
+    Args: dataroot_gt: folder (or lmdb) of sequences. meta_info_file: lines whose first field names one, as
+        Vimeo-90K's own sep_testlist.txt; None takes all. filename_ext: of the frames' files. io_backend: its kind.
+        name: KAIR's label; not used.
+    Raises: FileNotFoundError, ValueError: of one line.
+    """
+
+    def __init__(self, *, dataroot_gt: str, meta_info_file: str | None = None, filename_ext: str = "png",
+                 io_backend: dict | None = None, name: str | None = None):
+        check_backend(io_backend, dataroot_gt)
+        super().__init__([(name, [frame_path(dataroot_gt, name, f"im{i}", filename_ext) for i in (1, 3, 5, 7)],
+                           frame_path(dataroot_gt, name, f"im{MIDDLE}", filename_ext))
+                          for name in names_of(meta_info_file, dataroot_gt)])
+
+
+# What they share ---------------------------------------------------------------------------------------------------
+
+def names_of(meta: str | None, root: str) -> list[str]:
+    """The sequences to take: those that a file lists, else all below the root, sorted."""
+    if meta:
+        return [line.split()[0] for _, line in lines_of(meta)]
+    if root.endswith(LMDB):
+        return list(scan_root(root, "dataroot_gt"))
+    names = [f"{clip}/{sequence}" for clip in _folders(root) for sequence in _folders(os.path.join(root, clip))]
+    if not names:
+        raise ValueError(f"dataroot_gt {root} holds no sequences; they are folders like 00001/0001 of im1.png, ...")
+    return names
+
+
+def _folders(root: str) -> list[str]:
+    return sorted(entry.name for entry in list_folder(root, "dataroot_gt") if entry.is_dir())
+
+
+def numbers_of(num_frame: int, temporal_scale: int) -> list[int]:
+    """Which of im1 to im7 are taken: num_frame around im4, of these every temporal_scale-th."""
+    if not 1 <= num_frame <= 7 or temporal_scale < 1:
+        raise ValueError(f"num_frame {num_frame} must be in 1..7, temporal_scale {temporal_scale} >= 1")
+    first = (9 - num_frame) // 2
+    return list(range(first, first + num_frame, temporal_scale))
+
+
+def order_of(length: int, pad: bool, mirror: bool) -> list[int]:
+    """The frames shown: all, and then the last one again, or all backwards."""
+    if pad and mirror:
+        raise ValueError("pad_sequence and mirror_sequence both lengthen the sequence; choose one")
+    return [*range(length), *([length - 1] if pad else []), *(range(length - 1, -1, -1) if mirror else [])]
+
+
+def jitter(frames: Tensor, rng: np.random.Generator) -> Tensor:
+    """All of (T,3,H,W) in [0,1] with brightness, contrast, saturation and hue changed alike, in random order."""
+    for change in rng.permutation(4):
+        amount = float(rng.uniform(-JITTER, JITTER))
+        if change == 3:
+            frames = functional.adjust_hue(frames, amount)
+        else:
+            adjust = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)[change]
+            frames = adjust(frames, 1 + amount)
+    return frames
