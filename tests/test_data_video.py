@@ -10,7 +10,13 @@ from torchvision.io import write_jpeg, write_png
 
 from data.resize import Degradation, imresize
 from data.synthetic import SyntheticVideoDataset
-from data.video import VideoRecurrentTestDataset, VideoRecurrentTrainDataset
+from data.video import (
+    FrameFolder,
+    SingleVideoRecurrentTestDataset,
+    VideoRecurrentTestDataset,
+    VideoRecurrentTrainDataset,
+    VideoRecurrentTrainNonblindDenoisingDataset,
+)
 
 HEIGHT, WIDTH, FRAMES = 40, 56, 6
 
@@ -179,6 +185,29 @@ def test_val_partition_holds_whatever_the_name(tmp_path):
     assert len(train(root).clips) == 3
 
 
+def test_nonblind_training_draws_a_level_for_each_item(gt):
+    def noisy(**changes):
+        return VideoRecurrentTrainNonblindDenoisingDataset(**{
+            "dataroot_gt": gt, "dataroot_lq": gt, "scale": 1, "num_frame": 2, "gt_size": 32, "sigma_min": 10,
+            "sigma_max": 50, "seed": 3, **changes})
+
+    levels, dataset = set(), noisy()
+    for key in [(0, 0), (1, 0), (0, 7), (9, 17)]:
+        item = dataset[key]
+        level, noise = item["L"][0, 3, 0, 0].item(), item["L"][:, :3] - item["H"]
+        assert item["L"].shape == (2, 4, 32, 32) and (item["L"][:, 3] == level).all() and 10 <= level * 255 <= 50
+        assert noise.std().item() == pytest.approx(level, rel=0.06) and item["L"].min() < 0  # not clipped
+        assert not torch.equal(noise[0], noise[1]) and same(noisy()[key], item)
+        levels.add(level)
+    assert len(levels) == 4
+    with told("sigma_max is missing"):
+        noisy(sigma_max=None)
+    with told("sigma_min 60, sigma_max 50", "0..255"):
+        noisy(sigma_min=60)
+    with told("scale 1, not 4"):
+        noisy(scale=4)
+
+
 def test_the_options_stay_as_they_are(gt):
     io_backend, degradation, intervals = {"type": "disk"}, {"type": "blur", "blur_sigma": 2}, [1, 2]
     train(gt, io_backend=io_backend, degradation=degradation, interval_list=intervals)[0]
@@ -241,6 +270,63 @@ def test_nonblind_noise(gt):
     assert item["L"].shape == (FRAMES, 4, HEIGHT, WIDTH) and (item["L"][:, 3] == 25 / 255).all()
     clean = VideoRecurrentTestDataset(dataroot_gt=gt, scale=1, sigma=0)[0]  # level 0 still has its channel
     assert torch.equal(clean["L"][:, :3], clean["H"]) and (clean["L"][:, 3] == 0).all()
+
+
+@pytest.mark.parametrize("made", ("lq", "bicubic", "noise", "noisy LQ", "drawn"))
+def test_clips_in_windows_are_the_whole_clip(gt, lq, made):
+    dataset = VideoRecurrentTestDataset(**{
+        "lq": {"dataroot_gt": gt, "dataroot_lq": lq},
+        "bicubic": {"dataroot_gt": gt},
+        "noise": {"dataroot_gt": gt, "scale": 1, "sigma": 25},
+        "noisy LQ": {"dataroot_gt": gt, "degradation": {"noise_sigma": 9}},
+        "drawn": {"generated": {"num_frame": FRAMES, "gt_size": [32, 48]}}}[made])
+    clip, item = dataset.clip(1), dataset[1]
+    assert clip.name == item["folder"] and clip.paths == item["lq_path"] and len(clip.frames) == FRAMES
+    assert clip.frames[5].endswith("00000005") or made == "drawn"
+    windows = [clip.read(start, start + 2) for start in (4, 0, 2)]  # in any order
+    for side in "LH":
+        assert windows[0][side].shape[0] == 2
+        assert torch.equal(torch.cat([windows[i][side] for i in (1, 2, 0)]), item[side])
+
+
+def test_a_window_reads_its_own_frames_alone(gt, lq, tmp_path):
+    for path in [*(tmp_path / "GT/b").iterdir(), *(tmp_path / "LQ/b").iterdir()]:
+        if path.stem not in ("00000002", "00000003"):
+            path.write_bytes(b"")  # would be an error if it were read
+    clip = VideoRecurrentTestDataset(dataroot_gt=gt, dataroot_lq=lq).clip(1)
+    assert clip.read(2, 4)["H"].shape[0] == 2
+    with told(f"{lq}/b/00000004.png"):
+        clip.read(3, 5)
+
+
+def test_windows_of_one_clip_have_one_size(gt):
+    write_png(frame(0, 3, 44, 56), f"{gt}/a/00000003.png")
+    clip = VideoRecurrentTestDataset(dataroot_gt=gt, scale=1).clip(0)
+    clip.read(0, 2)
+    with told(f"{gt}/a/00000003.png", "56x44", "56x40"):
+        clip.read(3, 4)
+
+
+def test_frames_to_restore(gt, lq, tmp_path):
+    only = SingleVideoRecurrentTestDataset(dataroot_lq=lq, num_frame=-1)[2]
+    assert only.keys() == {"L", "folder", "lq_path"} and only["folder"] == "c"
+    with told("dataroot_lq is missing"):
+        SingleVideoRecurrentTestDataset(dataroot_lq="")
+    assert [clip.name for clip in FrameFolder(f"{lq}/b").clips] == ["b"]
+    clips = FrameFolder(lq, gt, scale=4)
+    assert same(clips[1], VideoRecurrentTestDataset(dataroot_gt=gt, dataroot_lq=lq)[1]) and len(clips) == 3
+    told_level = FrameFolder(lq, sigma=20)[0]["L"]
+    assert torch.equal(told_level[:, :3], FrameFolder(lq)[0]["L"]) and (told_level[:, 3] == 20 / 255).all()
+    (tmp_path / "new").mkdir()
+    for number in (2, 10, 1):
+        write_jpeg(frame(0, number), str(tmp_path / f"new/shot{number}.jpg"))
+    assert FrameFolder(str(tmp_path / "new")).clip(0).frames == ["shot1", "shot2", "shot10"]  # numbers by value
+    with told("input: folder /nowhere", kind=FileNotFoundError):
+        FrameFolder("/nowhere")
+    with told("gt: folder /nowhere", kind=FileNotFoundError):
+        FrameFolder(lq, "/nowhere")
+    with told("sigma 300", "0..255"):
+        FrameFolder(lq, sigma=300)
 
 
 def test_real_frames(shared):
@@ -370,13 +456,11 @@ def test_meta_files(gt, lq, tmp_path):
 
 def test_options_that_are_not_possible(gt, lq):
     for make in (train, lambda root, **options: VideoRecurrentTestDataset(dataroot_gt=root, **options)):
-        for kind in ("lmdb", "memcached"):
-            with told(kind, "not available in this version", '"disk"'):
-                make(gt, io_backend={"type": kind})
-        with told("tape", '"disk"'):
-            make(gt, io_backend={"type": "tape"})
-        with told("db", '"disk"'):
-            make(gt, io_backend={"type": "disk", "db": 1})
+        for backend in ({"type": "memcached"}, {"type": "disk", "db": 1}, {"db": 1}):
+            with told(backend, '"disk"', '"lmdb"'):
+                make(gt, io_backend=backend)
+        with told(gt, "ends with .lmdb", "python -m data.prepare lmdb"):
+            make(gt, io_backend={"type": "lmdb"})
         with told("jpeg", "bicubic"):
             make(gt, degradation={"type": "jpeg"})
         with told("scale"):
