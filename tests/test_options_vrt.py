@@ -78,3 +78,13 @@ def test_missing_data_and_weights_are_named(name, monkeypatch, tmp_path):
 def test_the_tables_hold_every_dataset_of_kairs_files():
     assert {options.resolve(DATASETS, name, "").__name__ for name in DATASETS} == set(DATASETS)
     assert "vrt" in MODELS
+
+
+@pytest.mark.parametrize("card", ("8gb", "12gb", "24gb"))
+def test_a_smaller_card_changes_how_and_not_what(card):
+    base, small = parse(recipe("001_train_vrt_videosr_bi_reds_6frames"))[0], parse(recipe(f"001_{card}"))[0]
+    changed = {key for key, value in options.flatten(small).items() if value != options.flatten(base).get(key)}
+    how = {"netG.use_checkpoint_attn", "netG.use_checkpoint_ffn", "train.accumulate", "train.amp",
+           "val.num_frame_testing", "val.size_patch_testing"}
+    assert changed - {"task", "opt_path"} <= how
+    assert (small["train"]["accumulate"], small["train"]["amp"]) == (8, "bf16")
