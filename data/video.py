@@ -280,6 +280,8 @@ class FrameFolder(VideoRecurrentTestDataset):
     sides = ("gt", "input")
 
     def __init__(self, input: str, gt: str | None = None, *, scale: int = 1, sigma: float | None = None):
+        if not input:
+            raise ValueError("input is missing; name the folder of frames to restore")
         if sigma is not None and not 0 <= sigma <= 255:
             raise ValueError(f"sigma {sigma} is no level of noise; give one in 0..255")
         super().__init__(dataroot_lq=input, dataroot_gt=gt, scale=scale,

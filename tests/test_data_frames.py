@@ -64,6 +64,15 @@ def test_lmdb_and_folder_give_equal_batches(lmdb, roots, workers):
     assert seen == len(keys)
 
 
+def test_no_open_lmdb_crosses_a_fork(lmdb, roots):
+    dataset = train(packed(roots[0]), **LMDB)
+    item = dataset[0]
+    assert data.frames._open
+    if not (child := os.fork()):
+        os._exit(len(data.frames._open))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and same(dataset[0], item)
+
+
 def test_every_way_of_listing_an_lmdb(lmdb, roots, tmp_path):
     gt, lq = roots
     small, large = packed(lq), packed(gt)

@@ -323,6 +323,8 @@ def test_frames_to_restore(gt, lq, tmp_path):
     assert FrameFolder(str(tmp_path / "new")).clip(0).frames == ["shot1", "shot2", "shot10"]  # numbers by value
     with told("input: folder /nowhere", kind=FileNotFoundError):
         FrameFolder("/nowhere")
+    with told("input is missing"):
+        FrameFolder("")
     with told("gt: folder /nowhere", kind=FileNotFoundError):
         FrameFolder(lq, "/nowhere")
     with told("sigma 300", "0..255"):

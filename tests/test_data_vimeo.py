@@ -84,7 +84,7 @@ def test_interpolation(gt):
         change = (other["H"] - item["H"]).abs()
         assert same(make(color_jitter=True)[key], other) and 0 < change.max() < 0.4 and other["H"].max() <= 1
         still = other["L"][0, 0] - other["L"][-1, 0]
-        assert still.abs().max() < 0.05  # all frames alike: red is the row in each
+        assert still.abs().max() < 0.04  # all frames alike: red is the row in each
     assert orders == {(1, 3, 5, 7), (7, 5, 3, 1)}
     with told("im4", "[1, 3, 5, 7]"):
         make(temporal_scale=1)
