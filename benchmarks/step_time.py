@@ -81,12 +81,11 @@ def straightforward(model) -> None:
 
     Frozen parameters (train.fix_keys) still get gradients, which nobody reads; and each step waits for its loss.
     """
-    ways = {vrt.DeformableAlignment: align_frame_by_frame, vrt.WindowAttention: attend_plainly, vrt.FrameConv: conv_3d}
+    ways = {vrt.DeformableAlignment: align_frame_by_frame, vrt.WindowAttention: attend_plainly,
+            vrt.Group: mask_each_time, vrt.FrameConv: conv_3d, vrt.LastConv: conv_3d}
     for module in model.netG.modules():
         if type(module) in ways:
             module.forward = MethodType(ways[type(module)], module)
-        if isinstance(module, vrt.Group):
-            module.forward = MethodType(mask_each_time, module)
         if isinstance(module, vrt.Stage):
             for block in module.residual_group2.blocks:
                 block.checkpoint_attn = True
@@ -156,8 +155,9 @@ def attend_plainly(self, x, window, mask):
     return self.proj(out).view(shape)
 
 
-def conv_3d(self, x):
-    """FrameConv as the 3D convolution it is in the file: all frames as one clip."""
+def conv_3d(self, x, inner=None):
+    """FrameConv as the 3D convolution it is in the file, all frames as one clip; LastConv after the other one."""
+    x = x if inner is None else inner(x)
     return F.conv3d(x.transpose(0, 1)[None], self.weight, self.bias, padding=self.padding)[0].transpose(0, 1)
 
 

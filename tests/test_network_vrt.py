@@ -10,7 +10,15 @@ from torchvision.ops import deform_conv2d
 
 import models.network_vrt as network_vrt
 from models.network_spynet import SpyNet, deform_conv, flow_warp
-from models.network_vrt import VRT, WindowAttention, attention, backward_and_forward, both_directions
+from models.network_vrt import (
+    VRT,
+    FrameConv,
+    LastConv,
+    WindowAttention,
+    attention,
+    backward_and_forward,
+    both_directions,
+)
 
 GOLDENS = ["vrt_sr_x4", "vrt_deblur", "vrt_extra_pa6", "vrt_extra_vfi"]
 TINY = dict(upscale=1, img_size=[4, 32, 32], window_size=[2, 4, 4], depths=[2] * 7 + [1], indep_reconsts=[],
@@ -75,6 +83,9 @@ def test_outputs_are_those_of_the_original(shared, name):
     error = (output - golden["output"]).abs()
     assert error.max() <= 1e-4 and error.mean() <= 1e-6
     assert abs(charbonnier(output, golden["target"] / 255) - golden["loss"]) <= 1e-6
+    if "upsample" in wanted:  # its last layer is part of conv_last
+        with torch.no_grad():
+            got["upsample"] = net.upsample(got["conv_before_upsample"])
     for key, (mean, std, norm) in wanted.items():
         y = got[key]
         found = [y.mean().item(), y.std().item(), y.norm().item()]
@@ -183,6 +194,17 @@ def test_deform_conv_is_torchvisions(groups, weight_groups):
     cotangent = torch.randn_like(ours)
     gradients = [torch.autograd.grad(output, tensors, cotangent) for output in (ours, theirs)]
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (7, 6)])
+def test_two_convolutions_as_one_are_the_two(size):
+    torch.manual_seed(0)
+    inner, last, x = FrameConv(5, 4).double(), LastConv(4, 3).double(), torch.randn(2, 5, *size, dtype=torch.float64)
+    parameters = [*inner.parameters(), *last.parameters()]
+    outputs = last(x, inner), last(inner(x))
+    assert torch.allclose(*outputs, atol=1e-12)
+    gradients = [torch.autograd.grad(output.square().sum(), parameters) for output in outputs]
+    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*gradients))
 
 
 def test_fused_attention_is_the_plain_one():
