@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torchvision.ops import deform_conv2d
 
 NUM_LEVELS = 6  # basic_module[0] works at 1/32 of the size, basic_module[5] at full size
@@ -89,8 +90,8 @@ def chain_flows(flow: Tensor, steps: int) -> list[Tensor]:
 def deform_conv(x: Tensor, offset: Tensor, modulation: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Modulated deformable 3x3 convolution, stride 1, padding 1.
 
-    On CUDA this is torchvision's kernel. Elsewhere grid_sample reads all taps at once: the same numbers, 5 to
-    10 times faster than torchvision's CPU kernel, which is serial and took over half of a training step.
+    On CUDA this is torchvision's kernel. Elsewhere grid_sample reads the taps: the same numbers, 5 to 10 times
+    faster than torchvision's CPU kernel, which is serial and took over half of a training step.
 
     Args:
         x: (N, C_in, H, W).
@@ -106,16 +107,56 @@ def deform_conv(x: Tensor, offset: Tensor, modulation: Tensor, weight: Tensor, b
         return deform_conv2d(x, offset, weight, bias, padding=1, mask=modulation)
     n, c, h, w = x.shape
     groups, weight_groups = modulation.shape[1] // 9, c // weight.shape[1]
-    offset = offset.reshape(n * groups, 9, 2, h, w)
-    tap = torch.arange(9, device=x.device)[:, None, None]
-    rows = offset[:, :, 0] + (tap // 3 - 1 + torch.arange(h, device=x.device)[:, None])
-    columns = offset[:, :, 1] + (tap % 3 - 1 + torch.arange(w, device=x.device))
-    x = x.reshape(n * groups, -1, h, w)
-    taps = sample(x, columns.flatten(1, 2), rows.flatten(1, 2))  # (N*g, C_in/g, 9*H, W)
-    taps = taps.view(n, groups, -1, 9, h * w) * modulation.reshape(n, groups, 1, 9, h * w)
-    weight = weight.view(weight_groups, weight.shape[0] // weight_groups, -1)
-    out = weight @ taps.view(n, weight_groups, -1, h * w)
+    out = TapSum.apply(x.reshape(n, groups, -1, h, w), offset.reshape(n, groups, 9, 2, h * w),
+                       modulation.reshape(n, groups, 1, 9, h * w), weight.view(weight_groups, -1, weight[0].numel()))
     return out.view(n, -1, h, w) + bias[:, None, None]
+
+
+class TapSum(torch.autograd.Function):
+    """What deform_conv reads at its taps, times modulation, times weight.
+
+    All taps are 9 times as large as x, and autograd would keep them in several versions. Here the gradient reads
+    them once more, and both handle one sample at a time, which stays in the cache.
+
+    x (N, g, C_in / g, H, W), offset (N, g, 9, 2, H*W), modulation (N, g, 1, 9, H*W),
+    weight (G, C_out / G, C_in / G * 9) -> (N, G, C_out / G, H*W).
+    """
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # half precision would blur coordinates
+    def forward(ctx, x: Tensor, offset: Tensor, modulation: Tensor, weight: Tensor) -> Tensor:
+        h, w = x.shape[-2:]
+        tap, row, column = torch.arange(9)[:, None, None], torch.arange(h)[:, None], torch.arange(w)
+        rows, columns = (tap // 3 - 1 + row).expand(9, h, w), (tap % 3 - 1 + column).expand(9, h, w)
+        # pixels to [-1, 1]; as rows come first in an offset, it is x's transpose that is sampled
+        ctx.scale = offset.new_tensor([2 / max(h - 1, 1), 2 / max(w - 1, 1)])[:, None]
+        points = torch.stack((rows, columns), dim=1).flatten(2).to(ctx.scale) * ctx.scale - 1  # (9, 2, H*W)
+        grid = torch.addcmul(points, offset, ctx.scale).mT
+        ctx.save_for_backward(x.mT, grid, modulation, weight)
+        return torch.stack([weight @ taps(*pair).mul_(factor).view(len(weight), -1, h * w)
+                            for *pair, factor in zip(x.mT, grid, modulation)])
+
+    @staticmethod
+    @once_differentiable
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
+        *saved, weight = ctx.saved_tensors
+        to_weight, to_samples = torch.zeros_like(weight), []
+        for x, grid, modulation, to_out in zip(*saved, gradient):
+            bare = taps(x, grid)
+            modulated = (bare * modulation).view(len(weight), -1, to_out.shape[-1])
+            to_weight += to_out @ modulated.mT
+            to_taps = torch.matmul(weight.mT, to_out, out=modulated).view(bare.shape)
+            to_modulation = bare.mul_(to_taps).sum(dim=1, keepdim=True)
+            to_x, to_grid = torch.ops.aten.grid_sampler_2d_backward(
+                to_taps.mul_(modulation), x, grid, 0, 0, True, [True, True])
+            to_samples.append((to_x.mT, to_grid.mT * ctx.scale, to_modulation))
+        return *(torch.stack(gradients) for gradients in zip(*to_samples)), to_weight
+
+
+def taps(x: Tensor, grid: Tensor) -> Tensor:
+    """x (g, C, W, H) at grid (g, 9, H*W, 2) -> (g, C, 9, H*W)."""
+    return F.grid_sample(x, grid, align_corners=True)
 
 
 class BasicModule(nn.Module):
