@@ -93,13 +93,18 @@ def straightforward(model) -> None:
     groups = [{**group, "fused": False, "foreach": False} for group in model.G_optimizer.param_groups]
     model.G_optimizer = model.optimizers["optimizerG"] = type(model.G_optimizer)(groups)
     model.update_E = MethodType(average_one_by_one, model)
-    model.fixed = []
-    step = model.optimize_parameters
+    frozen, model.fixed, step = model.fixed, [], model.optimize_parameters
 
     def step_and_wait(iteration):
+        model.unread = frozen if iteration < model.opt_train["fix_iter"] else []
         step(iteration)
         model.log_dict["G_loss"].item()
 
+    def leave_unread(*_):
+        for parameter in model.unread:
+            parameter.grad = None
+
+    model.G_optimizer.register_step_pre_hook(leave_unread)
     model.optimize_parameters = step_and_wait
 
 
