@@ -1,0 +1,636 @@
+"""VQGAN: an autoencoder of images whose latent pixels are entries of a learned codebook.
+
+Source: Esser, Rombach & Ommer 2021, "Taming Transformers for High-Resolution Image Synthesis", arXiv:2012.09841;
+codebooks by moving averages: van den Oord et al. 2017, arXiv:1711.00937, appendix A.1. Arguments, key names and
+numbers follow CompVis/taming-transformers, whose weights load strictly; class VQModel says what differs.
+
+Legend: B images, C channels, H W pixels, h w latent pixels (H / f, W / f), N = B*h*w, K codes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from options import check, schema_of
+
+GROUPS = 32
+MAX_DISTANCES = 2**24  # distances held at once in a lookup, 64 MiB
+Encoded = tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]
+Reduce = Callable[[Tensor], object]  # sums a tensor over all processes, in place
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+# ---- encoder and decoder -----------------------------------------------------
+
+
+@dataclass
+class DDConfig:
+    """Shape of an encoder and its decoder: the keys of `ddconfig`.
+
+    Args:
+        ch: width at full resolution, a multiple of 32.
+        in_channels, out_ch: channels of the images that come in and go out.
+        resolution: side of a training image. It only places the attention; other sizes work as well.
+        z_channels: channels of the latent image.
+        num_res_blocks: residual blocks a level in the encoder, one less than in the decoder.
+        attn_resolutions: sides at which every residual block is followed by attention.
+        ch_mult: width of each level relative to ch; each level but the last halves the size.
+        dropout: in the residual blocks.
+        resamp_with_conv: whether a convolution goes with each change of size.
+        double_z: twice z_channels come out of the encoder, mean and variance, for models without a codebook.
+    """
+
+    ch: int
+    in_channels: int
+    out_ch: int
+    resolution: int
+    z_channels: int
+    num_res_blocks: int
+    attn_resolutions: list[int]
+    ch_mult: tuple[int, ...] = (1, 2, 4, 8)
+    dropout: float = 0.0
+    resamp_with_conv: bool = True
+    double_z: bool = False  # taming: true, which none of its codebook models can use
+
+    def __post_init__(self):
+        require(len(self.ch_mult) > 0 and min(self.ch, *self.ch_mult, self.num_res_blocks, self.z_channels) > 0,
+                "ddconfig: ch, ch_mult, num_res_blocks and z_channels must be positive")
+        wrong = [width for width in self.widths if width % GROUPS]
+        require(not wrong, f"ddconfig: ch times each entry of ch_mult must be a multiple of {GROUPS}, got {wrong}")
+        require(self.resolution % self.factor == 0,
+                f"ddconfig: resolution must be a multiple of {self.factor} for {len(self.ch_mult)} levels, "
+                f"got {self.resolution}")
+
+    @classmethod
+    def read(cls, ddconfig: dict, owner: str) -> "DDConfig":
+        """The checked keys of an option section. Raises ValueError, one line, with the closest valid key."""
+        return cls(**check(ddconfig, schema_of(cls), "ddconfig", lambda key: owner, []))
+
+    @property
+    def widths(self) -> list[int]:
+        return [self.ch * m for m in self.ch_mult]
+
+    @property
+    def factor(self) -> int:
+        return 2 ** (len(self.ch_mult) - 1)
+
+    def attends(self, level: int) -> bool:
+        return self.resolution // 2**level in self.attn_resolutions
+
+
+def norm(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(GROUPS, width, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """x + two times (norm, swish, 3x3 convolution); where the width changes, x passes a 1x1 convolution."""
+
+    def __init__(self, c_in: int, c_out: int, dropout: float):
+        super().__init__()
+        self.norm1 = norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = norm(c_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(self.dropout(F.silu(self.norm2(y))))
+        return y + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """x + attention of every latent pixel to every other, with one head."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = norm(width)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        q, k, v = (layer(y).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v)  # (B, 1, h*w, C)
+        return x + self.proj_out(y[:, 0].transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Half the size."""
+
+    def __init__(self, width: int, with_conv: bool):
+        super().__init__()
+        if with_conv:
+            self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "conv"):
+            return F.avg_pool2d(x, 2)
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, as published
+
+
+class Upsample(nn.Module):
+    """Twice the size."""
+
+    def __init__(self, width: int, with_conv: bool):
+        super().__init__()
+        if with_conv:
+            self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(x) if hasattr(self, "conv") else x
+
+
+class Level(nn.Module):
+    """The blocks of one resolution: each residual block with the attention that may follow it."""
+
+    def __init__(self, c_in: int, c_out: int, num_blocks: int, attends: bool, dropout: float):
+        super().__init__()
+        self.block = nn.ModuleList(ResnetBlock(c_out if j else c_in, c_out, dropout) for j in range(num_blocks))
+        self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(num_blocks if attends else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for j, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[j](x)
+        if hasattr(self, "downsample"):
+            x = self.downsample(x)
+        return self.upsample(x) if hasattr(self, "upsample") else x
+
+
+def middle(width: int, dropout: float) -> nn.Module:
+    """What stands at the lowest resolution of both encoder and decoder."""
+    mid = nn.Sequential()
+    mid.add_module("block_1", ResnetBlock(width, width, dropout))
+    mid.add_module("attn_1", AttnBlock(width))
+    mid.add_module("block_2", ResnetBlock(width, width, dropout))
+    return mid
+
+
+class Encoder(nn.Module):
+    """Images (B, in_channels, H, W) -> (B, z_channels, h, w)."""
+
+    def __init__(self, config: DDConfig):
+        super().__init__()
+        widths = config.widths
+        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, (c_in, c_out) in enumerate(zip([config.ch, *widths], widths)):
+            level = Level(c_in, c_out, config.num_res_blocks, config.attends(i), config.dropout)
+            if i < len(widths) - 1:
+                level.downsample = Downsample(c_out, config.resamp_with_conv)
+            self.down.append(level)
+        self.mid = middle(widths[-1], config.dropout)
+        self.norm_out = norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels * (2 if config.double_z else 1), 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latents (B, z_channels, h, w) -> images (B, out_ch, H, W), not clipped.
+
+    With give_pre_end the features before the last norm are returned instead, (B, ch * ch_mult[0], H, W).
+    """
+
+    def __init__(self, config: DDConfig, give_pre_end: bool = False):
+        super().__init__()
+        self.give_pre_end = give_pre_end
+        widths = config.widths
+        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.mid = middle(widths[-1], config.dropout)
+        self.up = nn.ModuleList()  # index 0 is full resolution, which comes last
+        for i, (c_out, c_in) in enumerate(zip(widths, [*widths[1:], widths[-1]])):
+            level = Level(c_in, c_out, config.num_res_blocks + 1, config.attends(i), config.dropout)
+            if i:
+                level.upsample = Upsample(c_out, config.resamp_with_conv)
+            self.up.append(level)
+        self.norm_out = norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        return x if self.give_pre_end else self.conv_out(F.silu(self.norm_out(x)))
+
+
+# ---- codebooks ---------------------------------------------------------------
+
+
+@torch.no_grad()
+def nearest(z: Tensor, codes: Tensor) -> Tensor:
+    """The index of the closest code to each vector: (N, C), (K, C) -> (N,)."""
+    norms = codes.square().sum(dim=1)
+    # |z|^2 is the same for every code; distances of a chunk are dropped before the next
+    chunks = z.split(max(MAX_DISTANCES // len(codes), 1))
+    return torch.cat([torch.addmm(norms, part, codes.T, alpha=-2).argmin(dim=1) for part in chunks])
+
+
+@torch.no_grad()
+def perplexity(indices: Tensor, n_embed: int) -> Tensor:
+    """How many codes are in use, weighed by how often: exp of the entropy of a batch's indices; scalar."""
+    share = torch.bincount(indices.flatten(), minlength=n_embed) / indices.numel()
+    return torch.exp(-(share * (share + 1e-10).log()).sum())
+
+
+class Indices(nn.Module):
+    """How a codebook names its codes to the outside.
+
+    Args:
+        n_embed, embed_dim: number and width of the codes.
+        remap: .npy file with the codes in use; indices count along it, and one that is not in it becomes a
+            random one, as published. None: all codes.
+        sane_index_shape: indices as (B, h, w) instead of (N,), or (N, 1) with remap.
+    """
+
+    def __init__(self, n_embed: int, embed_dim: int, remap: str | None, sane_index_shape: bool):
+        super().__init__()
+        require(min(n_embed, embed_dim) > 0,
+                f"n_embed and embed_dim must be positive, got {n_embed} and {embed_dim}")
+        self.n_embed, self.sane_index_shape = n_embed, sane_index_shape
+        self.register_buffer("used", self._read(remap) if remap else None)
+
+    def _read(self, path: str) -> Tensor:
+        try:
+            used = torch.from_numpy(np.load(Path(path).expanduser(), allow_pickle=False)).long()
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"remap: {path} is no .npy file of code numbers ({type(error).__name__})") from error
+        require(used.ndim == 1 and len(used) > 0 and 0 <= used.min() and used.max() < self.n_embed,
+                f"remap: {path} must hold a list of numbers from 0 to {self.n_embed - 1}")
+        return used
+
+    def outward(self, indices: Tensor, size: tuple[int, int, int]) -> Tensor:
+        """Codes (N,) as callers see them; size is (B, h, w)."""
+        if self.used is not None:
+            place = torch.full((self.n_embed,), -1, device=indices.device)
+            place[self.used] = torch.arange(len(self.used), device=indices.device)
+            place = place[indices]
+            indices = torch.where(place < 0, torch.randint_like(place, len(self.used)), place)[:, None]
+        return indices.view(size) if self.sane_index_shape else indices
+
+    def inward(self, indices: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+        """What callers give, with its shape (B, h, w[, C]) if it is flat -> codes (B, h, w)."""
+        if shape is not None:
+            require(indices.numel() == shape[0] * shape[1] * shape[2],
+                    f"{indices.numel()} codes are not of shape (batch, rows, columns) = {tuple(shape[:3])}")
+            indices = indices.reshape(tuple(shape[:3]))
+        require(indices.ndim == 3, f"codes must be (batch, rows, columns), got {tuple(indices.shape)}; "
+                                   "give flat ones with their shape")
+        return indices if self.used is None else self.used[indices]
+
+
+class VectorQuantizer(Indices):
+    """A codebook that learns by the gradient of the distance between latents and their codes.
+
+    Args:
+        n_embed, embed_dim: number and width of the codes.
+        beta: weight of the commitment of latents to their codes; the codes' own term has weight 1.
+        remap, sane_index_shape: as in Indices.
+        legacy: put beta on the codes' term instead, as taming does. The loss has the same value.
+
+    Source: van den Oord et al. 2017, equation 3; VectorQuantizer2 of taming.
+    """
+
+    def __init__(self, n_embed: int, embed_dim: int, beta: float = 0.25, remap: str | None = None,
+                 sane_index_shape: bool = False, legacy: bool = False):
+        super().__init__(n_embed, embed_dim, remap, sane_index_shape)
+        self.beta, self.legacy = beta, legacy
+        self.embedding = self._codes(n_embed, embed_dim)
+
+    def _codes(self, n_embed: int, embed_dim: int) -> nn.Module:
+        codes = nn.Embedding(n_embed, embed_dim)
+        nn.init.uniform_(codes.weight, -1 / n_embed, 1 / n_embed)
+        return codes
+
+    def forward(self, z: Tensor) -> Encoded:
+        """Replace each latent by its closest code.
+
+        Args:
+            z: (B, C, h, w).
+
+        Returns:
+            codes (B, C, h, w), whose gradient is handed on to z; loss, scalar; (perplexity, None, indices).
+            Always in float32: half precision would confuse codes that lie close together.
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            flat = z.detach().permute(0, 2, 3, 1).flatten(0, 2)  # (N, C)
+            indices = nearest(flat, self.embedding.weight)
+            size = (z.shape[0], *z.shape[2:])
+            codes = self.lookup(indices.view(size))
+            output = z + (codes - z).detach()
+            self._observe(output, flat, indices)
+            info = (perplexity(indices, self.n_embed), None, self.outward(indices, size))
+            return output, self._loss(codes, z), info
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """(B, h, w) -> (B, C, h, w)."""
+        return F.embedding(codes, self.embedding.weight).permute(0, 3, 1, 2)
+
+    def _loss(self, codes: Tensor, z: Tensor) -> Tensor:
+        commitment, codebook = F.mse_loss(z, codes.detach()), F.mse_loss(codes, z.detach())
+        return commitment + self.beta * codebook if self.legacy else self.beta * commitment + codebook
+
+    def _observe(self, output: Tensor, flat: Tensor, indices: Tensor) -> None:
+        """For codebooks that learn from what they see."""
+
+
+class AveragedCodes(nn.Module):
+    """Codes and their running averages, as buffers: no optimizer ever holds them, every checkpoint does."""
+
+    def __init__(self, n_embed: int, embed_dim: int):
+        super().__init__()
+        self.register_buffer("weight", torch.randn(n_embed, embed_dim))
+        # taming starts at 0: after one step a code without hits is divided by eps and lies 1e5 away
+        self.register_buffer("cluster_size", torch.ones(n_embed))
+        self.register_buffer("embed_avg", self.weight.clone())
+        self.register_load_state_dict_pre_hook(self._complete)
+
+    @staticmethod
+    def _complete(module: nn.Module, state: dict, prefix: str, *_) -> None:
+        """Codes of a model without averages become their own; those of this fresh one would replace them."""
+        if f"{prefix}weight" in state and not {f"{prefix}cluster_size", f"{prefix}embed_avg"} & state.keys():
+            state[f"{prefix}cluster_size"] = torch.ones_like(module.cluster_size)
+            state[f"{prefix}embed_avg"] = state[f"{prefix}weight"].clone()
+
+
+class EMAVectorQuantizer(VectorQuantizer):
+    """A codebook whose codes are moving averages of the latents that chose them.
+
+    A forward pass in training counts once its gradient comes back, and only `update` moves the codes. So an
+    iteration has one update, whatever it accumulates, computes twice (gradient checkpointing) or looks up
+    besides (a second pass without gradient), and a step left out for its loss leaves the codes alone.
+
+    Args:
+        n_embed, embed_dim, beta, remap, sane_index_shape: as in VectorQuantizer.
+        decay: share of the old average that an update keeps.
+        eps: added to every code's count, so that none is divided by zero.
+        restart_below: a code with fewer hits an iteration, on average, becomes a latent of the batch; 0: never.
+
+    `frozen = True` stops updates.
+    Source: van den Oord et al. 2017, appendix A.1; EMAVectorQuantizer of taming, whose constructor fails and
+    whose empty codes run away.
+    """
+
+    def __init__(self, n_embed: int, embed_dim: int, beta: float = 0.25, decay: float = 0.99, eps: float = 1e-5,
+                 restart_below: float = 0.0, remap: str | None = None, sane_index_shape: bool = False):
+        super().__init__(n_embed, embed_dim, beta, remap, sane_index_shape)
+        require(0 <= decay < 1, f"decay must be from 0 to below 1, got {decay}")
+        require(0 <= restart_below < 1, f"restart_below must be from 0 to below 1, got {restart_below}")
+        self.decay, self.eps, self.restart_below, self.frozen = decay, eps, restart_below, False
+        self._seen = self._latest = None  # between a backward pass and its update only
+
+    def _codes(self, n_embed: int, embed_dim: int) -> nn.Module:
+        return AveragedCodes(n_embed, embed_dim)
+
+    def _loss(self, codes: Tensor, z: Tensor) -> Tensor:
+        return self.beta * F.mse_loss(z, codes)
+
+    def _observe(self, output: Tensor, flat: Tensor, indices: Tensor) -> None:
+        if not self.training or self.frozen or not output.requires_grad:
+            return
+        batch = [(flat, indices)]
+        output.register_hook(lambda _: self._count(*batch.pop()) if batch else None)  # once, if ever
+
+    @torch.no_grad()
+    def _count(self, flat: Tensor, indices: Tensor) -> None:
+        if self._seen is None:
+            self._seen = flat.new_zeros(self.n_embed, 1 + flat.shape[1])  # hits | sum of latents, of each code
+        self._seen.index_add_(0, indices, F.pad(flat, (1, 0), value=1.0))
+        self._latest = flat
+
+    @torch.no_grad()
+    def update(self, step: int = 0, reduce: Reduce | None = None) -> None:
+        """Move the codes by all that was counted since the last update; nothing counted, nothing moved.
+
+        Args:
+            step: iteration, which decides where in the batch restarted codes come from.
+            reduce: sum over processes, so that all have the same codes. With restart_below their broadcast
+                (DistributedDataParallel's of buffers) must follow.
+        """
+        if self._seen is None:
+            return
+        seen, flat, book = self._seen, self._latest, self.embedding
+        self._seen = self._latest = None
+        if reduce is not None:
+            reduce(seen)
+        book.cluster_size.lerp_(seen[:, 0], 1 - self.decay)
+        book.embed_avg.lerp_(seen[:, 1:], 1 - self.decay)
+        if self.restart_below:
+            dead = book.cluster_size < self.restart_below
+            generator = torch.Generator().manual_seed(step)  # of its own: nothing to restore
+            draw = torch.randperm(max(self.n_embed, len(flat)), generator=generator)[: self.n_embed] % len(flat)
+            book.embed_avg.copy_(torch.where(dead[:, None], flat[draw.to(flat.device)], book.embed_avg))
+            book.cluster_size.masked_fill_(dead, 1.0)
+        total = book.cluster_size.sum()
+        size = (book.cluster_size + self.eps) / (total + self.n_embed * self.eps) * total
+        book.weight.copy_(book.embed_avg / size[:, None])
+
+
+class GumbelQuantize(Indices):
+    """A codebook chosen from by learned probabilities, sampled with Gumbel noise in training.
+
+    Args:
+        num_hiddens: channels of the latents.
+        n_embed, embed_dim: number and width of the codes.
+        kl_weight: weight of the divergence of the probabilities from uniform ones.
+        straight_through: one code a latent pixel also in training, else their mixture.
+        remap, sane_index_shape: as in Indices.
+
+    `temperature` may be lowered as training goes on.
+    Source: GumbelQuantize of taming. What differs: in evaluation the most probable code, without noise.
+    """
+
+    def __init__(self, num_hiddens: int, n_embed: int, embed_dim: int, kl_weight: float = 5e-4,
+                 straight_through: bool = True, remap: str | None = None, sane_index_shape: bool = False):
+        super().__init__(n_embed, embed_dim, remap, sane_index_shape)
+        self.kl_weight, self.straight_through, self.temperature = kl_weight, straight_through, 1.0
+        self.proj = nn.Conv2d(num_hiddens, n_embed, 1)
+        self.embed = nn.Embedding(n_embed, embed_dim)
+
+    def forward(self, z: Tensor) -> Encoded:
+        """As VectorQuantizer.forward."""
+        with torch.autocast(z.device.type, enabled=False):
+            logits = self.proj(z.float())  # (B, K, h, w)
+            share = logits.softmax(dim=1)
+            loss = self.kl_weight * (share * (share * self.n_embed + 1e-10).log()).sum(dim=1).mean()
+            if self.training:
+                choice = F.gumbel_softmax(logits, self.temperature, hard=self.straight_through, dim=1)
+                indices = choice.argmax(dim=1)
+                output = torch.einsum("bkhw,kc->bchw", choice, self.embed.weight)
+            else:
+                indices = logits.argmax(dim=1)
+                output = self.lookup(indices)
+            info = (perplexity(indices, self.n_embed), None, self.outward(indices.flatten(), tuple(indices.shape)))
+            return output, loss, info
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """(B, h, w) -> (B, C, h, w)."""
+        return self.embed(codes).permute(0, 3, 1, 2)
+
+
+# ---- networks ----------------------------------------------------------------
+
+
+class VQNetwork(nn.Module):
+    """What every autoencoder with codebooks answers. A subclass has encode, decode, decode_code and these:
+
+    in_channels, factor: images are (B, in_channels, H, W), H and W multiples of factor.
+    last_layer: the weight that makes the pixels, for the adaptive weight of a discriminator.
+    """
+
+    in_channels: int
+    factor: int
+    last_layer: nn.Parameter
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Encode and decode.
+
+        Args:
+            images: (B, C, H, W) in [-1, 1].
+
+        Returns:
+            loss of the codebook, scalar; images reconstructed, of the input's size, not clipped; perplexity,
+            scalar: how many codes are in use; their indices.
+
+        Raises:
+            ValueError: a shape that the network can't give back.
+        """
+        codes, loss, (usage, _, indices) = self.encode(images)
+        return loss, self.decode(codes), usage, indices
+
+    def check_images(self, images: Tensor) -> None:
+        ok = images.ndim == 4 and images.shape[1] == self.in_channels and not any(
+            side % self.factor for side in images.shape[2:])
+        require(ok, f"images must be (batch, {self.in_channels}, height, width), both sides multiples of "
+                    f"{self.factor}, got {tuple(images.shape)}")
+
+    def update_codebook(self, step: int = 0, reduce: Reduce | None = None) -> None:
+        """Once an iteration, after the optimizer's step: let codebooks that average catch up.
+
+        Args: as EMAVectorQuantizer.update. Without such a codebook nothing happens.
+        """
+        for module in self.modules():
+            if isinstance(module, EMAVectorQuantizer):
+                module.update(step, reduce)
+
+
+def autoencoder_weights(state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """A published checkpoint's weights without what it carries besides: its loss's networks, its palette."""
+    return {k: v for k, v in state.items() if not k.startswith((f"{prefix}loss.", f"{prefix}colorize"))}
+
+
+class VQModel(VQNetwork):
+    """VQGAN's autoencoder with a codebook that learns by gradient.
+
+    Args:
+        ddconfig: shape of encoder and decoder, the keys of DDConfig.
+        n_embed, embed_dim: number and width of the codes.
+        remap, sane_index_shape: what indices look like, see Indices.
+        beta, legacy: of the codebook's loss, see VectorQuantizer.
+
+    Raises:
+        ValueError: options that fit no network, in one line.
+
+    Source: VQModel of taming; the same weights, the same numbers. Published files load strictly, what belongs
+    to their loss is passed over. What differs: beta weighs the commitment unless legacy is set; the loss is
+    not a part of the network; decode_code works.
+    """
+
+    def __init__(self, ddconfig: dict, n_embed: int, embed_dim: int, remap: str | None = None,
+                 sane_index_shape: bool = False, beta: float = 0.25, legacy: bool = False):
+        self._build(ddconfig, VectorQuantizer(n_embed, embed_dim, beta, remap, sane_index_shape, legacy), embed_dim)
+
+    def _build(self, ddconfig: dict, quantize: Indices, embed_dim: int) -> None:
+        super().__init__()
+        config = DDConfig.read(ddconfig, type(self).__name__)
+        require(not config.double_z, "ddconfig: double_z must be false with a codebook")
+        self.in_channels, self.factor = config.in_channels, config.factor
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = quantize
+        self.quant_conv = nn.Conv2d(config.z_channels, embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, config.z_channels, 1)
+        self.register_load_state_dict_pre_hook(self._pass_over)
+
+    @staticmethod
+    def _pass_over(module: nn.Module, state: dict, prefix: str, *_) -> None:
+        for key in state.keys() - autoencoder_weights(state, prefix).keys():
+            del state[key]
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.decoder.conv_out.weight
+
+    def encode(self, images: Tensor) -> Encoded:
+        """Images (B, C, H, W) -> codes (B, embed_dim, h, w), loss, (perplexity, None, indices)."""
+        self.check_images(images)
+        return self.quantize(self.quant_conv(self.encoder(images)))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """(B, embed_dim, h, w) -> images (B, out_ch, H, W)."""
+        return self.decoder(self.post_quant_conv(codes))
+
+    def decode_code(self, indices: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+        """Images from what encode gave as indices.
+
+        Args:
+            indices: (B, h, w), or flat together with
+            shape: (B, h, w), or taming's (B, h, w, embed_dim).
+
+        Raises:
+            ValueError: flat indices without a shape, or with another number of them.
+        """
+        return self.decode(self.quantize.lookup(self.quantize.inward(indices, shape)))
+
+
+class EMAVQ(VQModel):
+    """VQGAN's autoencoder with a codebook of moving averages; see update_codebook.
+
+    Args:
+        ddconfig, n_embed, embed_dim, remap, sane_index_shape, beta: as VQModel.
+        decay, eps, restart_below: of the averages, see EMAVectorQuantizer.
+
+    Source: EMAVQ of taming, the same keys; EMAVectorQuantizer says what differs.
+    """
+
+    def __init__(self, ddconfig: dict, n_embed: int, embed_dim: int, remap: str | None = None,
+                 sane_index_shape: bool = False, beta: float = 0.25, decay: float = 0.99, eps: float = 1e-5,
+                 restart_below: float = 0.0):
+        self._build(ddconfig, EMAVectorQuantizer(n_embed, embed_dim, beta, decay, eps, restart_below, remap,
+                                                 sane_index_shape), embed_dim)
+
+
+class GumbelVQ(VQModel):
+    """VQGAN's autoencoder with codes drawn from learned probabilities.
+
+    Args:
+        ddconfig, n_embed, embed_dim, remap, sane_index_shape: as VQModel; embed_dim equals z_channels.
+        kl_weight, straight_through: see GumbelQuantize.
+
+    Source: GumbelVQ of taming, the same keys. `quantize.temperature` is for the training recipe to lower.
+    """
+
+    def __init__(self, ddconfig: dict, n_embed: int, embed_dim: int, remap: str | None = None,
+                 sane_index_shape: bool = False, kl_weight: float = 1e-8, straight_through: bool = True):
+        channels = ddconfig.get("z_channels", embed_dim)
+        require(channels == embed_dim, f"embed_dim must equal ddconfig.z_channels = {channels}, got {embed_dim}")
+        self._build(ddconfig, GumbelQuantize(embed_dim, n_embed, embed_dim, kl_weight, straight_through, remap,
+                                             sane_index_shape), embed_dim)
