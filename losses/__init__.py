@@ -6,4 +6,7 @@ LOSSES = {
     "l2sum": "losses.pixel:L2SumLoss",
     "ssim": "losses.pixel:SSIMLoss",
     "charbonnier": "losses.pixel:CharbonnierLoss",
+    "lpips": "losses.lpips:LPIPS",
+    "vqperceptual": "losses.vqperceptual:VQLPIPSWithDiscriminator",
+    "VQLPIPSWithDiscriminator": "losses.vqperceptual:VQLPIPSWithDiscriminator",
 }
