@@ -246,7 +246,9 @@ def nearest(z: Tensor, codes: Tensor) -> Tensor:
 @torch.no_grad()
 def perplexity(indices: Tensor, n_embed: int) -> Tensor:
     """How many codes are in use, weighed by how often: exp of the entropy of a batch's indices; scalar."""
-    share = torch.bincount(indices.flatten(), minlength=n_embed) / indices.numel()
+    indices = indices.flatten()
+    hits = torch.zeros(n_embed, device=indices.device)  # bincount would wait for the GPU
+    share = hits.index_add_(0, indices, torch.ones_like(indices, dtype=hits.dtype)) / len(indices)
     return torch.exp(-(share * (share + 1e-10).log()).sum())
 
 
