@@ -384,7 +384,8 @@ class EMAVectorQuantizer(VectorQuantizer):
         n_embed, embed_dim, beta, remap, sane_index_shape: as in VectorQuantizer.
         decay: share of the old average that an update keeps.
         eps: added to every code's count, so that none is divided by zero.
-        restart_below: a code with fewer hits an iteration, on average, becomes a latent of the batch; 0: never.
+        restart_below: a code used less than this share of what even use would give it becomes a latent of the
+            batch, with an even share to its name; 0: never. 0.1 keeps a codebook from collapsing at the start.
 
     `frozen = True` stops updates.
     Source: van den Oord et al. 2017, appendix A.1; EMAVectorQuantizer of taming, whose constructor fails and
@@ -436,11 +437,13 @@ class EMAVectorQuantizer(VectorQuantizer):
         book.cluster_size.lerp_(seen[:, 0], 1 - self.decay)
         book.embed_avg.lerp_(seen[:, 1:], 1 - self.decay)
         if self.restart_below:
-            dead = book.cluster_size < self.restart_below
+            even = book.cluster_size.mean()
+            dead = book.cluster_size < self.restart_below * even
             generator = torch.Generator().manual_seed(step)  # of its own: nothing to restore
             draw = torch.randperm(max(self.n_embed, len(flat)), generator=generator)[: self.n_embed] % len(flat)
-            book.embed_avg.copy_(torch.where(dead[:, None], flat[draw.to(flat.device)], book.embed_avg))
-            book.cluster_size.masked_fill_(dead, 1.0)
+            restarted = flat[draw.to(flat.device)] * even
+            book.embed_avg.copy_(torch.where(dead[:, None], restarted, book.embed_avg))
+            book.cluster_size.copy_(torch.where(dead, even, book.cluster_size))
         total = book.cluster_size.sum()
         size = (book.cluster_size + self.eps) / (total + self.n_embed * self.eps) * total
         book.weight.copy_(book.embed_avg / size[:, None])
