@@ -149,5 +149,11 @@ def save_pictures(path: Path, pictures: list[Tensor]) -> None:
     """Write images (C, H, W) in [0, 1] of equal size side by side as one PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     images = [picture.detach().float().cpu().clamp(0, 1) for picture in pictures]
-    grid = make_grid(images, nrow=len(images), padding=4, pad_value=1)
-    write_png((grid * 255).round().byte(), str(path))
+    write_picture(path, make_grid(images, nrow=len(images), padding=4, pad_value=1))
+
+
+def write_picture(path: Path, picture: Tensor) -> None:
+    """Write an image (C, H, W) in [0, 1] as a PNG that is complete or not there."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write_png((picture.detach().float().cpu().clamp(0, 1) * 255).round().byte(), str(temporary))
+    os.replace(temporary, path)

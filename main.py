@@ -14,6 +14,7 @@ import sys
 import options
 from checkpoint import CheckpointError
 from data import DATASETS
+from infer import infer
 from models import MODELS, NETWORKS
 from prove import prove
 from train import NonFiniteLoss, train
@@ -29,6 +30,10 @@ def parser_for(flags: dict[str, str], **settings) -> argparse.ArgumentParser:
                        help="go on from this checkpoint: a member of a set, its record (500.json) or a folder")
     start.add_argument("--init-from", "--init_from", metavar="FILE", help="start at iteration 0 with these weights")
     parser.add_argument("--fresh", action="store_true", help="put away the run's checkpoints and begin anew")
+    parser.add_argument("--test", action="store_true", help="train nothing: test on the options' test sets, or with")
+    parser.add_argument("--input", metavar="PATH", help="... on files of your own, e.g. a folder of frames")
+    parser.add_argument("--output", metavar="FOLDER", help="... into this folder; a half-done one is gone on with")
+    parser.add_argument("--truth", metavar="PATH", help="... and this is what they should be, for metrics")
     parser.add_argument("--prove-resume", type=int, nargs="?", const=6, metavar="N",
                         help="only run N steps straight and N steps with a kill, and say whether they end equal")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set any option")
@@ -74,6 +79,11 @@ def main(argv: list[str]) -> int:
     if args.prove_resume is not None:
         return prove(args.opt, overrides_in(args, flags), args.prove_resume)
     opt, notices = options.parse(args.opt, overrides_in(args, flags), MODELS, NETWORKS, DATASETS)
+    if args.test:
+        return infer(opt, notices, resume=args.resume, source=args.input, output=args.output, truth=args.truth,
+                     command=shlex.join(["python", "main.py", *argv]))
+    if args.input or args.output or args.truth:
+        raise options.OptionError("--input, --output and --truth go with --test")
     return train(opt, notices, resume=args.resume, init_from=args.init_from, fresh=args.fresh,
                  command=resume_command(argv))
 

@@ -10,7 +10,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ import checkpoint
 import options
 from checkpoint import CheckpointError, CheckpointSet, Layout, Saver
 from data import DATASETS
-from data.loader import STOP_SIGNALS, endless, one_by_one
+from data.loader import STOP_SIGNALS, clip_name, clips_of, endless
 from data.sampler import EndlessBatches
 from durable import FolderLock
 from log import Pace, RunLog, duration, number, save_pictures
 from models import MODELS
+from models.model_base import ModelBase
 
 
 class NonFiniteLoss(RuntimeError):
@@ -216,6 +217,9 @@ class Run:
         absent += [name for name in ("rng_state", "sampler_state") if state and name not in state]
         if absent:
             say(f"absent   {', '.join(absent)}: begun anew, so not bit for bit the run that was interrupted")
+        if not source.committed and torch.__version__ < (2, 10):  # CVE-2026-24747
+            say(f"note     torch {torch.__version__} can be harmed by files made to harm; before 2.10, read only those "
+                "you trust")
         then, now = state.get("environment", {}), checkpoint.environment()
         changed = [f"{key} {then[key]} -> {now[key]}" for key in now if key in then and then[key] != now[key]]
         if changed:
@@ -352,18 +356,14 @@ class Run:
         A stop request ends it after the current clip, and the resumed run then repeats it as a whole; but not the
         last one, after which there is no resumed run.
         """
-        began, means = time.monotonic(), {}
+        began = time.monotonic()
+        last = self.iteration == self.opt["train"]["total_iter"]
         with checkpoint.rng_untouched():
-            for name, dataset in self.test_sets.items():
-                clips = []
-                for sample in one_by_one(dataset):
-                    if stop.signal and self.iteration < self.opt["train"]["total_iter"]:
-                        return
-                    self.log.progress(f"validating {name}: {len(clips)} of {len(dataset)}")
-                    clips.append(self.validate_clip(name, sample))
-                means |= {f"{name}.{key}": sum(c[key] for c in clips) / len(clips) for key in clips[0]}
-                self.log.line(f"test     {self.iteration:,} {name}: {describe_metrics(name, means)} "
-                              f"({duration(time.monotonic() - began)})")
+            means = evaluate(self.model, self.test_sets, self.log, f"{self.iteration:,}",
+                             lambda: bool(stop.signal) and not last,
+                             self.folder / "images" / f"{self.iteration:06d}" if self.opt["val"]["save_img"] else None)
+        if means is None:
+            return
         self.pace.paused += time.monotonic() - began
         self.history.append({"iteration": self.iteration, **means})
         self.log.row("test", self.history[-1])
@@ -371,14 +371,6 @@ class Run:
             self.save(reason="interrupted")
             raise options.OptionError(f"{self.opt['opt_path']}: checkpoint.best_metric: {self.best_metric[0]!r} is no "
                                       f"metric of this run; valid: {', '.join(means)}")
-
-    def validate_clip(self, name: str, sample: Mapping[str, Any]) -> dict[str, float]:
-        self.model.feed_data(sample)
-        self.model.test()
-        if self.opt["val"]["save_img"]:
-            clip = str(sample["folder"][0]).replace(os.sep, "_")
-            save_pictures(self.folder / "images" / f"{self.iteration:06d}_{name}_{clip}.png", self.model.pictures())
-        return self.model.metrics()
 
     # ------------------------------------------------ the loop
 
@@ -486,6 +478,29 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
         return 0
 
 
+def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, when: str, stopped: Callable[[], bool],
+             pictures: Path | None) -> dict[str, float] | None:
+    """Metrics of every test set as {"<set>.<metric>": mean over its clips}; None when `stopped` says so.
+
+    Args: when: of the log line. pictures: beginning of the pictures' paths; None: no pictures.
+    """
+    means: dict[str, float] = {}
+    for name, dataset in test_sets.items():
+        began, clips = time.monotonic(), []
+        for sample in clips_of(dataset):
+            if stopped():
+                return None
+            log.progress(f"validating {name}: {len(clips)} of {len(dataset)}")
+            clips.append(model.validate(sample))
+            if pictures:
+                clip = clip_name(sample).replace(os.sep, "_")
+                save_pictures(pictures.with_name(f"{pictures.name}_{name}_{clip}.png"), model.shown)
+        means |= {f"{name}.{key}": sum(c[key] for c in clips) / len(clips) for key in clips[0]}
+        log.line(f"test     {when} {name}: {describe_metrics(name, means, model.baseline_name)} "
+                 f"({duration(time.monotonic() - began)})")
+    return means
+
+
 # ---------------------------------------------------------------- words
 
 
@@ -494,14 +509,14 @@ def describe_losses(losses: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {number(value)}" for name, value in losses.items())
 
 
-def describe_metrics(test: str, means: Mapping[str, float]) -> str:
-    """'psnr 31.20 (bicubic 30.80), ssim ...' of one test set."""
+def describe_metrics(test: str, means: Mapping[str, float], baseline: str) -> str:
+    """'psnr 31.20 (bicubic 30.80), ssim ...' of one test set; the baseline's are called <metric>_<baseline>."""
     own = {k.removeprefix(f"{test}."): v for k, v in means.items() if k.startswith(f"{test}.")}
     words = []
     for key, value in own.items():
-        if not key.endswith("_bicubic"):
-            base = own.get(f"{key}_bicubic")
-            words.append(f"{key} {value:.4f}" + (f" (bicubic {base:.4f})" if base is not None else ""))
+        if not (baseline and key.endswith(f"_{baseline}")):
+            base = own.get(f"{key}_{baseline}")
+            words.append(f"{key} {value:.4f}" + (f" ({baseline} {base:.4f})" if base is not None else ""))
     return ", ".join(words)
 
 

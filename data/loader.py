@@ -70,6 +70,13 @@ def endless(dataset, batches: EndlessBatches, workers: int, pinned: bool) -> Ite
                                      worker_init_fn=_ignore_signals, generator=torch.Generator().manual_seed(0))))
 
 
-def one_by_one(dataset) -> Iterator[Mapping[str, Any]]:
-    """The samples of a test set in order, each as a batch of one."""
+def clips_of(dataset) -> Iterator[Any]:
+    """The samples of a test set in order: clips to be read piece by piece where it has them, else batches of one."""
+    if hasattr(dataset, "clip"):
+        return _one_line(dataset.clip(index) for index in range(len(dataset)))
     return _one_line(iter(DataLoader(_OneThread(dataset), batch_size=1, generator=torch.Generator().manual_seed(0))))
+
+
+def clip_name(sample: Any) -> str:
+    """What a sample of a test set is called."""
+    return str(sample["folder"][0]) if isinstance(sample, Mapping) else sample.name

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,6 +54,8 @@ class ModelBase:
         self.networks: dict[str, nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.schedules: dict[str, Schedule] = {}
+        self.baseline_name = ""  # of what a result has to beat, in the names of metrics
+        self.shown: list[Tensor] = []  # pictures of what was validated last, (C, H, W) in [0, 1]
         self.log_dict: dict[str, Tensor] = OrderedDict()  # loss terms of the last step, still tensors
         self.skipped = 0  # steps left out because of train.on_nan
         self.scaler = torch.amp.GradScaler(self.device.type) if self.opt_train["amp"] == "fp16" else None
@@ -76,13 +78,37 @@ class ModelBase:
     def test(self) -> None:
         raise NotImplementedError
 
+    def validate(self, sample: Any) -> dict[str, float]:
+        """Metrics of one sample of a test set, which leaves its pictures in `shown`."""
+        self.feed_data(sample)
+        self.test()
+        self.shown = self.pictures()
+        return self.metrics()
+
     def metrics(self) -> dict[str, float]:
-        """Of what `test` left: name -> value; the baseline's names end in `_bicubic` or the like."""
+        """Of what `test` left: name -> value; those of a baseline, if any, end in `_` and `baseline_name`."""
         raise NotImplementedError
 
     def pictures(self) -> list[Tensor]:
         """Of what `test` left: (C, H, W) images in [0, 1], shown side by side."""
         raise NotImplementedError
+
+    # ------------------------------------------------ a subclass that can be used on files of one's own says
+
+    @staticmethod
+    def prepare_use(opt: Mapping[str, Any]) -> None:
+        """Take out of the options what only training needs, as files that weights begin with."""
+
+    def load_use(self, payload: Mapping[str, Any], source: str) -> str:
+        """Take the weights to use from a set's parts or from a loaded file. Returns a report line."""
+        raise checkpoint.CheckpointError(f"model {self.opt['model']!r} can't be used on its own yet")
+
+    def results(self, source: str, truth: str | None, wanted: Callable[[str], bool]) -> Iterator[Any]:
+        """First how many results `source` leads to, then of each that is wanted (name, image or None, metrics).
+
+        Args: truth: what the results should be; None: unknown, and metrics are None. wanted: by file name.
+        """
+        raise ValueError(f"model {self.opt['model']!r} can't be used on files of one's own yet; leave --input out")
 
     best_metric = "psnr", "max"  # which test metric says that a checkpoint is the best, and which way
 
@@ -109,11 +135,9 @@ class ModelBase:
         """E = decay * E + (1 - decay) * G over the parameters; buffers are copied."""
         bare_g, bare_e = self.get_bare_model(self.networks["G"]), self.get_bare_model(self.networks["E"])
         with torch.no_grad():
-            averaged, current = list(bare_e.parameters()), list(bare_g.parameters())
-            torch._foreach_mul_(averaged, decay)
-            torch._foreach_add_(averaged, current, alpha=1 - decay)
-            for kept, buffer in zip(bare_e.buffers(), bare_g.buffers()):
-                kept.copy_(buffer)
+            torch._foreach_lerp_(list(bare_e.parameters()), list(bare_g.parameters()), 1 - decay)
+            if buffers := list(bare_e.buffers()):
+                torch._foreach_copy_(buffers, list(bare_g.buffers()))
 
     # ------------------------------------------------ saving
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import schedules
 from data.resize import imresize
+from foreign import unpack, weights_in
 from losses import LOSSES
 from metrics import video_metrics
 from models.model_base import ModelBase
@@ -148,14 +150,32 @@ class ModelPlain(ModelBase):
 
     # ------------------------------------------------ testing
 
+    def load_use(self, payload: Mapping[str, Any], source: str) -> str:
+        """The moving average if there is one, else G; of a single file, what is in it."""
+        label = next((label for label in ("E", "G") if label in payload), None)
+        unpacked = payload if label else unpack(payload, source)
+        label = label or ("E" if "E" in unpacked else "G")
+        weights = unpacked[label] if label in unpacked else payload
+        self.netE = None
+        self.networks = {"G": self.netG}
+        return f"{label} of " + self.load_weights(self.netG, weights_in(weights, source), True, source)
+
     def test(self) -> None:
         """Restore `degraded` with the moving average if there is one, else with G."""
+        with self.testing() as network:
+            self.restored = self.restore(network, self.degraded)
+
+    @contextlib.contextmanager
+    def testing(self) -> Iterator[torch.nn.Module]:
+        """The network that is tested, in evaluation mode and without gradients."""
         network = self.netE if self.netE is not None else self.netG
         training = network.training
         network.eval()
-        with torch.no_grad():
-            self.restored = self.restore(network, self.degraded)
-        network.train(training)
+        try:
+            with torch.no_grad():
+                yield network
+        finally:
+            network.train(training)
 
     def restore(self, network: torch.nn.Module, degraded: Tensor) -> Tensor:
         """One forward pass; a recipe whose input can be too large for that overrides it."""
@@ -172,6 +192,7 @@ class ModelPlain(ModelBase):
         """PSNR and SSIM of `restored`, and under `<name>_<baseline>` of the baseline, averaged over frames."""
         restored, target = self.restored[0], self.target[0]
         name, plain = self.baseline()
+        self.baseline_name = name
         values = video_metrics(_frames(restored), _frames(target))
         return values | {f"{k}_{name}": v for k, v in video_metrics(_frames(plain), _frames(target)).items()}
 

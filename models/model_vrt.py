@@ -6,13 +6,15 @@ Legend: B batch, T frames, C channels, h w input pixels, H W output pixels. Sour
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from data.video import FrameFolder
 from models.model_plain import ModelPlain
 
 TILE_OVERLAP = 20  # input pixels between neighbouring tiles, as KAIR
@@ -67,36 +69,117 @@ class ModelVRT(ModelPlain):
 
     # ------------------------------------------------ testing
 
+    def feed_data(self, data: Mapping[str, Any], need_H: bool = True) -> None:
+        """Takes also `target_frame`: which frame of L the only frame of H is, where there is but one."""
+        super().feed_data(data, need_H)
+        self.target_frame = int(data["target_frame"]) if "target_frame" in data else -1
+
     def test(self) -> None:
         super().test()
-        if self.opt["val"]["center_frame_only"]:
-            middle = self.degraded.shape[1] // 2
-            self.degraded = self.degraded[:, middle : middle + 1]
-            self.restored = self.restored[:, middle : middle + 1]
-            self.target = None if self.target is None else self.target[:, middle : middle + 1]
+        frames, shown = self.degraded.shape[1], self.restored.shape[1]
+        if self.target is not None and self.target.shape[1] < shown and self.target_frame >= 0:
+            kept = slice(self.target_frame, self.target_frame + 1)
+        elif self.opt["val"]["center_frame_only"] and shown == frames:
+            kept = slice(frames // 2, frames // 2 + 1)
+            self.target = None if self.target is None else self.target[:, kept]
+        else:
+            return
+        self.degraded, self.restored = self.degraded[:, kept], self.restored[:, kept]
+
+    def validate(self, sample: Any) -> dict[str, float]:
+        """A clip that is read piece by piece is also tested so: memory is that of a window, whatever its length."""
+        if isinstance(sample, Mapping):
+            return super().validate(sample)
+        rows, frames = [], range(len(sample.frames))
+        middle = len(frames) // 2
+        with self.testing() as network:
+            for t, data, restored in self.restore_frames(network, sample.read, len(frames)):
+                if self.opt["val"]["center_frame_only"] and t != middle:
+                    continue
+                self.degraded, self.target = data["L"][None, None], data["H"][None, None]
+                self.restored = restored[None].cpu()
+                rows.append(self.metrics())
+                if t == middle:
+                    self.shown = self.pictures()
+        return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+
+    def baseline(self) -> tuple[str, Tensor]:
+        """Of interpolated frames: the mean of their neighbours."""
+        if self.degraded.shape[1] == self.target.shape[1]:
+            return super().baseline()
+        after = self.degraded.shape[1] // 2
+        return "average", self.degraded[0, after - 1 : after + 1, :3].mean(0, keepdim=True)
+
+    @staticmethod
+    def prepare_use(opt: Mapping[str, Any]) -> None:
+        opt["netG"]["spynet_path"] = None  # trained weights have the flow's in them
+
+    def results(self, source: str, truth: str | None, wanted: Callable[[str], bool]) -> Iterator[Any]:
+        """Restored frames of a clip or of a folder of clips, under their own names; see `ModelBase.results`."""
+        if not self.netG.pa_frames:
+            raise ValueError("frame interpolation is tested on its own sets; leave --input out")
+        level = next((section["sigma"] for section in self.opt["datasets"].values() if section.get("sigma")), None)
+        folder = FrameFolder(source, truth, scale=self.opt["scale"],
+                             sigma=level if self.opt["netG"].get("nonblind_denoising") else None)
+        clips = [folder.clip(index) for index in range(len(folder))]
+        single = len(clips) == 1 and Path(clips[0].paths[0]).parent == Path(source)  # no folder of clips, but one
+        yield sum(len(clip.frames) for clip in clips)
+        with self.testing() as network:
+            for clip in clips:
+                names = [f"{frame}.png" if single else f"{clip.name}/{frame}.png" for frame in clip.frames]
+                missing = {t for t, name in enumerate(names) if wanted(name)}
+                for t, data, restored in self.restore_frames(network, clip.read, len(names), missing):
+                    metrics = None
+                    if "H" in data:
+                        self.degraded, self.target = data["L"][None, None], data["H"][None, None]
+                        self.restored = restored[None].cpu()
+                        metrics = self.metrics()
+                    yield names[t], restored[0], metrics
 
     def restore(self, network: nn.Module, degraded: Tensor) -> Tensor:
-        """A clip of any length and size, (B, T, C, h, w) -> (B, T, C, H, W)."""
-        val, frames = self.opt["val"], degraded.shape[1]
-        if val["pad_seq"]:
-            degraded = torch.cat([degraded, degraded[:, -1:]], dim=1)
-        restored = self.restore_windows(network, degraded)
-        if val["flip_seq"]:
-            restored = (restored + self.restore_windows(network, degraded.flip(1)).flip(1)) / 2
-        return restored[:, :frames]
+        """A clip of any length and size, (1, T, C, h, w) -> (1, T, C, H, W); interpolated frames where T is fewer."""
+        if not self.get_bare_model(network).pa_frames:
+            return self.restore_tiles(network, degraded)
 
-    def restore_windows(self, network: nn.Module, degraded: Tensor) -> Tensor:
-        """Windows of frames, averaged where they overlap."""
-        size, overlap = self.opt["val"]["num_frame_testing"], self.opt["val"]["num_frame_overlapping"]
-        frames = degraded.shape[1]
-        total, weight = None, degraded.new_zeros(frames, 1, 1, 1)
-        for start in starts(frames, size, overlap):
-            window = slice(start, start + size if size else None)
-            part = self.restore_tiles(network, degraded[:, window])
-            total = part.new_zeros(part.shape[0], frames, *part.shape[2:]) if total is None else total
-            total[:, window] += part
-            weight[window] += 1
-        return total / weight
+        def read(start: int, stop: int) -> dict[str, Tensor]:
+            return {"L": degraded[0, start:stop]}
+
+        return torch.stack([frame for _, _, frame in self.restore_frames(network, read, degraded.shape[1])], dim=1)
+
+    def restore_frames(self, network: nn.Module, read: Callable[[int, int], dict[str, Tensor]], frames: int,
+                       wanted: Collection[int] | None = None) -> Iterator[tuple[int, dict[str, Tensor], Tensor]]:
+        """Frames in order, each as soon as no window of frames has more to say about it; overlaps are averaged.
+
+        Args:
+            read: of frames start..stop-1 -> {"L": (t, C, h, w), ...}. frames: how many there are.
+            wanted: which to restore, e.g. those that an interrupted run left; None: all.
+        Yields: index, what `read` gave of the frame, and the frame (1, C, H, W).
+        """
+        val, wanted = self.opt["val"], range(frames) if wanted is None else wanted
+        length = frames + val["pad_seq"]  # the last frame once more
+        size = min(val["num_frame_testing"] or length, length)
+        ways = (False, True) if val["flip_seq"] else (False,)
+        windows = sorted((length - start - size if backwards else start, backwards) for backwards in ways
+                         for start in starts(length, size, val["num_frame_overlapping"]))
+        held: dict[int, dict[str, Tensor]] = {}
+        sums: dict[tuple[int, bool], tuple[Tensor, int]] = {}  # (frame, way) -> sum and number of windows
+        for at, (start, backwards) in enumerate(windows):
+            if any(t in wanted for t in range(start, start + size)):
+                data = read(start, min(start + size, frames))
+                held |= {start + i: {key: value[i] for key, value in data.items()} for i in range(len(data["L"]))}
+                part = data["L"].to(self.device)
+                if len(part) < size:
+                    part = torch.cat([part, part[-1:]])
+                part = self.restore_tiles(network, part.flip(0)[None] if backwards else part[None])
+                for i, frame in enumerate((part.flip(1) if backwards else part).unbind(1)):
+                    total, count = sums.get((start + i, backwards), (0, 0))
+                    sums[start + i, backwards] = total + frame, count + 1
+            finished = windows[at + 1][0] if at + 1 < len(windows) else length
+            for t in sorted(t for t in held if t < finished):
+                means = [total / count for total, count in (sums.pop((t, way)) for way in ways if (t, way) in sums)]
+                data = held.pop(t)
+                if t in wanted:
+                    yield t, data, sum(means) / len(means)
 
     def restore_tiles(self, network: nn.Module, degraded: Tensor) -> Tensor:
         """Tiles of each frame, averaged where they overlap, their inner edges left out."""

@@ -156,26 +156,27 @@ def test_workers_may_change_at_resume(recipe, straight, tmp_path, monkeypatch, w
 
 
 def test_a_signal_in_validation_repeats_it_whole(recipe, straight, tmp_path, monkeypatch):
-    path, real = recipe("stopped"), ModelVRT.test
+    path, real = recipe("stopped"), ModelVRT.validate
 
-    def interrupted(self):
+    def interrupted(self, sample):
         os.kill(os.getpid(), signal.SIGTERM)
-        real(self)
+        return real(self, sample)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ModelVRT, "test", interrupted)
+        patch.setattr(ModelVRT, "validate", interrupted)
         assert run("-opt", path) == 143
     assert run("-opt", path) == 0
     assert_equal_runs(straight, tmp_path / "stopped")
 
 
 def test_a_signal_in_the_last_validation_does_not_lose_it(recipe, tmp_path, monkeypatch):
-    real = ModelVRT.test
+    real = ModelVRT.validate
     sets = ["--set", 'datasets.test.generated={"num_clips": 2, "num_frame": 2, "gt_size": [64, 64]}']
     assert run("-opt", recipe("whole"), *sets) == 0
     path = recipe("last", train={"checkpoint_test": 0})
     with monkeypatch.context() as patch:
-        patch.setattr(ModelVRT, "test", lambda self: (os.kill(os.getpid(), signal.SIGTERM), real(self)))
+        patch.setattr(ModelVRT, "validate", lambda self, sample: (os.kill(os.getpid(), signal.SIGTERM),
+                                                                  real(self, sample))[1])
         assert run("-opt", path, *sets) == 0
     assert final(tmp_path / "last")["state"]["history"] == final(tmp_path / "whole")["state"]["history"][1:]
 
