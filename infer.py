@@ -153,8 +153,9 @@ class Rows:
         self.path, self.rows = path, {}
         with contextlib.suppress(FileNotFoundError), open(path, newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
+                name = row.pop("name")
                 with contextlib.suppress(TypeError, ValueError):  # a kill tore the last line
-                    self.rows[row.pop("name")] = {key: float(value) for key, value in row.items()}
+                    self.rows[name] = {key: float(value) for key, value in row.items()}
 
     def add(self, name: str, metrics: Mapping[str, float]) -> None:
         new = not self.path.exists()

@@ -46,6 +46,7 @@ class ModelPlain(ModelBase):
     def __init__(self, opt: Mapping[str, Any]):
         super().__init__(opt)
         self.netG = self.networks["G"] = self.define_network("G")
+        self.forward_G = torch.compile(self.netG) if self.opt_train["compile"] else self.netG
         if self.opt_train["E_decay"] > 0:
             self.netE = self.networks["E"] = copy.deepcopy(self.netG).eval().requires_grad_(False)
         else:
@@ -126,7 +127,7 @@ class ModelPlain(ModelBase):
         self.target = data["H"].to(self.device, non_blocking=True) if need_H and "H" in data else None
 
     def netG_forward(self) -> None:
-        self.restored = self.netG(self.degraded)
+        self.restored = self.forward_G(self.degraded)
 
     def optimize_parameters(self, current_step: int) -> None:
         t, whole = self.opt_train, (self.degraded, self.target)

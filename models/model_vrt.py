@@ -123,6 +123,7 @@ class ModelVRT(ModelPlain):
                              sigma=level if self.opt["netG"].get("nonblind_denoising") else None)
         clips = [folder.clip(index) for index in range(len(folder))]
         single = len(clips) == 1 and Path(clips[0].paths[0]).parent == Path(source)  # no folder of clips, but one
+        clips[0].read(0, 1)  # what does not fit shows before anything is made
         yield sum(len(clip.frames) for clip in clips)
         with self.testing() as network:
             for clip in clips:

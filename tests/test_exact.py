@@ -79,6 +79,12 @@ def test_every_kind_of_step(tmp_path, monkeypatch, kind, layout):
     assert bool(state["scaler_state_dict"]) == (kind == "fp16") and state["history"] and state["best"]
 
 
+@pytest.mark.slow  # the compiler takes most of a minute
+def test_compiled_steps(tmp_path, monkeypatch):
+    one, two = straight_and_stopped(tmp_path, monkeypatch, [3, 6], train={"compile": True})
+    assert_equal(one, two)
+
+
 @pytest.mark.parametrize("workers", [(0, 1, 2), (2, 0, 1), (1, 2, 0)], ids=str)
 def test_workers_changed_at_each_resume(tmp_path, monkeypatch, workers):
     assert_equal(*straight_and_stopped(tmp_path, monkeypatch, [3, 6], workers))
@@ -103,7 +109,8 @@ def test_parts_of_a_batch_make_the_same_step(tmp_path):
         torch.manual_seed(1)
         model = ModelPlain.__new__(ModelPlain)
         net = tiny.Net().eval()
-        model.__dict__ |= {"netG": net, "netE": None, "G_lossfn": torch.nn.L1Loss(), "scaler": None, "log_dict": {},
+        model.__dict__ |= {"netG": net, "forward_G": net, "netE": None, "G_lossfn": torch.nn.L1Loss(),
+                           "scaler": None, "log_dict": {},
                            "device": torch.device("cpu"), "degraded": data, "target": data * 0.5, "skipped": 0,
                            "G_optimizer": torch.optim.SGD(net.parameters(), 0.0),
                            "opt_train": {"accumulate": parts, "amp": None, "G_lossfn_weight": 2.0, "on_nan": "stop",
