@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import main as door
 import options
 from data import DATASETS
 from models import MODELS, NETWORKS
@@ -147,18 +148,21 @@ def test_kairs_own_files_pass_with_notices(shared):
 
 
 def test_cli_table_and_built_in_flags_reach_the_options(option_file, tmp_path):
-    path = option_file(cli={"clips": "datasets.train.num_clipz"}, path={"root": str(tmp_path / "runs")})
-    done = run_main("-opt", path, "--clips", "3")
-    assert done.returncode == 2 and "--clips: datasets.train.num_clipz: unknown key" in done.stderr
-    done = run_main("-opt", option_file(), "--lr", "fast")
-    assert done.returncode == 2 and '--lr: train.G_optimizer_lr: "fast" is not a number' in done.stderr
-    done = run_main("-opt", option_file(cli=["x"]))
-    assert done.returncode == 2 and "cli: must be an object" in done.stderr
+    plain = option_file()
+    own = option_file("own.json", cli={"clips": "datasets.train.num_clipz"}, path={"root": str(tmp_path / "runs")})
+    for path, words, complaint in (
+            (own, ["--clips", "3"], "--clips: datasets.train.num_clipz: unknown key"),
+            (plain, ["--lr", "fast"], '--lr: train.G_optimizer_lr: "fast" is not a number'),
+            (option_file("bad.json", cli=["x"]), [], "cli: must be an object"),
+            (plain, ["--set", "train"], "write it as section.key=value"),
+            (plain, ["--input", "x"], "--input, --output and --truth go with --test")):
+        with pytest.raises(options.OptionError) as caught:
+            door.main(["-opt", str(path), *words])
+        assert complaint in str(caught.value)
     assert not (tmp_path / "runs").exists()
 
 
-def test_set_without_a_value_and_no_option_file():
-    assert "write it as section.key=value" in run_main("-opt", "options/train_vrt.json", "--set", "train").stderr
+def test_no_option_file_is_one_line_and_2():
     done = run_main()
     assert done.returncode == 2 and "which run?" in done.stderr and "Traceback" not in done.stderr
 

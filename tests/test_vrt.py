@@ -169,6 +169,27 @@ def small(path, folder):
     return sets
 
 
+def as_words(sets):
+    return [word for key, value in sets.items()
+            for word in ("--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}")]
+
+
+@pytest.mark.parametrize("number, kind, baseline", [("003", "VideoTestVimeo90KDataset", "bicubic"),
+                                                    ("009", "VFI_Vimeo90K", "average")])
+def test_a_set_with_one_target_frame_is_validated_against_its_baseline(tmp_path, number, kind, baseline):
+    (path,) = (path for path in OURS if path.stem.startswith(number))
+    sets = small(path, tmp_path)
+    for key in ("dataroot_gt", "meta_info_file"):
+        sets[f"datasets.test.{key}"] = sets[f"datasets.train.{key}"]
+    if number == "003":
+        sets["datasets.test.dataroot_lq"] = str(tmp_path / "lq")
+    sets |= {"train.total_iter": 1, "datasets.test.dataset_type": kind, "task": "run", "val.save_img": True}
+    assert door.main(["-opt", str(path), *as_words(sets)]) == 0
+    (row,) = checkpoint.locate(tmp_path / "run/models/1.json").load()["state"]["history"]
+    assert row["test.psnr"] > 0 and row[f"test.psnr_{baseline}"] > 0
+    assert len(list((tmp_path / "run/images").glob("*.png"))) == 2
+
+
 @pytest.mark.parametrize("path", [*KAIR, *(p for p in OURS if not any(p.stem[:3] == k.stem[:3] for k in KAIR))],
                          ids=lambda path: f"{path.parent.name}-{path.stem[:3]}")
 def test_a_published_recipe_trains_and_resumes_exactly(path, tmp_path, monkeypatch):
@@ -183,9 +204,7 @@ def test_a_published_recipe_trains_and_resumes_exactly(path, tmp_path, monkeypat
     monkeypatch.setattr(options, "parse", without_tests)
 
     def go(name):
-        words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in
-                 (sets | {"task": name}).items()]
-        return door.main(["-opt", str(path), *[word for text in words for word in ("--set", text)]])
+        return door.main(["-opt", str(path), *as_words(sets | {"task": name})])
 
     assert go("straight") == 0
     step = ModelVRT.optimize_parameters
