@@ -55,6 +55,7 @@ class ModelBase:
         self.networks: dict[str, nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.schedules: dict[str, Schedule] = {}
+        self.averaged: tuple | None = None  # parameters and buffers of E and G, side by side
         self.baseline_name = ""  # of what a result has to beat, in the names of metrics
         self.shown: list[Tensor] = []  # pictures of what was validated last, (C, H, W) in [0, 1]
         self.log_dict: dict[str, Tensor] = OrderedDict()  # loss terms of the last step, still tensors
@@ -134,11 +135,14 @@ class ModelBase:
 
     def update_E(self, decay: float = 0.999) -> None:
         """E = decay * E + (1 - decay) * G over the parameters; buffers are copied."""
-        bare_g, bare_e = self.get_bare_model(self.networks["G"]), self.get_bare_model(self.networks["E"])
+        if self.averaged is None:  # to walk through the modules takes longer than to average
+            pair = [self.get_bare_model(self.networks[label]) for label in ("E", "G")]
+            self.averaged = [list(net.parameters()) for net in pair], [list(net.buffers()) for net in pair]
+        (kept, current), (kept_buffers, buffers) = self.averaged
         with torch.no_grad():
-            torch._foreach_lerp_(list(bare_e.parameters()), list(bare_g.parameters()), 1 - decay)
-            if buffers := list(bare_e.buffers()):
-                torch._foreach_copy_(buffers, list(bare_g.buffers()))
+            torch._foreach_lerp_(kept, current, 1 - decay)
+            if buffers:
+                torch._foreach_copy_(kept_buffers, buffers)
 
     # ------------------------------------------------ saving
 

@@ -132,6 +132,15 @@ def test_latest_and_best_are_links_that_retention_leaves(tmp_path):
     assert checkpoint.locate(models / "best.pt").iteration == worst < TOTAL
 
 
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2], ids=lambda s: s.name)
+def test_every_signal_stops_after_the_step_with_its_exit_code(tmp_path, monkeypatch, capsys, sig):
+    path = write_json(tmp_path / "one.json", tiny.options(tmp_path, "one"))
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 5, sig)
+        assert run("-opt", path) == 128 + sig
+    assert f"stopped  by {sig.name} after iteration 5; go on with: python main.py -opt {path}" in capsys.readouterr().out
+
+
 def test_an_interrupted_save_has_one_slot_that_the_next_regular_one_frees(tmp_path, monkeypatch):
     path = write_json(tmp_path / "one.json", tiny.options(tmp_path, "one", checkpoint=LAYOUTS["bundle"]))
     for step in (3, 5):  # 3 is validated and the best, so it is kept under that name

@@ -117,7 +117,7 @@ def test_a_run_leaves_what_it_promises(straight):
     assert "start    at iteration 0 of 6" in (straight / "log" / "train.log").read_text()
 
 
-STOPS = [(signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGUSR1, 3), (signal.SIGUSR2, 5)]
+STOPS = [(signal.SIGINT, 1), (signal.SIGUSR1, 3)]  # each signal at more places: test_exact.py
 
 
 @pytest.mark.parametrize("sig, at", STOPS, ids=[f"{s.name} in step {n}" for s, n in STOPS])
@@ -141,7 +141,7 @@ def test_a_signal_stops_after_the_step_and_the_same_command_goes_on(recipe, stra
     assert f"{at}.json" in os.listdir(tmp_path / "stopped/models") or at % 2  # superseded, unless it was due anyway
 
 
-@pytest.mark.parametrize("workers", [(2, 0), (0, 2)], ids=["2 then 0 workers", "0 then 2 workers"])
+@pytest.mark.parametrize("workers", [(2, 0)], ids=["2 then 0 workers"])
 def test_workers_may_change_at_resume(recipe, straight, tmp_path, monkeypatch, workers):
     def stop(self, path, real=checkpoint.commit):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -187,7 +187,7 @@ def start_process(*arguments):
                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [2])
 def test_kill_9_anywhere_and_run_again(recipe, straight, tmp_path, workers):
     path = recipe("killed", workers=workers)
     process = start_process("-opt", path)
