@@ -78,9 +78,12 @@ def prepare_machine(opt: dict) -> None:
         if not torch.cuda.is_available():
             raise options.OptionError(f"device: {device}: torch sees no CUDA device here; use --device cpu")
         torch.cuda.set_device(device)
+    torch.use_deterministic_algorithms(opt["deterministic"])
     if opt["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    elif device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # the fastest kernels, which another run may not choose again
+        torch.set_float32_matmul_precision("high")
     seed = opt["train"]["manual_seed"]
     if seed < 0:
         raise options.OptionError(f"train.manual_seed: {seed} must be >= 0")
@@ -467,7 +470,13 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
                      "raise train.total_iter to go on")
             return 0
         run.begin(source, fresh)
-        run.loop(stop)
+        try:
+            run.loop(stop)
+        except RuntimeError as error:
+            if "does not have a deterministic implementation" not in str(error):
+                raise
+            raise options.OptionError(f"deterministic: {str(error).split()[0]} has no deterministic kernel on "
+                                      f"{opt['device']}; set deterministic to false, or use --device cpu") from None
         if stop.signal and run.iteration < opt["train"]["total_iter"]:
             run.save(reason="interrupted")
             run.finish_save()

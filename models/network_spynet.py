@@ -59,8 +59,35 @@ def sample(x: Tensor, columns: Tensor, rows: Tensor, mode: str = "bilinear", pad
            align_corners: bool = True) -> Tensor:
     """x (N, C, H, W) at points (N, h, w) given in pixels -> (N, C, h, w)."""
     height, width = x.shape[-2:]
+    if exact(x) and align_corners and padding_mode != "reflection":
+        return sample_by_gather(x, columns, rows, mode, padding_mode)
     grid = (2 * columns / max(width - 1, 1) - 1, 2 * rows / max(height - 1, 1) - 1)  # pixels to [-1, 1]
     return F.grid_sample(x, torch.stack(grid, dim=-1), mode, padding_mode, align_corners)
+
+
+def exact(x: Tensor) -> bool:
+    """Whether kernels that add in any order are to be left alone; grid_sample and deform_conv2d have such on CUDA."""
+    return x.is_cuda and torch.are_deterministic_algorithms_enabled()
+
+
+def sample_by_gather(x: Tensor, columns: Tensor, rows: Tensor, mode: str = "bilinear",
+                     padding_mode: str = "zeros") -> Tensor:
+    """`sample` of operations whose gradients add in a fixed order when deterministic algorithms are asked for."""
+    height, width = x.shape[-2:]
+    if padding_mode == "border":
+        columns, rows = columns.clamp(0, width - 1), rows.clamp(0, height - 1)
+    if mode == "nearest":
+        columns, rows = columns.round(), rows.round()
+    left, top = columns.detach().floor(), rows.detach().floor()
+    total = 0
+    for column, across in ((left, 1 - (columns - left)), (left + 1, columns - left)):
+        for row, down in ((top, 1 - (rows - top)), (top + 1, rows - top)):
+            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            index = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()  # (N, h, w)
+            index = index.flatten(1)[:, None].expand(-1, x.shape[1], -1)  # (N, C, h*w)
+            value = x.flatten(2).gather(2, index).unflatten(2, columns.shape[1:])
+            total = total + value * (across * down * inside)[:, None]
+    return total
 
 
 def resize_flow(flow: Tensor, height: int, width: int) -> Tensor:
@@ -90,8 +117,9 @@ def chain_flows(flow: Tensor, steps: int) -> list[Tensor]:
 def deform_conv(x: Tensor, offset: Tensor, modulation: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Modulated deformable 3x3 convolution, stride 1, padding 1.
 
-    On CUDA this is torchvision's kernel. Elsewhere grid_sample reads the taps: the same numbers, 5 to 10 times
-    faster than torchvision's CPU kernel, which is serial and took over half of a training step.
+    On CUDA this is torchvision's kernel, unless the gradient has to be the same each time. Elsewhere grid_sample
+    reads the taps: the same numbers, 5 to 10 times faster than torchvision's CPU kernel, which is serial and took
+    over half of a training step.
 
     Args:
         x: (N, C_in, H, W).
@@ -103,12 +131,29 @@ def deform_conv(x: Tensor, offset: Tensor, modulation: Tensor, weight: Tensor, b
     Returns:
         (N, C_out, H, W).
     """
+    if exact(x):
+        return deform_conv_by_gather(x, offset, modulation, weight, bias)
     if x.is_cuda:
         return deform_conv2d(x, offset, weight, bias, padding=1, mask=modulation)
     n, c, h, w = x.shape
     groups, weight_groups = modulation.shape[1] // 9, c // weight.shape[1]
     out = TapSum.apply(x.reshape(n, groups, -1, h, w), offset.reshape(n, groups, 9, 2, h * w),
                        modulation.reshape(n, groups, 1, 9, h * w), weight.view(weight_groups, -1, weight[0].numel()))
+    return out.view(n, -1, h, w) + bias[:, None, None]
+
+
+def deform_conv_by_gather(x: Tensor, offset: Tensor, modulation: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`deform_conv` of operations whose gradients add in a fixed order when deterministic algorithms are asked for."""
+    n, c, h, w = x.shape
+    groups, weight_groups = modulation.shape[1] // 9, c // weight.shape[1]
+    x, offset, weight, bias = (tensor.float() for tensor in (x, offset, weight, bias))
+    tap, row, column = (torch.arange(size, device=x.device) for size in (9, h, w))
+    dy, dx = offset.view(n * groups, 9, 2, h, w).unbind(2)
+    rows = dy + (tap[:, None, None] // 3 - 1 + row[:, None])
+    columns = dx + (tap[:, None, None] % 3 - 1 + column)
+    taps = sample_by_gather(x.view(n * groups, -1, h, w), columns.flatten(2), rows.flatten(2))  # (N*g, C/g, 9, H*W)
+    taps = taps * modulation.view(n * groups, 1, 9, h * w)
+    out = weight.view(weight_groups, -1, weight[0].numel()) @ taps.view(n, weight_groups, -1, h * w)
     return out.view(n, -1, h, w) + bias[:, None, None]
 
 

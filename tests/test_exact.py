@@ -9,6 +9,7 @@ import torch
 
 import checkpoint
 from models.model_plain import ModelPlain
+from options import OptionError
 from tests import tiny
 from tests.conftest import write_json
 from tests.test_resume import differing, run
@@ -130,6 +131,15 @@ def test_latest_and_best_are_links_that_retention_leaves(tmp_path):
     assert sorted(os.listdir(models)) == ["best.pt", "it9.pt", "latest.pt"]
     assert (models / "latest.pt").samefile(models / "it9.pt")
     assert checkpoint.locate(models / "best.pt").iteration == worst < TOTAL
+
+
+def test_an_operation_without_a_deterministic_kernel_is_named(tmp_path, monkeypatch):
+    def refused(self, step):
+        raise RuntimeError("grid_sampler_2d_backward_cuda does not have a deterministic implementation, but you set")
+
+    monkeypatch.setattr(ModelPlain, "optimize_parameters", refused)
+    with pytest.raises(OptionError, match="grid_sampler_2d_backward_cuda has no deterministic kernel on"):
+        run("-opt", write_json(tmp_path / "one.json", tiny.options(tmp_path, "one")))
 
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2], ids=lambda s: s.name)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torchvision.ops import deform_conv2d
 
+import models.network_spynet as spynet
 import models.network_vrt as network_vrt
 from models.network_spynet import SpyNet, deform_conv, flow_warp
 from models.network_vrt import (
@@ -450,3 +451,35 @@ def test_recal_all_flows_is_accepted_without_effect():
     x = torch.rand(1, 2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(tiny(recal_all_flows=True)(x), tiny()(x))
+
+
+@pytest.mark.parametrize("mode, padding", [("bilinear", "zeros"), ("bilinear", "border"), ("nearest", "zeros")])
+def test_sampling_by_gather_is_grid_sample(mode, padding):
+    """What exact mode on CUDA uses, with its gradients; points inside, outside and on the edge."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 9, 7, dtype=torch.float64)
+    columns, rows = 12 * torch.rand(2, 2, 5, 6, dtype=torch.float64) - 2
+    results = []
+    for function in (spynet.sample, spynet.sample_by_gather):
+        inputs = [t.clone().requires_grad_() for t in (x, columns, rows)]
+        out = function(*inputs, mode, padding)
+        out.sin().sum().backward()
+        results.append([out.detach(), *(t.grad for t in inputs)])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("groups, weight_groups", [(1, 1), (4, 1), (2, 2)])
+def test_deformable_convolution_by_gather_is_torchvisions(groups, weight_groups):
+    torch.manual_seed(0)
+    x, offset = torch.randn(2, 8, 6, 7), 3 * torch.randn(2, groups * 18, 6, 7)
+    modulation, weight, bias = torch.rand(2, groups * 9, 6, 7), torch.randn(4, 8 // weight_groups, 3, 3), torch.ones(4)
+    results = []
+    for function in (spynet.deform_conv_by_gather,
+                     lambda x, o, m, w, b: deform_conv2d(x, o, w, b, padding=1, mask=m)):
+        inputs = [t.clone().requires_grad_() for t in (x, offset, modulation, weight, bias)]
+        out = function(*inputs)
+        out.sin().sum().backward()
+        results.append([out.detach(), *(t.grad for t in inputs)])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
