@@ -214,6 +214,8 @@ def check_equal(model, data) -> None:
     the layers that start from zero drawn, since where flow is zero bilinear sampling has two derivatives.
     """
     pair = [copy.deepcopy(model)]
+    if pair[0].netE is not None:
+        pair[0].netE.double()
     for name, p in pair[0].netG.double().named_parameters():
         if "conv_offset.6" in name or name.endswith("basic_module.8.weight"):
             torch.nn.init.normal_(p, std=0.02)

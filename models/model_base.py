@@ -135,10 +135,10 @@ class ModelBase:
 
     def update_E(self, decay: float = 0.999) -> None:
         """E = decay * E + (1 - decay) * G over the parameters; buffers are copied."""
-        if self.averaged is None:  # to walk through the modules takes longer than to average
-            pair = [self.get_bare_model(self.networks[label]) for label in ("E", "G")]
-            self.averaged = [list(net.parameters()) for net in pair], [list(net.buffers()) for net in pair]
-        (kept, current), (kept_buffers, buffers) = self.averaged
+        pair = tuple(self.get_bare_model(self.networks[label]) for label in ("E", "G"))
+        if self.averaged is None or self.averaged[0] != pair:  # to walk through modules takes longer than to average
+            self.averaged = pair, [list(net.parameters()) for net in pair], [list(net.buffers()) for net in pair]
+        _, (kept, current), (kept_buffers, buffers) = self.averaged
         with torch.no_grad():
             torch._foreach_lerp_(kept, current, 1 - decay)
             if buffers:

@@ -137,7 +137,7 @@ class ModelPlain(ModelBase):
             with self.autocast():
                 self.netG_forward()
             share = len(self.degraded) / len(whole[0])
-            loss = t["G_lossfn_weight"] * share * self.G_lossfn(self.restored.float(), self.target)
+            loss = t["G_lossfn_weight"] * share * self.G_lossfn(self.restored.to(self.target.dtype), self.target)
             losses.append(loss.detach())
             if self.unusable(loss):
                 break

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from data.video import FrameFolder
 from models.model_plain import ModelPlain
 
-TILE_OVERLAP = 20  # input pixels between neighbouring tiles, as KAIR
+TILE_OVERLAP = 20  # input pixels that neighbouring tiles share, as KAIR
 TILE_TRIM = 10  # output pixels dropped on a tile's inner edges, as KAIR: they know least of their surroundings
 
 
@@ -35,6 +35,7 @@ class ModelVRT(ModelPlain):
         num_frame_testing: int = 0  # frames per window in time; 0: the whole clip at once
         num_frame_overlapping: int = 2
         size_patch_testing: int = 0  # input pixels per tile; 0: the whole frame at once
+        size_patch_overlapping: int = TILE_OVERLAP  # of more, a quarter is dropped on each inner edge
         pad_seq: bool = False  # repeat the last frame once more
         flip_seq: bool = False  # average with the clip played backwards
         center_frame_only: bool = False
@@ -48,8 +49,9 @@ class ModelVRT(ModelPlain):
         if v["num_frame_testing"] and v["num_frame_overlapping"] >= v["num_frame_testing"]:
             raise ValueError(f"{opt['opt_path']}: val.num_frame_overlapping {v['num_frame_overlapping']} must be "
                              f"below val.num_frame_testing {v['num_frame_testing']}")
-        if v["size_patch_testing"] and v["size_patch_testing"] <= TILE_OVERLAP:
-            raise ValueError(f"{opt['opt_path']}: val.size_patch_testing must be above {TILE_OVERLAP}, or 0")
+        if v["size_patch_testing"] and not 0 <= v["size_patch_overlapping"] < v["size_patch_testing"]:
+            raise ValueError(f"{opt['opt_path']}: val.size_patch_testing {v['size_patch_testing']} must be 0 or above "
+                             f"val.size_patch_overlapping {v['size_patch_overlapping']}")
         fixed = t["fix_keys"] if t["fix_iter"] > 0 else []
         self.fixed = [p for name, p in self.netG.named_parameters() if any(key in name for key in fixed)]
 
@@ -185,16 +187,18 @@ class ModelVRT(ModelPlain):
     def restore_tiles(self, network: nn.Module, degraded: Tensor) -> Tensor:
         """Tiles of each frame, averaged where they overlap, their inner edges left out."""
         size, scale = self.opt["val"]["size_patch_testing"], self.opt["scale"]
+        overlap = self.opt["val"]["size_patch_overlapping"]
+        trim = TILE_TRIM if overlap == TILE_OVERLAP else overlap * scale // 4
         height, width = degraded.shape[-2:]
         if not size or (height <= size and width <= size):
             return network(degraded)
         total, weight = None, degraded.new_zeros(height * scale, width * scale)
-        for top in starts(height, size, TILE_OVERLAP):
-            for left in starts(width, size, TILE_OVERLAP):
+        for top in starts(height, size, overlap):
+            for left in starts(width, size, overlap):
                 part = network(degraded[..., top : top + size, left : left + size])  # (B, T, C, tile H, tile W)
                 total = part.new_zeros(*part.shape[:-2], *weight.shape) if total is None else total
-                rows, part_rows = inner(top * scale, part.shape[-2], height * scale)
-                columns, part_columns = inner(left * scale, part.shape[-1], width * scale)
+                rows, part_rows = inner(top * scale, part.shape[-2], height * scale, trim)
+                columns, part_columns = inner(left * scale, part.shape[-1], width * scale, trim)
                 total[..., rows, columns] += part[..., part_rows, part_columns]
                 weight[rows, columns] += 1
         return total / weight
@@ -207,8 +211,8 @@ def starts(length: int, size: int, overlap: int) -> list[int]:
     return [*range(0, length - size, size - overlap), length - size]
 
 
-def inner(start: int, size: int, length: int) -> tuple[slice, slice]:
-    """A tile without its inner edges: where it goes in the whole, and that part of the tile."""
-    first = TILE_TRIM if start > 0 else 0
-    last = size - (TILE_TRIM if start + size < length else 0)
+def inner(start: int, size: int, length: int, trim: int) -> tuple[slice, slice]:
+    """A tile without `trim` pixels of its inner edges: where it goes in the whole, and that part of the tile."""
+    first = trim if start > 0 else 0
+    last = size - (trim if start + size < length else 0)
     return slice(start + first, start + last), slice(first, last)

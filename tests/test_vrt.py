@@ -38,7 +38,8 @@ class Sharpen(torch.nn.Module):
 def tester(scale=1, **val):
     """A ModelVRT that can only test."""
     model = ModelVRT.__new__(ModelVRT)
-    val = {"num_frame_testing": 0, "num_frame_overlapping": 2, "size_patch_testing": 0, "pad_seq": False,
+    val = {"num_frame_testing": 0, "num_frame_overlapping": 2, "size_patch_testing": 0,
+           "size_patch_overlapping": 20, "pad_seq": False,
            "flip_seq": False, "center_frame_only": False, **val}
     model.__dict__ |= {"opt": {"val": val, "scale": scale}, "netG": Sharpen(scale), "netE": None,
                        "device": torch.device("cpu"), "target_frame": -1}
