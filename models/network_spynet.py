@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torchvision.ops import deform_conv2d
 
+from durable import CheckpointError, load_file
+from foreign import weights_in
+
 NUM_LEVELS = 6  # basic_module[0] works at 1/32 of the size, basic_module[5] at full size
 STRIDE = 2 ** (NUM_LEVELS - 1)
 REMEDY = (
@@ -251,18 +254,13 @@ class SpyNet(nn.Module):
         if not path.is_file():
             raise FileNotFoundError(f"spynet_path: {path} does not exist; {REMEDY}")
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file can provoke any
-            raise ValueError(f"spynet_path: {path} is damaged or no weight file ({type(error).__name__}); "
-                             f"{REMEDY}") from error
-        if isinstance(state, dict):
-            state = state.get("params", state)
-        if isinstance(state, dict):
-            wanted = self.state_dict()
-            state = {"mean": wanted["mean"], "std": wanted["std"], **state}  # constants that files may lack
-            shapes = {key: getattr(value, "shape", None) for key, value in state.items()}
-            if shapes == {key: value.shape for key, value in wanted.items()}:
-                return state
+            state = weights_in(load_file(path), path)
+        except CheckpointError as error:
+            raise ValueError(f"spynet_path: {error}; {REMEDY}") from None
+        wanted = self.state_dict()
+        state = {"mean": wanted["mean"], "std": wanted["std"], **state}  # constants that files may lack
+        if {key: value.shape for key, value in state.items()} == {key: value.shape for key, value in wanted.items()}:
+            return state
         raise ValueError(f"spynet_path: {path} does not hold SPyNet's weights, basic_module.*; {REMEDY}")
 
     def forward(self, ref: Tensor, supp: Tensor) -> list[Tensor]:
