@@ -12,4 +12,6 @@ DATASETS = {
     "VFI_UCF101": "data.vimeo:VFI_UCF101",
     "VFI_Vimeo90K": "data.vimeo:VFI_Vimeo90K",
     "SyntheticVideoDataset": "data.synthetic:SyntheticVideoDataset",
+    "StyleDataset": "data.styles:StyleDataset",
+    "StyleTestDataset": "data.styles:StyleTestDataset",
 }

@@ -9,4 +9,7 @@ LOSSES = {
     "lpips": "losses.lpips:LPIPS",
     "vqperceptual": "losses.vqperceptual:VQLPIPSWithDiscriminator",
     "VQLPIPSWithDiscriminator": "losses.vqperceptual:VQLPIPSWithDiscriminator",
+    "lgt_energy": "losses.energy:GeometricFreeEnergyLoss",
+    "patch_swd": "losses.energy:PatchSlicedWassersteinLoss",
+    "cosine_ssm": "losses.energy:CosineSSMLoss",
 }

@@ -3,6 +3,7 @@
 MODELS = {
     "plain": "models.model_plain:ModelPlain",
     "vrt": "models.model_vrt:ModelVRT",
+    "lgt": "models.model_lgt:ModelLGT",
 }
 
 NETWORKS = {
@@ -23,4 +24,6 @@ NETWORKS = {
     "vqvae2": "models.network_vqvae:VQVAE2",
     "VQVAE2": "models.network_vqvae:VQVAE2",
     "nlayer_discriminator": "models.network_discriminator:NLayerDiscriminator",
+    "lgt": "models.network_lgt:LGTUNet",
+    "LGTUNet": "models.network_lgt:LGTUNet",
 }

@@ -1,0 +1,240 @@
+"""Folders of pictures, one a style, as latents: for training balanced pairs, for testing the first picture of each.
+
+Source: the datasets of KiritoFD/VAE_ca_proj, LGT/train.py. Different here: every draw comes from `sample_rng(seed,
+epoch, index)`; styles are balanced exactly, not on average; latents are made when first needed and kept on the disk
+by what they depend on; pictures are shrunk by antialiased bicubic interpolation instead of Lanczos.
+Legend: H W pixels; c channels, h w latent pixels; S styles, R references.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from data.frames import EXTENSIONS, check_folder, read_frame
+from data.sampler import Key, sample_rng
+from data.synthetic_styles import DrawnStyles
+from data.video import split_key
+from durable import CheckpointError, load_file, save_file
+from models.codecs import build_codec
+from options import check, schema_of
+
+LATENTS = "experiments/latents"  # where latents are kept unless the options say otherwise
+
+
+class StyleLatents:
+    """All pictures of some styles, one latent at a time: from memory, else from the disk, else made.
+
+    Args:
+        dataroot: folder of style folders; None draws pictures instead.
+        style_subdirs: names of the styles in order; None: every folder there is, by name.
+        generated: what is drawn, arguments of `DrawnStyles`.
+        image_size: side in pixels, a multiple of four latent pixels.
+        crop: shrink the shorter side and cut the middle out; False: shrink both sides as they are.
+        codec: section of a latent codec, see `models.codecs`; None: pixels.
+        cache_dir: where latents of codecs with weights are kept, under a digest of weights, file and size; None:
+            in memory only.
+        allow_empty: pass over style folders without pictures, see `empty`.
+    Raises:
+        FileNotFoundError, ValueError: one line; an empty style folder is named.
+    """
+
+    def __init__(self, dataroot: str | None, style_subdirs: Sequence[str] | None, generated: dict | None,
+                 image_size: int, crop: bool, codec: dict | None, cache_dir: str | None, seed: int,
+                 allow_empty: bool = False):
+        self.dataroot, self.image_size, self.crop, self.cache_dir = dataroot, image_size, crop, cache_dir
+        self.codec = shared_codec(json.dumps(codec, sort_keys=True))
+        side = 4 * self.codec.factor
+        if image_size < side or image_size % side:
+            raise ValueError(f"image_size {image_size} must be a multiple of {side}: 4 latent pixels of "
+                             f"{self.codec.factor}")
+        self.drawn = None if dataroot else drawn_styles(generated, image_size, seed)
+        self.files: dict[str, list[str]] = {}  # style -> paths, sorted; of drawn ones numbers
+        self.empty: list[str] = []
+        for style in style_names(dataroot, style_subdirs, generated):
+            files = [""] * self.drawn.num_images if self.drawn else pictures_in(os.path.join(dataroot, style))
+            if not files and not allow_empty:
+                raise ValueError(f"{os.path.join(dataroot, style)}: holds no pictures; png, jpg or jpeg files are "
+                                 "needed")
+            if files:
+                self.files[style] = files
+            else:
+                self.empty.append(style)
+        self.kept: dict[tuple[str, int], Tensor] = {}
+
+    def __call__(self, style: str, number: int) -> Tensor:
+        """(c,h,w) float32 of a style's picture."""
+        number %= len(self.files[style])
+        if (style, number) not in self.kept:
+            self.kept[style, number] = self._latent(style, number)
+        return self.kept[style, number]
+
+    def picture(self, style: str, number: int) -> Tensor:
+        """(3,image_size,image_size) float32 in [-1,1]."""
+        if self.drawn:
+            return torch.from_numpy(self.drawn(style, number)).float() / 127.5 - 1
+        return fitted(read_frame(self.files[style][number]), self.image_size, self.crop)
+
+    def _latent(self, style: str, number: int) -> Tensor:
+        if not (self.codec.fingerprint and self.cache_dir and not self.drawn):
+            return self.codec.encode(self.picture(style, number)[None])[0]
+        path = Path(self.files[style][number])
+        facts = f"{self.codec.fingerprint} {self.image_size} {self.crop} ".encode()
+        try:
+            kept = Path(self.cache_dir) / f"{hashlib.sha256(facts + path.read_bytes()).hexdigest()}.pt"
+        except OSError as error:
+            raise ValueError(f"{path}: can't be read: {error.strerror}") from None
+        if kept.exists():
+            try:
+                return load_file(kept)
+            except CheckpointError:
+                pass  # damaged: it is made again
+        latent = self.codec.encode(self.picture(style, number)[None])[0].contiguous()
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_name(f"{kept.stem}.{os.getpid()}")  # workers may make the same one at once
+        save_file(temporary, latent)
+        os.replace(temporary, kept)
+        return latent
+
+
+class StyleDataset(Dataset):
+    """Pictures to translate, each with a style to translate to and a picture of that style.
+
+    Item `(epoch, index)` -> {"source": (c,h,w) latent, "source_style": its style, "target_style": drawn uniformly,
+    "reference": (c,h,w) of a random picture of the target style, "epoch", "key": "style/number"}.
+    An epoch shows every style equally often and every picture of the largest style once; smaller styles repeat.
+
+    Args:
+        dataroot: folder of style folders; None draws pictures of three styles instead.
+        style_subdirs: names of the styles, in the order of their ids; None: every folder there is, by name.
+        generated: what is drawn, arguments of `data.synthetic_styles.DrawnStyles`.
+        image_size: side in pixels: the shorter side is shrunk to it, the middle cut out.
+        codec: latent codec, {"type": "pixel" | "vqgan" | "sd-vae", ...}, see `models.codecs`; None: pixels.
+        cache_dir: where latents are kept; None: in memory only. Pixels are not kept on the disk.
+        name: KAIR's label of the dataset; not used.
+        seed: of all draws, together with epoch and index.
+    Raises:
+        FileNotFoundError, ValueError: one line: fewer than two styles, an empty style folder, a bad codec.
+    """
+
+    def __init__(self, *, dataroot: str | None = None, style_subdirs: Sequence[str] | None = None,
+                 generated: dict | None = None, image_size: int = 64, codec: dict | None = None,
+                 cache_dir: str | None = LATENTS, name: str | None = None, seed: int = 0):
+        self.latents = StyleLatents(dataroot, style_subdirs, generated, image_size, True, codec, cache_dir, seed)
+        self.styles, self.seed = list(self.latents.files), seed
+        if len(self.styles) < 2:
+            raise ValueError(f"{dataroot or 'generated'}: has one style, {self.styles[0]!r}; a transfer needs two or "
+                             "more, a folder each")
+
+    def __len__(self) -> int:
+        return len(self.styles) * max(map(len, self.latents.files.values()))
+
+    def __getitem__(self, key: Key | int) -> dict[str, Tensor | int | str]:
+        epoch, index = split_key(key, len(self))
+        rng = sample_rng(self.seed, epoch, index)
+        number, style = divmod(index, len(self.styles))
+        target = int(rng.integers(len(self.styles)))
+        reference = int(rng.integers(len(self.latents.files[self.styles[target]])))
+        return {"source": self.latents(self.styles[style], number), "source_style": style, "target_style": target,
+                "reference": self.latents(self.styles[target], reference), "epoch": epoch,
+                "key": f"{self.styles[style]}/{number}"}
+
+
+class StyleTestDataset(Dataset):
+    """One item: the first picture of each style folder, and pictures to measure the distance to each style by.
+
+    Item -> {"source": (S,c,h,w), "reference": (S,R,c,h,w) latents, "style": S names, "empty": names of folders
+    without pictures, "folder": "styles"}; the same in every epoch.
+
+    Args:
+        dataroot: folder of style folders (`test_image_dir`); None draws pictures instead.
+        num_references: R, from the first picture on; where a folder has fewer, they repeat.
+        Others as StyleDataset; pictures are shrunk to image_size without cutting.
+    Raises:
+        FileNotFoundError, ValueError: one line; no folder has pictures.
+    """
+
+    def __init__(self, *, dataroot: str | None = None, style_subdirs: Sequence[str] | None = None,
+                 generated: dict | None = None, image_size: int = 64, codec: dict | None = None,
+                 cache_dir: str | None = LATENTS, num_references: int = 8, name: str | None = None, seed: int = 0):
+        if num_references < 1:
+            raise ValueError(f"num_references must be at least 1, got {num_references}")
+        generated = {"first_image": 100_000, "num_images": num_references} | (generated or {})
+        self.latents = StyleLatents(dataroot, style_subdirs, generated, image_size, False, codec, cache_dir, seed,
+                                    allow_empty=True)
+        if not self.latents.files:
+            raise ValueError(f"{dataroot}: none of its folders holds pictures; each style needs one")
+        self.num_references = num_references
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, key: Key | int) -> dict[str, Tensor | str | list[str]]:
+        split_key(key, 1)
+        styles = list(self.latents.files)
+        references = [torch.stack([self.latents(style, i) for i in range(self.num_references)]) for style in styles]
+        return {"source": torch.stack([latents[0] for latents in references]), "reference": torch.stack(references),
+                "style": styles, "empty": self.latents.empty, "folder": "styles"}
+
+
+def style_names(dataroot: str | None, style_subdirs: Sequence[str] | None, generated: dict | None) -> list[str]:
+    """The styles in the order of their ids.
+
+    Raises: FileNotFoundError, ValueError: a folder that does not exist, none at all, a name given twice.
+    """
+    if dataroot is None:
+        return style_subdirs or drawn_styles(generated, 64, 0).styles
+    check_folder(dataroot, "dataroot")
+    with os.scandir(dataroot) as entries:
+        there = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    names = list(style_subdirs or there)
+    if not names:
+        raise ValueError(f"{dataroot}: holds no style folders; put each style's pictures into a folder of its own")
+    for name in names:
+        if name not in there:
+            raise FileNotFoundError(f"{dataroot}: style folder {name!r} does not exist; there are {', '.join(there)}")
+        if names.count(name) > 1:
+            raise ValueError(f"style_subdirs: {name!r} is named twice")
+    return names
+
+
+def pictures_in(folder: str) -> list[str]:
+    """The paths of a folder's pictures, by name."""
+    return sorted(os.path.join(folder, name) for name in os.listdir(folder)
+                  if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+
+
+def fitted(picture: Tensor, size: int, crop: bool) -> Tensor:
+    """(3,H,W) uint8 -> (3,size,size) in [-1,1]: the middle of it, or, without crop, all of it out of shape."""
+    height, width = picture.shape[1:]
+    if crop:
+        scale = size / min(height, width)
+        shape = max(size, round(height * scale)), max(size, round(width * scale))
+    else:
+        shape = size, size
+    image = picture[None].float()
+    if shape != (height, width):
+        image = F.interpolate(image, shape, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
+    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+    return image[0, :, top : top + size, left : left + size] / 127.5 - 1
+
+
+def drawn_styles(generated: dict | None, size: int, seed: int) -> DrawnStyles:
+    """The drawn pictures that stand in for folders."""
+    wanted = check(generated or {}, schema_of(DrawnStyles), "generated", lambda _: "drawn styles", [])
+    return DrawnStyles(**{**wanted, "size": size, "seed": seed})
+
+
+@lru_cache(maxsize=2)
+def shared_codec(section: str) -> nn.Module:
+    """One codec on the CPU for all datasets of a run."""
+    return build_codec(json.loads(section))

@@ -1,0 +1,446 @@
+"""LGT training and use: latents carried from noise to a style by an ODE, judged by where they end.
+
+Source: KiritoFD/VAE_ca_proj, LGT/train.py and inference.py. Different here: the reference is a picture of the target
+style, not the source; steps are of constant length and reach t = 1; each style is a distribution of its own; all that
+a step draws comes from a generator seeded by (seed, step).
+
+Legend: B images, c channels, h w latent pixels, S styles, R references; t = 0 is noise, t = 1 an image.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
+from torchvision.io import encode_jpeg, encode_png
+from torchvision.utils import make_grid
+
+from checkpoint import CheckpointError, save_file
+from data.frames import read_frame
+from data.sampler import sample_rng
+from data.styles import pictures_in, style_names
+from losses import LOSSES
+from losses.energy import CosineSSMLoss, PatchSlicedWassersteinLoss
+from models.codecs import build_codec
+from models.model_plain import ModelPlain
+from options import Section, build
+from schedules import Schedule
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (x (B,c,h,w), t (B,)) -> (B,c,h,w)
+COLUMNS = ("epoch", "loss_total", "loss_style_swd", "loss_content_ssm", "learning_rate", "epoch_time")
+
+
+class ModelLGT(ModelPlain):
+    """A velocity field trained through the ODE it defines; batches are those of `data.styles`."""
+
+    best_metric = "swd", "min"
+
+    @dataclass
+    class TrainOptions(ModelPlain.TrainOptions):
+        G_lossfn_type: str = "lgt_energy"
+        w_style: float = 1.0  # weights of the two energies
+        w_content: float = 1.0
+        patch_size: int = 3  # of the sliced Wasserstein distance, in latent pixels
+        num_projections: int = 64
+        max_samples: int | None = 4096  # patches compared at most; null: all
+        max_spatial_samples: int | None = None  # latent pixels whose similarity is compared at most
+        swd_groups: Literal["style", "batch"] = "style"  # batch: one distribution of all styles, as published
+        use_velocity_reg: bool = False  # a further forward pass at x_t, for
+        velocity_weight: float = 0.01  # its mean square
+        divergence_weight: float = 0.0
+        ode_integration_steps: int = 5
+        ode_step: Literal["constant", "shrinking"] = "constant"  # shrinking: as published, stops a third short
+        gradient_checkpointing: bool = False  # compute each ODE step twice, hold one in memory
+        label_drop_prob: float = 0.1  # share of batches that learn the average style
+        epsilon: float = 0.01  # smallest t of training
+        epsilon_warmup_epochs: int = 10  # it grows from 0 in that many epochs
+        G_optimizer_type: Literal["adam", "adamw"] = "adamw"
+        G_optimizer_wd: float = 1e-5
+        G_optimizer_clipgrad: float | None = 1.0
+        G_scheduler_type: Literal["CosineAnnealingLR", "MultiStepLR", "CosineAnnealingWarmRestarts",
+                                  "constant"] = "CosineAnnealingLR"  # a step an epoch with total_epochs, else each step
+        G_scheduler_eta_min: float = 1e-6
+
+    @dataclass
+    class ValOptions(ModelPlain.ValOptions):
+        save_img: bool = False  # the contact sheet once more, in images/
+        num_steps: int = 15  # Euler steps of the inversion and of the generation
+        temperature_lambda: float = 0.1  # Langevin noise
+        temperature_threshold: float = 0.5  # from this time on
+        use_cfg: bool = True  # guidance: away from the average style
+        cfg_scale: float = 2.0
+        cfg_decay: bool = True  # falling towards 1 on the way
+        sample_seed: int = 0  # of the noise
+        batch: int = 8  # pictures generated at once
+
+    def __init__(self, opt: Mapping[str, Any]):
+        data, net, where = opt["datasets"]["train"], opt["netG"], opt["opt_path"]
+        self.codec = build_codec(data.get("codec"), f"{where}: datasets.train.codec").to(opt["device"])
+        self.styles = list(style_names(data.get("dataroot"), data.get("style_subdirs"), data.get("generated")))
+        for key, count, whose in (("latent_channels", self.codec.channels, "of the codec"),
+                                  ("num_styles", len(self.styles), f"styles: {', '.join(self.styles)}")):
+            if net.setdefault(key, count) != count:
+                raise ValueError(f"{where}: netG.{key}: {net[key]} does not fit the {count} {whose}")
+        t, v = opt["train"], opt["val"]
+        for name, value, least in (("train.ode_integration_steps", t["ode_integration_steps"], 1),
+                                   ("train.epsilon_warmup_epochs", t["epsilon_warmup_epochs"], 0),
+                                   ("train.accumulate", t["accumulate"], 1), ("val.num_steps", v["num_steps"], 1),
+                                   ("val.batch", v["batch"], 1),
+                                   ("val.temperature_lambda", v["temperature_lambda"], 0)):
+            if value < least:
+                raise ValueError(f"{where}: {name}: {value} must be at least {least}")
+        for name in ("label_drop_prob", "epsilon"):
+            if not 0 <= t[name] <= 1:
+                raise ValueError(f"{where}: train.{name}: {t[name]} must be from 0 to 1")
+        super().__init__(opt)
+        self.epoch = 0  # the one in progress or just finished, from 1
+        self.sums: dict[str, Tensor] = {}  # of the epoch's losses
+        self.count, self.began = 0, time.monotonic()
+        self.launch_log = self.save_dir.parent / "logs" / f"training_{time.strftime('%Y%m%d_%H%M%S')}.csv"
+
+    def define_loss(self) -> None:
+        keys = ("w_style", "w_content", "patch_size", "num_projections", "max_samples", "max_spatial_samples",
+                "velocity_weight", "divergence_weight")
+        section = Section({key: self.opt_train[key] for key in (*keys, "G_lossfn_type")})
+        section.where = f"{self.opt['opt_path']}: train"
+        self.G_lossfn = build(LOSSES, section, "G_lossfn_type").to(self.device)
+
+    def define_scheduler(self) -> None:
+        t = self.opt_train
+        if t["G_scheduler_type"] == "CosineAnnealingLR":
+            self.schedules["optimizerG"] = cosine(t["total_iter"], t["total_epochs"], t["G_scheduler_eta_min"])
+        else:
+            super().define_scheduler()
+
+    # ------------------------------------------------ state
+
+    def extra_state(self, finished: int) -> dict[str, Any]:
+        return super().extra_state(finished) | {
+            "styles": self.styles, "epoch_log": {"epoch": self.epoch, "count": self.count, "sums": dict(self.sums)}}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        super().load_extra_state(state)
+        if state.get("styles", self.styles) != self.styles:
+            raise CheckpointError(f"{self.opt['opt_path']}: the styles are {', '.join(self.styles)}; the checkpoint "
+                                  f"was trained on {', '.join(state['styles'])}, in this order")
+        kept = state.get("epoch_log", {"epoch": state.get("epoch", 0), "count": 0, "sums": {}})
+        self.epoch, self.count, self.sums = kept["epoch"], kept["count"], dict(kept["sums"])
+
+    # ------------------------------------------------ training
+
+    def feed_data(self, data: Mapping[str, Any], need_H: bool = True) -> None:
+        """Take a batch of `StyleDataset`, or the item of `StyleTestDataset`."""
+        if "target_style" in data:
+            epoch = int(data["epoch"].max()) + 1
+            if epoch != self.epoch:
+                self.close_epoch()
+                self.epoch = epoch
+            self.target_style = data["target_style"]  # stays on the CPU, where groups are made
+            self.source, self.reference = (data[k].to(self.device, non_blocking=True) for k in ("source", "reference"))
+            return
+        names, empty = ([name for (name,) in data[key]] for key in ("style", "empty"))
+        if unknown := [name for name in names if name not in self.styles]:
+            warnings.warn(f"test folder {unknown[0]!r} is no trained style and is passed over", stacklevel=2)
+        if missing := [name for name in self.styles if name not in names]:
+            why = "empty" if missing[0] in empty else "missing"
+            warnings.warn(f"style {missing[0]!r} is {why} in the test folder: nothing is made from it", stacklevel=2)
+        known = [i for i, name in enumerate(names) if name in self.styles]
+        if not known:
+            raise ValueError(f"none of the test folders {', '.join(names)} is a style of {', '.join(self.styles)}")
+        self.source_names = [names[i] for i in known]
+        self.source = data["source"][0][known].to(self.device)  # (S,c,h,w)
+        self.references = {names[i]: data["reference"][0][i].to(self.device) for i in known}  # (R,c,h,w)
+
+    def optimize_parameters(self, current_step: int) -> None:
+        t = self.opt_train
+        generator = step_generator(t["manual_seed"], current_step)
+        x0 = torch.randn(self.source.shape, generator=generator).to(self.device)
+        least = t["epsilon"] * min(self.epoch / max(t["epsilon_warmup_epochs"], 1), 1)
+        start = (torch.rand(len(x0), generator=generator) * (1 - least) + least).to(self.device)
+        dropped = bool(torch.rand((), generator=generator) < t["label_drop_prob"])
+        style = self.target_style.to(self.device, non_blocking=True)
+        x_t = torch.lerp(x0, self.source, start[:, None, None, None])
+
+        self.G_optimizer.zero_grad(set_to_none=True)
+        parts = list(zip(*(tensor.chunk(t["accumulate"]) for tensor in (x_t, start, style))))
+        if len(parts) == 1:
+            x_1 = self.integrate(*parts[0], dropped)
+        else:  # the energy is of the whole batch: first its gradient where the ways end, then one way at a time
+            with torch.no_grad():
+                x_1 = torch.cat([self.integrate(*part, dropped) for part in parts]).requires_grad_()
+        groups = self.target_style.tolist() if t["swd_groups"] == "style" else None
+        losses = self.G_lossfn(x_1, self.reference, self.source, generator, groups)
+        if not self.unusable(losses["total"]):
+            if len(parts) == 1:
+                self.backward(t["G_lossfn_weight"] * losses["total"])
+            else:
+                (slope,) = torch.autograd.grad(losses["total"], x_1)
+                for part, pull in zip(parts, slope.chunk(t["accumulate"])):
+                    self.backward(t["G_lossfn_weight"] * (self.integrate(*part, dropped) * pull).sum())
+            if t["use_velocity_reg"]:
+                losses["vel_reg"] = sum(self.regularise(part, len(x_t), dropped) for part in parts)
+                losses["total"] = losses["total"] + losses["vel_reg"]
+            self.step(self.G_optimizer, t["G_optimizer_clipgrad"])
+            self.get_bare_model(self.netG).style_embed.refresh()
+            if self.netE is not None:
+                self.update_E(t["E_decay"])
+                self.get_bare_model(self.netE).style_embed.refresh()
+        self.log_dict = {f"loss_{name}": loss.detach() for name, loss in losses.items()}
+        self.count += 1
+        self.sums = {name: self.sums.get(name, 0) + loss.double() for name, loss in self.log_dict.items()}
+        if current_step == t["total_iter"]:
+            self.close_epoch()
+
+    def velocity(self, network: nn.Module, style: Tensor, average: bool = False) -> Velocity:
+        """The network's velocity towards a style as a function of x and t, in float32."""
+        def field(x: Tensor, t: Tensor) -> Tensor:
+            with self.autocast():
+                return network(x, t, style, average).float()
+
+        return field
+
+    def integrate(self, x: Tensor, t: Tensor, style: Tensor, average: bool) -> Tensor:
+        """x (B,c,h,w) at times t (B,) -> where its way ends."""
+        o = self.opt_train
+        return euler(self.velocity(self.netG, style, average), x, t, o["ode_integration_steps"], o["ode_step"],
+                     o["gradient_checkpointing"])[0]
+
+    def regularise(self, part: tuple[Tensor, Tensor, Tensor], whole: int, average: bool) -> Tensor:
+        """Add the gradient of a part's share of the velocity's price; returns that share."""
+        x, t, style = part
+        price = len(x) / whole * self.G_lossfn.regularisation(self.velocity(self.netG, style, average)(x, t))
+        self.backward(self.opt_train["G_lossfn_weight"] * price)
+        return price.detach()
+
+    def close_epoch(self) -> None:
+        """Write the finished epoch's row into this launch's CSV. Its time is what this launch spent on it."""
+        if self.count:
+            means = {name: float(total) / self.count for name, total in self.sums.items()}
+            row = [self.epoch, *(f"{means[name]:.6f}" for name in COLUMNS[1:4]),
+                   f"{self.current_learning_rate():.2e}", f"{time.monotonic() - self.began:.2f}"]
+            self.launch_log.parent.mkdir(parents=True, exist_ok=True)
+            new = not self.launch_log.exists()
+            with open(self.launch_log, "a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([COLUMNS, row] if new else [row])
+        self.sums, self.count, self.began = {}, 0, time.monotonic()
+
+    # ------------------------------------------------ testing
+
+    def test(self) -> None:
+        """Carry each source to all other styles and write the pictures."""
+        network = self.netE if self.netE is not None else self.netG
+        training = network.training
+        network.eval()
+        with torch.no_grad():
+            ids = [self.styles.index(name) for name in self.source_names]
+            noises = self.invert(network, self.source, torch.tensor(ids, device=self.device))
+            pairs = [(i, j) for i, source in enumerate(ids) for j in range(len(self.styles)) if j != source]
+            ends = []
+            for first in range(0, len(pairs), self.opt["val"]["batch"]):
+                chosen = pairs[first : first + self.opt["val"]["batch"]]
+                seeds = [(self.opt["val"]["sample_seed"], ids[i], j) for i, j in chosen]
+                ends += self.generate(network, noises[[i for i, _ in chosen]], [j for _, j in chosen], seeds)
+            self.results = {(self.source_names[i], self.styles[j]): end for (i, j), end in zip(pairs, ends)}
+            self.sheet = self.write_pictures(self.save_dir.parent / "inference" / f"epoch_{self.epoch:04d}")
+        network.train(training)
+
+    def invert(self, network: nn.Module, x: Tensor, style: Tensor, average: bool = False) -> Tensor:
+        """Latents (B,c,h,w) of these styles -> the noise they come from."""
+        return invert(self.velocity(network, style, average), x, self.opt["val"]["num_steps"])
+
+    def generate(self, network: nn.Module, noise: Tensor, styles: list[int], seeds: list[tuple[int, ...]]) -> Tensor:
+        """Noise (B,c,h,w) -> latents of these styles; each image's Langevin noise has a generator of its own."""
+        v, style = self.opt["val"], torch.tensor(styles, device=self.device)
+        generators = [step_generator(*seed) for seed in seeds]
+        langevin = (torch.stack([torch.randn(noise.shape[1:], generator=g) for g in generators]).to(noise)
+                    for _ in range(v["num_steps"]))
+        unguided = self.velocity(network, style, average=True) if v["use_cfg"] else None
+        return generate(self.velocity(network, style), unguided, noise, v["num_steps"], v["cfg_scale"],
+                        v["cfg_decay"], v["temperature_lambda"], v["temperature_threshold"], langevin)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B,c,h,w) -> pictures (B,3,H,W) in [0,1]."""
+        return (self.codec.decode(latents.float()).float() / 2 + 0.5).clamp(0, 1)
+
+    def write_pictures(self, folder: Path) -> Tensor:
+        """Each pair's picture and the contact sheet, whole or not at all. Returns the sheet (3,H,W) in [0,1]."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for rest in folder.glob("*.tmp"):  # of a kill
+            rest.unlink()
+        rows = []
+        for i, source in enumerate(self.source_names):
+            latents = [self.results.get((source, target), self.source[i]) for target in self.styles]
+            pictures = torch.cat([self.decode(part) for part in torch.stack(latents).split(self.opt["val"]["batch"])])
+            rows += pictures
+            for target, picture in zip(self.styles, pictures):
+                if target != source:
+                    save_jpeg(folder / f"{source}_to_{target}.jpg", picture)
+        sheet = make_grid(torch.stack(rows), nrow=len(self.styles), padding=4, pad_value=1).cpu()
+        save_jpeg(folder / "sheet.jpg", sheet)  # a row for each source; on the diagonal what the codec makes of it
+        return sheet
+
+    def metrics(self) -> dict[str, float]:
+        """Means over all pairs, then of each pair: SWD to the target style's pictures (lower is better; `_source`:
+        of the untranslated source), SSM to the source."""
+        t, per_pair = self.opt_train, {}
+        swd = PatchSlicedWassersteinLoss(t["patch_size"], t["num_projections"], max_samples=None)
+        for (source, target), end in self.results.items():
+            start = self.source[self.source_names.index(source)]
+            values = {"ssm": float(CosineSSMLoss()(end[None], start[None]))}
+            if (references := self.references.get(target)) is not None:
+                for key, latent in (("swd", end), ("swd_source", start)):
+                    generator = step_generator(self.opt["val"]["sample_seed"], 0)
+                    values[key] = float(swd(latent.expand_as(references), references, generator))
+            per_pair[f"{source}_to_{target}"] = values
+        means = {}
+        for key in ("swd", "swd_source", "ssm"):
+            values = [pair[key] for pair in per_pair.values() if key in pair]
+            means[key] = sum(values) / len(values) if values else math.nan
+        return means | {f"{key}_{name}": value for name, pair in per_pair.items() for key, value in pair.items()}
+
+    def pictures(self) -> list[Tensor]:
+        return [self.sheet]
+
+    def current_visuals(self, need_H: bool = True) -> dict[str, Tensor]:
+        """The contact sheet: a row for each source, a column for each style, (3,H,W)."""
+        return {"E": self.sheet}
+
+    # ------------------------------------------------ use
+
+    def translate(self, picture: Tensor, target: str, source: str | None = None, seed: int = 0) -> Tensor:
+        """A picture in another style, at its own size.
+
+        Args:
+            picture: (3,H,W) in [0,1]. target: a trained style. source: the style it is in; None: the average one.
+            seed: of the Langevin noise.
+
+        Returns:
+            (3,H,W) in [0,1].
+
+        Raises:
+            ValueError: an unknown style.
+        """
+        for name in (target, source or target):
+            if name not in self.styles:
+                raise ValueError(f"style {name!r} was not trained; valid: {', '.join(self.styles)}")
+        network = self.netE if self.netE is not None else self.netG
+        height, width = picture.shape[1:]
+        side = 4 * self.codec.factor
+        image = F.pad(picture[None].to(self.device), (0, -width % side, 0, -height % side), mode="replicate")
+        style = torch.tensor([self.styles.index(source or target)], device=self.device)
+        network.eval()
+        with torch.no_grad():
+            noise = self.invert(network, self.codec.encode(image * 2 - 1), style, average=source is None)
+            end = self.generate(network, noise, [self.styles.index(target)],
+                                [(self.opt["val"]["sample_seed"], seed)])
+            return self.decode(end)[0, :, :height, :width].cpu()
+
+    def translate_files(self, input: str, style: str, output: str, source: str | None = None) -> list[Path]:
+        """Translate a picture, or all pictures of a folder, into `{output}/{name}.png`. Returns their paths.
+
+        Raises: FileNotFoundError, ValueError: one line: nothing to read, an unreadable picture, an unknown style.
+        """
+        paths = pictures_in(input) if os.path.isdir(input) else [input]
+        if not paths:
+            raise ValueError(f"{input}: holds no pictures; png, jpg or jpeg files are needed")
+        written = []
+        for number, path in enumerate(paths):
+            picture = self.translate(read_frame(path).float() / 255, style, source, number)
+            os.makedirs(output, exist_ok=True)
+            written.append(Path(output) / f"{Path(path).stem}.png")
+            save_file(written[-1], to_bytes(picture, encode_png))
+        return written
+
+
+# The ODE ----------------------------------------------------------------------------------------------------------
+
+def euler(velocity: Velocity, x: Tensor, t: Tensor, steps: int, kind: Literal["constant", "shrinking"] = "constant",
+          recompute: bool = False) -> tuple[Tensor, Tensor]:
+    """Follow the velocity from x (B,c,h,w) at times t (B,) towards 1.
+
+    Args:
+        kind: constant: each step a share of the way, so that it ends at 1. shrinking: each a share of what is left,
+            as published, so that it ends before.
+        recompute: hold only x of each step in memory and compute the rest again for the gradient.
+
+    Returns: x and t at the end.
+    """
+    length = (1 - t) / steps
+    for _ in range(steps):
+        if kind == "shrinking":
+            length = (1 - t) / steps
+        if recompute and torch.is_grad_enabled():
+            v = recomputed(velocity, x, t, use_reentrant=False, preserve_rng_state=False)  # it draws nothing
+        else:
+            v = velocity(x, t)
+        x, t = x + v * length[:, None, None, None], t + length
+    return x, t
+
+
+def invert(velocity: Velocity, x: Tensor, steps: int) -> Tensor:
+    """Follow the velocity back from 1, in Euler steps; it is never asked for at 0, as published."""
+    for k in range(steps):
+        x = x - velocity(x, x.new_full((len(x),), 1 - k / steps)) / steps
+    return x
+
+
+def generate(velocity: Velocity, average: Velocity | None, x: Tensor, steps: int, cfg_scale: float, cfg_decay: bool,
+             temperature_lambda: float, temperature_threshold: float, noise: Iterable[Tensor]) -> Tensor:
+    """Follow the velocity from 0, guided away from the average style, with Langevin noise near the end.
+
+    Args:
+        average: velocity of the average style; None: no guidance.
+        cfg_scale: 1 is no guidance. cfg_decay: let it fall towards 1 in equal steps.
+        temperature_lambda: strength of the noise from time temperature_threshold on; 0: none is taken from
+        noise: tensors like x, one for each noisy step.
+    """
+    noise = iter(noise)
+    for k in range(steps):
+        t = x.new_full((len(x),), k / steps)
+        v = velocity(x, t)
+        scale = max(1.0, cfg_scale - (cfg_scale - 1) / steps * k) if cfg_decay else cfg_scale
+        if average is not None and scale != 1:
+            plain = average(x, t)
+            v = plain + scale * (v - plain)
+        x = x + v / steps
+        if temperature_lambda > 0 and k / steps >= temperature_threshold:
+            x = x + temperature_lambda / math.sqrt(steps) * next(noise)
+    return x
+
+
+def cosine(total_iter: int, total_epochs: int | None, eta_min: float) -> Schedule:
+    """`torch.optim.lr_scheduler.CosineAnnealingLR`, which steps once an epoch; without epochs, every step."""
+    periods = total_epochs or total_iter
+
+    def schedule(base: float, step: int) -> float:
+        done = min(step * periods // total_iter, periods)
+        return eta_min + (base - eta_min) * (1 + math.cos(math.pi * done / periods)) / 2
+
+    return schedule
+
+
+def step_generator(seed: int, *numbers: int) -> torch.Generator:
+    """A generator of the CPU that depends on these numbers (>= 0) alone."""
+    return torch.Generator().manual_seed(int(sample_rng(seed, 0, 0, *numbers).integers(2**63)))
+
+
+# Pictures ---------------------------------------------------------------------------------------------------------
+
+def to_bytes(picture: Tensor, encode: Callable[[Tensor], Tensor]) -> bytes:
+    """(3,H,W) in [0,1] -> a picture file."""
+    return encode((picture * 255).round().to(torch.uint8).cpu()).numpy().tobytes()
+
+
+def save_jpeg(path: Path, picture: Tensor) -> None:
+    save_file(path, to_bytes(picture, lambda image: encode_jpeg(image, quality=95)))
