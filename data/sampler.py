@@ -76,7 +76,7 @@ class EndlessBatches:
     def ends_epoch(self, batches: int, every: int = 1) -> bool:
         """Whether the batch counted so ends an epoch, and the number of finished epochs is a multiple of `every`."""
         epoch, offset = self.after(batches)
-        return batches > 0 and offset + self.batch_size > self.length and (epoch + 1) % every == 0
+        return offset + self.batch_size > self.length and (epoch + 1) % every == 0
 
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, offset = self.position

@@ -13,6 +13,7 @@ import importlib
 import json
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -84,19 +85,15 @@ class VQGANCodec(nn.Module):
 
     def __init__(self, path: str, net: dict | None = None, scale: float | None = None, quantize: bool = True):
         super().__init__()
-        parts = checkpoint.locate(path).load()
-        net = dict(net or (parts.get("state") or {}).get("config", {}).get("netG") or {})
-        if not net:
-            raise ValueError(f'{path}: does not say what network it holds; give net, {{"net_type": "vqgan", ...}}')
+        weights, net = trained(path, net)
         network = resolve(NETWORKS, net.pop("net_type", None), f"{path}: netG.net_type")
-        weights = parts.get("E") or parts.get("G")
         try:
             self.net = network(**net)
             self.net.load_state_dict(weights)
             codes = self.net.quantize.embedding.weight
         except (AttributeError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{path}: is no VQGAN of this network: {str(error).strip().splitlines()[0]}") from None
-        self.scale = float(1 / codes.std()) if scale is None else scale
+            raise ValueError(f"{path}: is no VQGAN of this network: {' '.join(str(error).split())[:160]}") from None
+        self.scale = float(1 / codes.detach().std()) if scale is None else scale
         self.quantize, self.channels, self.factor = quantize, codes.shape[1], self.net.factor
         self.fingerprint = fingerprint(self.net, ["vqgan", self.scale])
 
@@ -155,6 +152,22 @@ class SDVAECodec(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """(B, c, h, w) -> (B, 3, H, W), not clipped."""
         return self.net.decode(latents / self.scale).sample
+
+
+def trained(path: str, net: dict | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights of a checkpoint, and the section of the network that they are of, unless it is given."""
+    if net and Path(path).is_file():
+        return checkpoint.weights_in(checkpoint.load_file(path), path), dict(net)
+    try:
+        parts = checkpoint.locate(path).load()
+    except checkpoint.CheckpointError as error:
+        if "weights only" not in str(error):
+            raise
+        parts = {}
+    net = net or (parts.get("state") or {}).get("config", {}).get("netG")
+    if not net:
+        raise ValueError(f'{path}: does not say what network it holds; give net, {{"net_type": "vqgan", ...}}')
+    return parts.get("E") or parts.get("G"), dict(net)
 
 
 def crc32(tensor: Tensor) -> int:

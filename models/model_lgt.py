@@ -55,7 +55,7 @@ class ModelLGT(ModelPlain):
         num_projections: int = 64
         max_samples: int | None = 4096  # patches compared at most; null: all
         max_spatial_samples: int | None = None  # latent pixels whose similarity is compared at most
-        swd_groups: Literal["style", "batch"] = "style"  # batch: one distribution of all styles, as published
+        swd_groups: Literal["style", "batch"] = "style"  # batch: all styles are one distribution, as published
         use_velocity_reg: bool = False  # a further forward pass at x_t, for
         velocity_weight: float = 0.01  # its mean square
         divergence_weight: float = 0.0
@@ -88,6 +88,10 @@ class ModelLGT(ModelPlain):
         data, net, where = opt["datasets"]["train"], opt["netG"], opt["opt_path"]
         self.codec = build_codec(data.get("codec"), f"{where}: datasets.train.codec").to(opt["device"])
         self.styles = list(style_names(data.get("dataroot"), data.get("style_subdirs"), data.get("generated")))
+        for name, section in opt["datasets"].items():
+            if (section.get("codec") or {"type": "pixel"}) != (data.get("codec") or {"type": "pixel"}):
+                raise ValueError(f"{where}: datasets.{name}.codec: {section.get('codec')} must be the one of "
+                                 f"datasets.train, {data.get('codec')}")
         for key, count, whose in (("latent_channels", self.codec.channels, "of the codec"),
                                   ("num_styles", len(self.styles), f"styles: {', '.join(self.styles)}")):
             if net.setdefault(key, count) != count:
@@ -144,7 +148,7 @@ class ModelLGT(ModelPlain):
         if "target_style" in data:
             epoch = int(data["epoch"].max()) + 1
             if epoch != self.epoch:
-                self.close_epoch()
+                self.close_epoch(self.current_learning_rate())
                 self.epoch = epoch
             self.target_style = data["target_style"]  # stays on the CPU, where groups are made
             self.source, self.reference = (data[k].to(self.device, non_blocking=True) for k in ("source", "reference"))
@@ -179,7 +183,7 @@ class ModelLGT(ModelPlain):
         else:  # the energy is of the whole batch: first its gradient where the ways end, then one way at a time
             with torch.no_grad():
                 x_1 = torch.cat([self.integrate(*part, dropped) for part in parts]).requires_grad_()
-        groups = self.target_style.tolist() if t["swd_groups"] == "style" else None
+        groups = self.target_style.tolist() if t["swd_groups"] == "style" and not dropped else None
         losses = self.G_lossfn(x_1, self.reference, self.source, generator, groups)
         if not self.unusable(losses["total"]):
             if len(parts) == 1:
@@ -196,11 +200,12 @@ class ModelLGT(ModelPlain):
             if self.netE is not None:
                 self.update_E(t["E_decay"])
                 self.get_bare_model(self.netE).style_embed.refresh()
+            self.count += 1
+            self.sums = {name: self.sums.get(name, 0) + loss.detach().double() for name, loss in losses.items()}
         self.log_dict = {f"loss_{name}": loss.detach() for name, loss in losses.items()}
-        self.count += 1
-        self.sums = {name: self.sums.get(name, 0) + loss.double() for name, loss in self.log_dict.items()}
         if current_step == t["total_iter"]:
-            self.close_epoch()
+            group = self.G_optimizer.param_groups[0]
+            self.close_epoch(self.schedules["optimizerG"](group["initial_lr"], current_step))
 
     def velocity(self, network: nn.Module, style: Tensor, average: bool = False) -> Velocity:
         """The network's velocity towards a style as a function of x and t, in float32."""
@@ -223,12 +228,12 @@ class ModelLGT(ModelPlain):
         self.backward(self.opt_train["G_lossfn_weight"] * price)
         return price.detach()
 
-    def close_epoch(self) -> None:
+    def close_epoch(self, next_rate: float) -> None:
         """Write the finished epoch's row into this launch's CSV. Its time is what this launch spent on it."""
         if self.count:
-            means = {name: float(total) / self.count for name, total in self.sums.items()}
+            means = {f"loss_{name}": float(total) / self.count for name, total in self.sums.items()}
             row = [self.epoch, *(f"{means[name]:.6f}" for name in COLUMNS[1:4]),
-                   f"{self.current_learning_rate():.2e}", f"{time.monotonic() - self.began:.2f}"]
+                   f"{next_rate:.2e}", f"{time.monotonic() - self.began:.2f}"]
             self.launch_log.parent.mkdir(parents=True, exist_ok=True)
             new = not self.launch_log.exists()
             with open(self.launch_log, "a", newline="", encoding="utf-8") as file:
