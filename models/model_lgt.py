@@ -87,7 +87,8 @@ class ModelLGT(ModelPlain):
     def __init__(self, opt: Mapping[str, Any]):
         data, net, where = opt["datasets"]["train"], opt["netG"], opt["opt_path"]
         self.codec = build_codec(data.get("codec"), f"{where}: datasets.train.codec").to(opt["device"])
-        self.styles = list(style_names(data.get("dataroot"), data.get("style_subdirs"), data.get("generated")))
+        self.styles = list(data.get("style_subdirs")  # enough to use what was trained where its data is not
+                           or style_names(data.get("dataroot"), None, data.get("generated")))
         for name, section in opt["datasets"].items():
             if (section.get("codec") or {"type": "pixel"}) != (data.get("codec") or {"type": "pixel"}):
                 raise ValueError(f"{where}: datasets.{name}.codec: {section.get('codec')} must be the one of "

@@ -45,6 +45,9 @@ def test_epochs_are_counted():
     batches = EndlessBatches(10, 3)
     assert [n for n in range(1, 13) if batches.ends_epoch(n)] == [3, 6, 9, 12]
     assert [n for n in range(1, 13) if batches.ends_epoch(n, every=2)] == [6, 12]
+    assert not batches.ends_epoch(0)
+    resumed = EndlessBatches(batches.length, batches.batch_size, position=batches.after(6))  # what was due is still
+    assert resumed.ends_epoch(0, every=2) and not resumed.ends_epoch(1)
     assert batches.batches_until(4) == 12
     assert EndlessBatches(10, 3, position=(1, 3)).batches_until(4) == 8
     assert EndlessBatches(10, 3, position=(5, 0)).batches_until(4) == 0
