@@ -44,6 +44,64 @@ def cosine_warm_restarts(period: int, multiplier: int = 1, eta_min: float = 0.0)
     return schedule
 
 
+def cosine(steps: int, eta_min: float = 0.0) -> Schedule:
+    """`torch.optim.lr_scheduler.CosineAnnealingLR(T_max=steps)`, but it stays down at the end; torch's rises again.
+
+    Raises: OptionError when steps is below 1.
+    """
+    if steps < 1:
+        raise OptionError(f"a cosine over {steps} steps: must be >= 1")
+    return lambda base, step: between(base, eta_min, step / steps)
+
+
+def one_cycle(steps: int, warmup: float = 0.3, div_factor: float = 25.0, final_div_factor: float = 1e4) -> Schedule:
+    """`torch.optim.lr_scheduler.OneCycleLR(max_lr=base, total_steps=steps)`: up to the base rate, down to nearly none.
+
+    Args:
+        steps: of the whole run; later ones stay at the lowest rate, where torch's raises an error.
+        warmup: share of them that go up (torch: pct_start).
+        div_factor: base rate over first rate. final_div_factor: first rate over last rate.
+    Raises: OptionError for an impossible value.
+    Source: Smith & Topin 2018, "Super-Convergence", section 3; torch's two phases of cosines.
+    """
+    phase = cycle(steps, warmup)
+
+    def schedule(base: float, step: int) -> float:
+        rising, share = phase(step)
+        first = base / div_factor
+        return between(first, base, share) if rising else between(base, first / final_div_factor, share)
+
+    return schedule
+
+
+def one_cycle_momentum(steps: int, warmup: float = 0.3, highest: float = 0.95) -> Schedule:
+    """What OneCycleLR does to SGD's momentum or Adam's beta1: from `highest` down to the base, and up again.
+
+    The same call as for a rate: (lowest momentum, torch's base_momentum; step) -> momentum.
+    """
+    phase = cycle(steps, warmup)
+
+    def schedule(base: float, step: int) -> float:
+        falling, share = phase(step)
+        return between(highest, base, share) if falling else between(base, highest, share)
+
+    return schedule
+
+
+def cycle(steps: int, warmup: float) -> Callable[[int], tuple[bool, float]]:
+    """step -> whether it is in the first phase of one cycle, and which share of its phase is done."""
+    if steps < 2 or not 0 < warmup < 1:
+        raise OptionError(f"one cycle of {steps} steps with a share of {warmup} to warm up: the run must have >= 2 steps "
+                          "and the share lie between 0 and 1")
+    top, last = warmup * steps - 1, steps - 1  # at top the rate is highest; torch's counts from 0 as well
+    return lambda step: (True, step / top if top > 0 else 1.0) if step <= top else (False, (step - top) / (last - top))
+
+
+def between(start: float, end: float, share: float) -> float:
+    """Half a cosine wave from start to end; share 0..1, beyond it stays."""
+    return end + (start - end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+
+
 def constant() -> Schedule:
     """The base rate, always."""
     return lambda base, step: base

@@ -14,4 +14,5 @@ DATASETS = {
     "SyntheticVideoDataset": "data.synthetic:SyntheticVideoDataset",
     "StyleDataset": "data.styles:StyleDataset",
     "StyleTestDataset": "data.styles:StyleTestDataset",
+    "StrokeDataset": "data.strokes:StrokeDataset",
 }

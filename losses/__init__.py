@@ -12,4 +12,6 @@ LOSSES = {
     "lgt_energy": "losses.energy:GeometricFreeEnergyLoss",
     "patch_swd": "losses.energy:PatchSlicedWassersteinLoss",
     "cosine_ssm": "losses.energy:CosineSSMLoss",
+    "structural": "losses.stroke:StructuralPretrainLoss",
+    "dense": "losses.stroke:DenseLoss",
 }

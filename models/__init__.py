@@ -4,6 +4,7 @@ MODELS = {
     "plain": "models.model_plain:ModelPlain",
     "vrt": "models.model_vrt:ModelVRT",
     "lgt": "models.model_lgt:ModelLGT",
+    "inktrace": "models.model_inktrace:ModelInkTrace",
 }
 
 NETWORKS = {
@@ -23,6 +24,7 @@ NETWORKS = {
     "VqVae": "models.network_vqvae:VqVae",
     "vqvae2": "models.network_vqvae:VQVAE2",
     "VQVAE2": "models.network_vqvae:VQVAE2",
+    "inktrace": "models.network_inktrace:UnifiedModel",
     "nlayer_discriminator": "models.network_discriminator:NLayerDiscriminator",
     "lgt": "models.network_lgt:LGTUNet",
     "LGTUNet": "models.network_lgt:LGTUNet",

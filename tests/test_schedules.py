@@ -31,6 +31,39 @@ def test_cosine_warm_restarts_is_torchs(period, multiplier, eta_min):
     assert [ours(BASE, n) for n in range(STEPS)] == pytest.approx(list(rates), rel=1e-12, abs=1e-18)
 
 
+@pytest.mark.parametrize("eta_min", [0.0, 1e-6])
+def test_cosine_is_torchs(eta_min):
+    ours = schedules.cosine(STEPS, eta_min)
+    rates = torch_rates(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, STEPS, eta_min))
+    assert [ours(BASE, n) for n in range(STEPS)] == pytest.approx(list(rates), rel=1e-8)  # theirs is a recurrence
+    assert ours(BASE, STEPS) == ours(BASE, STEPS + 9) == eta_min
+
+
+@pytest.mark.parametrize("steps, over", [(STEPS, {}), (STEPS, {"pct_start": 0.1, "div_factor": 5, "final_div_factor": 9}),
+                                         (2, {"pct_start": 0.7}), (7, {}), (3, {})])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_one_cycle_is_torchs_in_rate_and_momentum(kind, steps, over):
+    over = dict(over)
+    momentum = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    optimizer = kind([torch.nn.Parameter(torch.zeros(1))], lr=BASE, **momentum)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, BASE, steps, **over)
+    warmup = over.pop("pct_start", 0.3)
+    rate, beta = schedules.one_cycle(steps, warmup, **over), schedules.one_cycle_momentum(steps, warmup)
+    for n in range(steps):
+        group = optimizer.param_groups[0]
+        assert rate(BASE, n) == pytest.approx(group["lr"], rel=1e-9)
+        assert beta(0.85, n) == pytest.approx(group["momentum"] if momentum else group["betas"][0], rel=1e-12)
+        optimizer.step()
+        if n < steps - 1:
+            scheduler.step()
+    assert rate(BASE, steps) == rate(BASE, steps + 5) == rate(BASE, steps - 1)
+
+
+def test_one_cycle_may_begin_at_the_top():
+    """Where torch divides by zero: a single step to warm up in."""
+    assert schedules.one_cycle(4, 0.25)(BASE, 0) == BASE
+
+
 def test_last_step_of_one_period_does_not_restart():
     """KAIR passes the 1-based iteration and trains its last step at the full rate."""
     ours = schedules.cosine_warm_restarts(STEPS)
@@ -41,3 +74,6 @@ def test_last_step_of_one_period_does_not_restart():
 def test_impossible_periods_are_refused():
     with pytest.raises(ValueError, match="must be >= 1"):
         schedules.cosine_warm_restarts(0)
+    for make in (lambda: schedules.cosine(0), lambda: schedules.one_cycle(1), lambda: schedules.one_cycle(9, 1.5)):
+        with pytest.raises(ValueError, match=">= "):
+            make()

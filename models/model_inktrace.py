@@ -1,0 +1,207 @@
+"""InkTrace's two modes: structural pretraining, where strokes are completed behind blocks of hidden ink, and dense
+prediction of all maps from whole ink.
+
+Source: Fuwaki/InkTrace at a474eeb (train_structural.py, train_dense.py). What differs is listed at ModelInkTrace.
+Legend: B images, C channels, S side of an image (64).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import schedules
+from data.sampler import sample_rng
+from losses import LOSSES
+from metrics import direction_error, f1, matches, overlap
+from models.model_plain import ModelPlain
+from models.network_inktrace import SIZE, extract_keypoints, keypoint_nms, pack, unpack
+from options import Section, build
+
+WEIGHTS = [f"{name}_weight" for name in ("skeleton", "tangent", "keypoints", "width", "offset")]
+ENLARGE = 4  # pictures are shown this many times as large
+
+
+class ModelInkTrace(ModelPlain):
+    """`ModelPlain` whose images are maps, packed along C: `image` (B, 1, S, S) -> `restored` (B, 3 or 8, S, S).
+
+    What differs from the original: the blocks to hide follow from (seed, step), the schedule from the step; fp16 is
+    scaled; the best checkpoint is told by the skeletons of strokes that are never trained on, not by the training loss.
+    """
+
+    @dataclass
+    class TrainOptions(ModelPlain.TrainOptions):
+        G_lossfn_type: Literal["structural", "dense"] = "structural"  # the mode; dense needs netG.full_heads
+        skeleton_weight: float | None = None  # of the terms of the loss; null: 1 in structural, 10 in dense
+        tangent_weight: float | None = None  # null: 1
+        keypoints_weight: float | None = None  # dense only, null: 5
+        width_weight: float | None = None  # dense only, null: 1
+        offset_weight: float | None = None  # dense only, null: 1
+        keypoint_sigma: float = 0.0  # dense only: pixels over which a keypoint's target falls off; 0: a single pixel
+        mask_ratio: float = 0.6  # structural only: share of blocks that are hidden
+        mask_block: int = 8  # side of a block; 1 hides single pixels
+        G_optimizer_type: Literal["adam", "adamw"] = "adamw"
+        G_optimizer_lr: float = 1e-3
+        G_optimizer_wd: float = 1e-4
+        G_optimizer_clipgrad: float | None = 1.0
+        G_scheduler_type: Literal["OneCycleLR", "CosineAnnealingLR", "MultiStepLR", "CosineAnnealingWarmRestarts",
+                                  "constant"] = "OneCycleLR"
+        G_scheduler_warmup: float = 0.3  # OneCycleLR: share of the run in which the rate goes up to G_optimizer_lr
+        G_scheduler_div_factor: float = 25.0  # how far below it the rate begins
+        G_scheduler_final_div_factor: float = 1e4  # how far below that it ends
+        G_scheduler_momentum: tuple[float, float] | None = (0.85, 0.95)  # lowest and highest beta1; null: as in betas
+
+    @dataclass
+    class ValOptions(ModelPlain.ValOptions):
+        skeleton_threshold: float = 0.5  # a pixel above it counts as skeleton
+        keypoint_threshold: float = 0.3  # a peak above it counts as keypoint
+        keypoint_radius: float = 2.0  # pixels by which a keypoint may be off
+
+    best_metric = "skeleton_f1", "max"
+
+    def __init__(self, opt: Mapping[str, Any]):
+        t, net = opt["train"], opt["netG"]
+        self.dense = t["G_lossfn_type"] == "dense"
+        full = net.get("full_heads", True)
+        if self.dense and not full:
+            raise ValueError(f"{opt['opt_path']}: netG.full_heads: must be true where train.G_lossfn_type is dense")
+        if not 0 <= t["mask_ratio"] < 1 or t["mask_block"] < 1 or SIZE % t["mask_block"]:
+            raise ValueError(f"{opt['opt_path']}: train: mask_ratio {t['mask_ratio']} must lie in [0, 1), mask_block "
+                             f"{t['mask_block']} must divide {SIZE}")
+        batch = opt["datasets"]["train"]["dataloader_batch_size"]
+        if full and min(len(part) for part in torch.empty(batch).chunk(t["accumulate"])) < 2:
+            raise ValueError(f"{opt['opt_path']}: a batch of {batch} in {t['accumulate']} parts leaves a single image, "
+                             "whose statistics full_heads can't take; use a larger dataloader_batch_size")
+        super().__init__(opt)
+        self.terms: list[tuple[int, dict[str, Tensor]]] = []  # of each part of a batch: its images, their loss
+
+    # ------------------------------------------------ before training
+
+    def define_loss(self) -> None:
+        t = self.opt_train
+        section = Section(G_lossfn_type=t["G_lossfn_type"])
+        section.where = f"{self.opt['opt_path']}: train"
+        weights = {key: t[key] for key in WEIGHTS if t[key] is not None}
+        self.criterion = build(LOSSES, section, "G_lossfn_type", keypoint_sigma=t["keypoint_sigma"], **weights)
+
+    def G_lossfn(self, restored: Tensor, target: Tensor) -> Tensor:
+        """The weighted sum of all terms, which are kept for the log."""
+        terms = self.criterion(unpack(restored), unpack(target))
+        self.terms.append((len(restored), {name: term.detach() for name, term in terms.items() if name != "total"}))
+        return terms["total"]
+
+    def define_scheduler(self) -> None:
+        t, self.beta1 = self.opt_train, None
+        if t["G_scheduler_type"] == "OneCycleLR":
+            self.schedules["optimizerG"] = schedules.one_cycle(
+                t["total_iter"], t["G_scheduler_warmup"], t["G_scheduler_div_factor"], t["G_scheduler_final_div_factor"])
+            if t["G_scheduler_momentum"]:
+                lowest, highest = t["G_scheduler_momentum"]
+                momentum = schedules.one_cycle_momentum(t["total_iter"], t["G_scheduler_warmup"], highest)
+                self.beta1 = lambda n: momentum(lowest, n)
+        elif t["G_scheduler_type"] == "CosineAnnealingLR":
+            self.schedules["optimizerG"] = schedules.cosine(t["total_iter"], t["G_scheduler_eta_min"])
+        else:
+            super().define_scheduler()
+
+    def update_learning_rate(self, n: int) -> None:
+        super().update_learning_rate(n)
+        if self.beta1:
+            for group in self.G_optimizer.param_groups:
+                group["betas"] = (self.beta1(n), group["betas"][1])
+
+    # ------------------------------------------------ training
+
+    def feed_data(self, data: Mapping[str, Any], need_H: bool = True) -> None:
+        """Take a batch: `L` ink (B, 1, S, S) in [0, 1], `H` maps (B, 8, S, S) as network_inktrace packs them."""
+        super().feed_data(data, need_H)
+        self.image = self.degraded
+        self.index = int(data["index"][0]) if "index" in data else 0
+
+    def hide(self, *key: int) -> None:
+        """In structural mode, make `degraded` of `image`: a function of the seed and `key` alone."""
+        if not self.dense:
+            t = self.opt_train
+            seed = int(sample_rng(t["manual_seed"], *key, 1).integers(2**63))
+            mask = hidden_blocks(len(self.image), t["mask_ratio"], torch.Generator().manual_seed(seed), t["mask_block"])
+            self.mask = mask.to(self.device)
+            self.degraded = self.image * (1 - self.mask)
+
+    def netG_forward(self) -> None:
+        self.restored = self.restore(self.netG, self.degraded)
+
+    def optimize_parameters(self, current_step: int) -> None:
+        self.hide(0, current_step)
+        self.terms.clear()
+        super().optimize_parameters(current_step)
+        count = sum(images for images, _ in self.terms)
+        for name in self.terms[0][1]:
+            self.log_dict[name] = sum(images * terms[name] for images, terms in self.terms) / count
+
+    # ------------------------------------------------ testing
+
+    def test(self) -> None:
+        self.hide(1, self.index)
+        super().test()
+        self.restored = self.restored.float()
+
+    def restore(self, network: nn.Module, degraded: Tensor) -> Tensor:
+        return pack(network(degraded, use_skips=self.dense))
+
+    def metrics(self) -> dict[str, float]:
+        """Skeleton as sets of pixels, tangent (degrees) on the true skeleton; in dense mode keypoints by position,
+        width and offset by their mean error in pixels on the true skeleton."""
+        val, found, true = self.opt["val"], unpack(self.restored[0]), unpack(self.target[0])
+        line = true["skeleton"][0] > 0.5  # (S, S)
+        skeleton = overlap(found["skeleton"][0] > val["skeleton_threshold"], line)
+        values = {"skeleton_iou": skeleton["iou"], "skeleton_f1": skeleton["f1"],
+                  "tangent_error": direction_error(found["tangent"][:, line], true["tangent"][:, line])}
+        if self.dense:
+            pairs = list(zip(extract_keypoints(found["keypoints"], val["keypoint_threshold"]),
+                             extract_keypoints(true["keypoints"])))
+            hits = sum(matches(a[:, :2], b[:, :2], val["keypoint_radius"]) for a, b in pairs)
+            values["keypoint_f1"] = f1(hits, sum(len(a) for a, _ in pairs), sum(len(b) for _, b in pairs))
+            for name, unit in (("width", 10), ("offset", 1)):
+                error = (found[name] - true[name])[:, line].abs()
+                values[f"{name}_error"] = unit * error.mean().item() if error.numel() else 0.0
+        return values
+
+    def pictures(self) -> list[Tensor]:
+        """Input | input with hidden blocks in grey (structural only) | truth | prediction, each (3, 4S, 4S)."""
+        found = unpack(self.restored[0])
+        true = {name: channels for name, channels in unpack(self.target[0]).items() if name in found}
+        images = [self.image[0]] if self.dense else [self.image[0], self.degraded[0] + 0.25 * self.mask[0]]
+        images = [image.expand(3, -1, -1) for image in images]
+        images += [draw(true), draw(found, self.opt["val"]["keypoint_threshold"])]
+        return [image.repeat_interleave(ENLARGE, 1).repeat_interleave(ENLARGE, 2) for image in images]
+
+
+def hidden_blocks(count: int, ratio: float, generator: torch.Generator, block: int = 8, size: int = SIZE) -> Tensor:
+    """Masks (count, 1, size, size) of 1 where blocks are hidden, else 0, for each image others.
+
+    Args: ratio: share of blocks to hide, rounded down. block: side of a block, a divisor of size.
+    Source: the first of a permutation of the blocks of each image, row by row, as the original.
+    """
+    side = size // block
+    mask = torch.zeros(count, side * side)
+    for row in mask:
+        row[torch.randperm(side * side, generator=generator)[: int(side * side * ratio)]] = 1
+    mask = mask.view(count, 1, side, side)
+    return mask.repeat_interleave(block, 2).repeat_interleave(block, 3)
+
+
+def draw(maps: Mapping[str, Tensor], threshold: float = 0.1) -> Tensor:
+    """Maps as a picture (3, S, S): the skeleton's brightness, the tangent's hue (half a turn is all colours), keypoints
+    in white."""
+    angles = torch.arange(3) * (2 * math.pi / 3)
+    wheel = torch.stack([angles.cos(), angles.sin()], dim=1).to(maps["tangent"])  # (3, 2): where R, G and B are full
+    picture = maps["skeleton"] * (0.5 + 0.5 * torch.einsum("rc,chw->rhw", wheel, maps["tangent"]))
+    if "keypoints" in maps:
+        peaks = keypoint_nms(maps["keypoints"][None], threshold)[0].amax(0) > 0
+        picture = picture.masked_fill(peaks, 1)
+    return picture
