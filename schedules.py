@@ -91,8 +91,8 @@ def one_cycle_momentum(steps: int, warmup: float = 0.3, highest: float = 0.95) -
 def cycle(steps: int, warmup: float) -> Callable[[int], tuple[bool, float]]:
     """step -> whether it is in the first phase of one cycle, and which share of its phase is done."""
     if steps < 2 or not 0 < warmup < 1:
-        raise OptionError(f"one cycle of {steps} steps with a share of {warmup} to warm up: the run must have >= 2 steps "
-                          "and the share lie between 0 and 1")
+        raise OptionError(f"one cycle of {steps} steps with a share of {warmup} to warm up: the run must have >= 2 "
+                          "steps and the share lie between 0 and 1")
     top, last = warmup * steps - 1, steps - 1  # at top the rate is highest; torch's counts from 0 as well
     return lambda step: (True, step / top if top > 0 else 1.0) if step <= top else (False, (step - top) / (last - top))
 

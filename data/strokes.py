@@ -107,7 +107,8 @@ def draw_strokes(rng: np.random.Generator, stage: int, size: int = 64) -> np.nda
                      for row in draw_path(rng, start, int(rng.integers(segments[0], segments[1] + 1)), stage, size)])
 
 
-def draw_path(rng: np.random.Generator, start: np.ndarray, num_segments: int, stage: int, size: int) -> list[np.ndarray]:
+def draw_path(rng: np.random.Generator, start: np.ndarray, num_segments: int, stage: int,
+              size: int) -> list[np.ndarray]:
     """Segments that go on smoothly from one another, rows of 11."""
     rows, tangent = [], None
     for _ in range(num_segments):
@@ -216,10 +217,11 @@ def along(strokes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def mark_keypoints(strokes: np.ndarray, size: int, rounded: bool) -> np.ndarray:
     """(2,S,S): where paths start and end; where one segment goes on from another, but not also an end.
 
-    Segments belong to one path if one starts within a pixel of where the one before ends.
+    Segments belong to one path if one starts where the one before ends. The original allows a pixel between them, so
+    that strokes which happen to follow each other count as joined.
     """
     starts, ends = strokes[:, :2], strokes[:, 6:8]
-    joined = np.hypot(*(ends[:-1] - starts[1:]).T) < 1
+    joined = np.hypot(*(ends[:-1] - starts[1:]).T) < 1e-3
     heat = np.zeros((2, size, size), np.float32)
     free = np.concatenate([starts[np.append(True, ~joined)], ends[np.append(~joined, True)]])
     for channel, points in ((1, ends[:-1][joined]), (0, free)):

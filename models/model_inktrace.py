@@ -99,7 +99,8 @@ class ModelInkTrace(ModelPlain):
         t, self.beta1 = self.opt_train, None
         if t["G_scheduler_type"] == "OneCycleLR":
             self.schedules["optimizerG"] = schedules.one_cycle(
-                t["total_iter"], t["G_scheduler_warmup"], t["G_scheduler_div_factor"], t["G_scheduler_final_div_factor"])
+                t["total_iter"], t["G_scheduler_warmup"], t["G_scheduler_div_factor"],
+                t["G_scheduler_final_div_factor"])
             if t["G_scheduler_momentum"]:
                 lowest, highest = t["G_scheduler_momentum"]
                 momentum = schedules.one_cycle_momentum(t["total_iter"], t["G_scheduler_warmup"], highest)

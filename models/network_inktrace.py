@@ -157,7 +157,8 @@ class GroundingBlock(nn.Module):
         self.norm_ffn = nn.GroupNorm(1, low)
 
     def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(1, (self.num_heads, -1)).flatten(3).transpose(2, 3)  # (B, heads, h*w, D)
+        x = x.unflatten(1, (self.num_heads, -1)).flatten(3).transpose(2, 3)  # (B, heads, h*w, D)
+        return x.contiguous()  # else the attention is computed the slow way, with all of its h*w x h*w weights
 
     def forward(self, high: Tensor, low: Tensor) -> Tensor:
         """(B, high, h, w), (B, low, h, w) -> (B, low, h, w)"""

@@ -39,8 +39,9 @@ def test_cosine_is_torchs(eta_min):
     assert ours(BASE, STEPS) == ours(BASE, STEPS + 9) == eta_min
 
 
-@pytest.mark.parametrize("steps, over", [(STEPS, {}), (STEPS, {"pct_start": 0.1, "div_factor": 5, "final_div_factor": 9}),
-                                         (2, {"pct_start": 0.7}), (7, {}), (3, {})])
+@pytest.mark.parametrize("steps, over", [
+    (STEPS, {}), (STEPS, {"pct_start": 0.1, "div_factor": 5, "final_div_factor": 9}), (2, {"pct_start": 0.7}), (7, {}),
+    (3, {})])
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 def test_one_cycle_is_torchs_in_rate_and_momentum(kind, steps, over):
     over = dict(over)
