@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import checkpoint
@@ -101,10 +102,8 @@ def work(model: ModelBase, opt: options.Section, source: str, output: Path, trut
             done += 1
             if metrics:
                 rows.add(name, metrics)
-            if content is not None:
-                path = output / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_picture(path, content)
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
+            write_result(output / name, content)
             log.progress(f"{name}: {total - done} to go")
             if stop.signal:
                 log.line(f"stopped  by {stop.signal.name}; go on with: {command}")
@@ -117,6 +116,17 @@ def work(model: ModelBase, opt: options.Section, source: str, output: Path, trut
     if means := rows.close():
         log.line(f"metrics  {describe_losses(means)}: {rows.path}")
     return 0
+
+
+def write_result(path: Path, content: Any) -> None:
+    """A picture (C, H, W) in [0, 1] as PNG, or arrays by name as .npz: complete or not there."""
+    if not isinstance(content, Mapping):
+        write_picture(path, content)
+        return
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        np.savez(file, **{key: np.asarray(value) for key, value in content.items()})
+    os.replace(temporary, path)
 
 
 def fingerprint(model: ModelBase) -> int:

@@ -106,7 +106,9 @@ class ModelBase:
         raise checkpoint.CheckpointError(f"model {self.opt['model']!r} can't be used on its own yet")
 
     def results(self, source: str, truth: str | None, wanted: Callable[[str], bool]) -> Iterator[Any]:
-        """First how many results `source` leads to, then of each that is wanted (name, image or None, metrics).
+        """First how many results `source` leads to, then of each that is wanted (file name, content, metrics).
+
+        A content is a picture (C, H, W) in [0, 1], or arrays by name, for a file that ends in .npz.
 
         Args: truth: what the results should be; None: unknown, and metrics are None. wanted: by file name.
         """

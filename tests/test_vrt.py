@@ -260,7 +260,7 @@ def test_a_half_done_output_is_gone_on_with_and_ends_the_same(trained, tmp_path,
     assert use(path, *words, tmp_path / "whole") == 0
     import infer
 
-    real = infer.write_picture
+    real = infer.write_result
 
     def interrupted(target, picture):
         real(target, picture)
@@ -268,7 +268,7 @@ def test_a_half_done_output_is_gone_on_with_and_ends_the_same(trained, tmp_path,
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(infer, "write_picture", interrupted)
+        patch.setattr(infer, "write_result", interrupted)
         assert use(path, *words, tmp_path / "half") == 143
     assert "stopped  by SIGTERM; go on with: python main.py -opt" in capsys.readouterr().out
     assert not (tmp_path / "half/003.png").exists()
