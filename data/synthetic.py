@@ -1,4 +1,4 @@
-"""Video that is drawn, not read: moving textured shapes under a drifting camera, for training without any download.
+"""Video and pictures that are drawn, not read: textured shapes under a drifting camera, for training without download.
 
 Every edge is anti-aliased analytically from a signed distance, so that motion is truly sub-pixel. Source: own; the
 distances follow the usual first-order forms (Quilez, 2D distance functions).
@@ -74,6 +74,70 @@ class SyntheticVideoDataset(Dataset):
         folder = f"clip_{clip:03d}"
         return {"L": to_float(lq), "H": to_float(gt), "key": f"{folder}/{0:08d}", "folder": folder,
                 "lq_path": [f"{folder}/{frame:08d}.png" for frame in range(self.num_frame)]}
+
+
+class SyntheticImageDataset(Dataset):
+    """Drawn pictures, and short clips of them, as image folders give them.
+
+    Item `(epoch, index)` -> {"H": (D,H,W,C) uint8, "key", "folder": "image_000"}, D = num_images * num_frame.
+    What it shows depends on (seed, first_image + index) alone, its flips on the epoch as well. Pictures are drawn
+    once and kept; clips start elsewhere in each epoch.
+
+    Args:
+        num_samples: number of items.
+        size: side of the pictures in pixels.
+        num_images: scenes an item holds.
+        num_frame: successive frames of each scene; 1: a still picture.
+        first_image: number of the first scene; test sets take scenes that training never sees, e.g. from 100000.
+        n_channels: 3 for RGB, 1 for grey.
+        use_hflip: mirror left-right with probability 1/2. use_rot: upside down, and transpose, each likewise.
+        seed: of all scenes.
+    Raises:
+        ValueError: an impossible size or number, in one line.
+    """
+
+    def __init__(self, *, num_samples: int = 512, size: int = 64, num_images: int = 1, num_frame: int = 1,
+                 first_image: int = 0, n_channels: int = 3, use_hflip: bool = True, use_rot: bool = False,
+                 seed: int = 0):
+        if min(num_samples, num_images, num_frame) < 1 or first_image < 0 or size < 16 or n_channels not in (1, 3):
+            raise ValueError(f"num_samples {num_samples}, num_images {num_images} and num_frame {num_frame} must be "
+                             f">= 1, first_image {first_image} >= 0, size {size} >= 16, n_channels {n_channels} 1 or 3")
+        self.num_samples, self.first_image, self.seed = num_samples, first_image, seed
+        self.num_images, self.num_frame, self.size, self.n_channels = num_images, num_frame, size, n_channels
+        self.use_hflip, self.use_rot = use_hflip, use_rot
+        self.drawn: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, key: Key | int) -> dict[str, Tensor | str]:
+        epoch, index = split_key(key, len(self))
+        first = self.first_image + index * self.num_images
+        rng = sample_rng(self.seed, epoch, first)
+        start = int(rng.integers(LIFETIME)) if self.num_frame > 1 else 0
+        pictures = torch.cat([self._scene(first + i, start) for i in range(self.num_images)])  # (D,3,H,W)
+        (pictures,) = augment([as_channels(pictures, self.n_channels)], rng, self.use_hflip, self.use_rot)
+        name = f"image_{first:03d}"
+        return {"H": pictures.permute(0, 2, 3, 1).contiguous(), "key": name, "folder": name}
+
+    def _scene(self, number: int, start: int) -> Tensor:
+        """(num_frame,3,H,W) uint8."""
+        if number not in self.drawn:
+            content = sample_rng(self.seed, 0, number, 0)  # a stream of its own, the same in each epoch
+            times = start + np.arange(self.num_frame)
+            picture = render(draw_scene(content, (self.size, self.size)), times)
+            if self.num_frame > 1:
+                return picture
+            self.drawn[number] = picture
+        return self.drawn[number]
+
+
+def as_channels(pictures: Tensor, n_channels: int) -> Tensor:
+    """(...,3,H,W) uint8 RGB -> the same, or (...,1,H,W): luma of BT.601, full range, as JPEG has it."""
+    if n_channels == 3:
+        return pictures
+    red, green, blue = pictures.float().unbind(-3)
+    return (0.299 * red + 0.587 * green + 0.114 * blue).round().to(torch.uint8).unsqueeze(-3)
 
 
 # What a clip shows -------------------------------------------------------------------------------------------------

@@ -42,7 +42,8 @@ class VQLPIPSWithDiscriminator(nn.Module):
     Args:
         disc_start: iteration from which the discriminator takes part.
         codebook_weight: of the codebook's loss.
-        pixelloss_weight: of the mean absolute difference.
+        pixelloss_weight: of the mean difference in pixels,
+        pixelloss: which is absolute, "l1", or squared, "l2".
         disc_num_layers, disc_in_channels, disc_ndf, use_actnorm: shape of the discriminator, see
             NLayerDiscriminator; disc_in_channels counts a condition's channels, too.
         disc_factor: of everything the discriminator has to say.
@@ -63,8 +64,8 @@ class VQLPIPSWithDiscriminator(nn.Module):
                  disc_num_layers: int = 3, disc_in_channels: int = 3, disc_factor: float = 1.0,
                  disc_weight: float = 1.0, perceptual_weight: float = 1.0, use_actnorm: bool = False,
                  disc_conditional: bool = False, disc_ndf: int = 64, disc_loss: Literal["hinge", "vanilla"] = "hinge",
-                 vgg_path: str = "weights/vgg16-397923af.pth", lpips_path: str = "weights/lpips_vgg.pth",
-                 legacy: Sequence[str] = ()):
+                 pixelloss: Literal["l1", "l2"] = "l1", vgg_path: str = "weights/vgg16-397923af.pth",
+                 lpips_path: str = "weights/lpips_vgg.pth", legacy: Sequence[str] = ()):
         super().__init__()
         if unknown := set(legacy) - LEGACY.keys():
             raise ValueError(f"legacy: unknown {', '.join(sorted(unknown))}; valid: {', '.join(LEGACY)}")
@@ -78,6 +79,7 @@ class VQLPIPSWithDiscriminator(nn.Module):
         self.disc_start, self.disc_factor, self.disc_weight = disc_start, disc_factor, disc_weight
         self.codebook_weight, self.perceptual_weight = codebook_weight, perceptual_weight
         self.pixelloss_weight = 1.0 if "ignored_pixelloss_weight" in legacy else pixelloss_weight
+        self.pixelloss = {"l1": F.l1_loss, "l2": F.mse_loss}[pixelloss]
         self.disc_conditional, self.legacy = disc_conditional, frozenset(legacy)
         self.compare = {"hinge": hinge_loss, "vanilla": vanilla_loss}[disc_loss]
         self.perceptual_loss = None
@@ -118,7 +120,7 @@ class VQLPIPSWithDiscriminator(nn.Module):
             ValueError: images differ in shape or are too small for the discriminator; cond is missing or unused.
         """
         self._check(inputs, reconstructions, cond)
-        pixel = (inputs - reconstructions).abs()
+        pixel = self.pixelloss(reconstructions, inputs, reduction="none")
         perceptual = pixel.new_zeros(1)
         if self.perceptual_loss is not None:
             perceptual = self.perceptual_loss(inputs, reconstructions)  # (B, 1, 1, 1)
@@ -180,7 +182,8 @@ def adaptive_weight(nll: Tensor, adversarial: Tensor, last_layer: Tensor | None)
         return nll.new_zeros(())
     if last_layer is None:
         raise ValueError("the adaptive weight needs last_layer, the weight that makes the reconstruction's pixels")
-    by_nll, by_adversary = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
+    # times 2**10 and back: changes no bit in float32, and keeps float16 from rounding gradients to 0
+    by_nll, by_adversary = (torch.autograd.grad(1024 * loss, last_layer, retain_graph=True)[0].norm() / 1024
                             for loss in (nll, adversarial))
     return (by_nll / (by_adversary + 1e-4)).clamp(0.0, 1e4).detach()
 

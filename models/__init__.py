@@ -5,6 +5,18 @@ MODELS = {
     "vrt": "models.model_vrt:ModelVRT",
     "lgt": "models.model_lgt:ModelLGT",
     "inktrace": "models.model_inktrace:ModelInkTrace",
+    "vqgan": "models.model_vqgan:ModelVQGAN",
+    "VQGAN": "models.model_vqgan:ModelVQGAN",
+    "taming_vqgan": "models.model_vqgan:ModelVQGAN",
+    "TamingVQGAN": "models.model_vqgan:ModelVQGAN",
+    "emavq": "models.model_vqgan:ModelVQGAN",
+    "EMAVQ": "models.model_vqgan:ModelVQGAN",
+    "gumbelvq": "models.model_vqgan:ModelVQGAN",
+    "GumbelVQ": "models.model_vqgan:ModelVQGAN",
+    "vqvae": "models.model_vqgan:ModelVQGAN",
+    "VqVae": "models.model_vqgan:ModelVQGAN",
+    "vqvae2": "models.model_vqgan:ModelVQGAN",
+    "VQVAE2": "models.model_vqgan:ModelVQGAN",
 }
 
 NETWORKS = {

@@ -1,0 +1,215 @@
+"""Pictures of any size from folders, and successive frames of clips, resized and cut to squares.
+
+Source: taming-transformers' data/base.py (shorter side to size, then a crop); the shape of an item is that of
+seed 003's video pipe. Different here: every draw comes from `sample_rng(seed, epoch, index)`; a picture lying on its
+side is put upright (EXIF); transparency is shown on white; 16 bits become 8.
+Legend: D pictures of an item, H W pixels (both `size`), C channels.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.io import ImageReadMode, decode_image, read_file
+
+from data.frames import EXTENSIONS, scan_clips
+from data.sampler import Key, sample_rng
+from data.synthetic import SyntheticImageDataset, as_channels
+from data.video import augment, split_key
+from options import check, schema_of
+
+PNG_WITH_ALPHA = (4, 6)  # colour types, the 26th byte of the file
+
+
+class ImageTrainDataset(Dataset):
+    """One picture an item, cut and mirrored at random.
+
+    Item `(epoch, index)` -> {"H": (D,H,W,C) uint8, "key", "folder": name of the first picture}.
+
+    Args:
+        dataroot: folder of png, jpg or jpeg files in folders of any depth, or a text file that names one in each
+            line; None draws pictures instead.
+        generated: what is drawn then, e.g. {"num_samples": 512}: arguments of `SyntheticImageDataset`.
+        size: side of the square that is cut out, in pixels.
+        resize: the shorter side before that, in pixels; [from, to] draws it for each item; None: size.
+        random_crop: where to cut: anywhere, or the middle.
+        use_hflip: mirror left-right with probability 1/2. use_rot: upside down, and transpose, each likewise.
+        num_images: D, successive pictures that make an item; the last item may hold fewer.
+        n_channels: 3 for RGB, 1 for grey.
+        skip_corrupt: take the next picture instead of one that can't be read, with a warning; else it is an error.
+        cache_data: keep every picture in memory once it was read (3 bytes per pixel of the file).
+        name: a label; not used.
+        seed: of all draws, together with epoch and index.
+    Raises:
+        FileNotFoundError, ValueError: of one line; what the options and the folder can tell, at the start.
+    """
+
+    def __init__(self, *, dataroot: str | None = None, generated: dict | None = None, size: int = 256,
+                 resize: int | Sequence[int] | None = None, random_crop: bool = True, use_hflip: bool = True,
+                 use_rot: bool = False, num_images: int = 1, n_channels: int = 3, skip_corrupt: bool = False,
+                 cache_data: bool = False, name: str | None = None, seed: int = 0):
+        self._prepare(size, resize, random_crop, use_hflip, use_rot, n_channels, skip_corrupt, cache_data, seed)
+        if num_images < 1:
+            raise ValueError(f"num_images must be 1 or more, got {num_images}")
+        if not dataroot:
+            self._draw(generated, {"num_images": num_images})
+            return
+        paths = list_images(dataroot)
+        self.items = [(paths, range(i, min(i + num_images, len(paths)))) for i in range(0, len(paths), num_images)]
+
+    def _prepare(self, size: int, resize: int | Sequence[int] | None, random_crop: bool, use_hflip: bool,
+                 use_rot: bool, n_channels: int, skip_corrupt: bool, cache_data: bool, seed: int) -> None:
+        sides = (resize, resize) if isinstance(resize, int) else tuple(resize or (size, size))
+        if size < 1 or len(sides) != 2 or not size <= sides[0] <= sides[1]:
+            raise ValueError(f"resize {resize} must be a side, or [from, to], of at least size {size}, which is >= 1")
+        if n_channels not in (1, 3):
+            raise ValueError(f"n_channels must be 3 (RGB) or 1 (grey), got {n_channels}")
+        self.size, self.sides, self.random_crop = size, sides, random_crop
+        self.use_hflip, self.use_rot, self.n_channels, self.seed = use_hflip, use_rot, n_channels, seed
+        self.skip_corrupt, self.kept = skip_corrupt, {} if cache_data else None
+        self.drawn: SyntheticImageDataset | None = None
+
+    def _draw(self, generated: dict | None, usual: dict) -> None:
+        wanted = check(generated or {}, schema_of(SyntheticImageDataset), "generated", lambda _: "drawn images", [])
+        self.drawn = SyntheticImageDataset(**{**usual, **wanted, "size": self.size, "n_channels": self.n_channels,
+                                              "use_hflip": self.use_hflip, "use_rot": self.use_rot, "seed": self.seed})
+
+    def __len__(self) -> int:
+        return len(self.drawn or self.items)
+
+    def __getitem__(self, key: Key | int) -> dict[str, Tensor | str]:
+        if self.drawn:
+            return self.drawn[key]
+        epoch, index = split_key(key, len(self))
+        rng = sample_rng(self.seed, epoch, index)
+        paths, places = self.items[index]
+        side = int(rng.integers(self.sides[0], self.sides[1] + 1))
+        spot = rng.random(2) if self.random_crop else (0.5, 0.5)  # the same for all of the item
+        pictures = torch.stack([crop(self._read(paths, i), side, self.size, spot) for i in places])  # (D,C,H,W)
+        (pictures,) = augment([pictures], rng, self.use_hflip, self.use_rot)
+        name = os.path.splitext(os.path.basename(paths[places[0]]))[0]
+        return {"H": pictures.permute(0, 2, 3, 1).contiguous(), "key": paths[places[0]], "folder": name}
+
+    def _read(self, paths: list[str], place: int) -> Tensor:
+        """The picture at this place, or with skip_corrupt the next that can be read: (C,h,w) uint8."""
+        for step in range(len(paths)):
+            path = paths[(place + step) % len(paths)]
+            if self.kept is not None and path in self.kept:
+                return self.kept[path]
+            try:
+                picture = as_channels(read_image(path), self.n_channels)
+            except ValueError as error:
+                if not self.skip_corrupt:
+                    raise ValueError(f"{error}; or set skip_corrupt to pass over such files") from None
+                warnings.warn(f"{error}; skipped, the next one stands in", stacklevel=2)
+                continue
+            if self.kept is not None:
+                self.kept[path] = picture
+            return picture
+        raise ValueError(f"{os.path.dirname(paths[0])}: none of {len(paths)} pictures can be read")
+
+
+class ImageTestDataset(ImageTrainDataset):
+    """Sixteen pictures an item, their middles, nothing drawn at random; a validation shows each item as one grid.
+
+    Args: as ImageTrainDataset.
+    """
+
+    def __init__(self, *, dataroot: str | None = None, generated: dict | None = None, size: int = 256,
+                 resize: int | None = None, num_images: int = 16, n_channels: int = 3, skip_corrupt: bool = False,
+                 cache_data: bool = False, name: str | None = None, seed: int = 0):
+        drawn = {"num_samples": 1, "first_image": 100_000, **(generated or {})}
+        super().__init__(dataroot=dataroot, generated=drawn, size=size, resize=resize, random_crop=False,
+                         use_hflip=False, num_images=num_images, n_channels=n_channels, skip_corrupt=skip_corrupt,
+                         cache_data=cache_data, seed=seed)
+
+
+class VideoSequenceDataset(ImageTrainDataset):
+    """num_frame successive frames of a clip, cut and mirrored alike; one item for each frame where they can begin.
+
+    Item `(epoch, index)` -> {"H": (D,H,W,C) uint8 with D = num_frame, "key", "folder": "clip_frame"}.
+
+    Args:
+        dataroot: folder of clip folders (or of the frames of a single clip); None draws video instead.
+        generated: what is drawn then: arguments of `SyntheticImageDataset`.
+        num_frame: D.
+        frame_step: distance from one item's first frame to the next item's.
+        size, resize, random_crop, use_hflip, use_rot, n_channels, skip_corrupt, cache_data, name, seed: as
+            ImageTrainDataset; what stands in for a corrupt frame is of the same clip.
+    Raises: as ImageTrainDataset.
+    """
+
+    def __init__(self, *, dataroot: str | None = None, generated: dict | None = None, num_frame: int = 4,
+                 frame_step: int = 1, size: int = 256, resize: int | Sequence[int] | None = None,
+                 random_crop: bool = True, use_hflip: bool = True, use_rot: bool = False, n_channels: int = 3,
+                 skip_corrupt: bool = False, cache_data: bool = False, name: str | None = None, seed: int = 0):
+        self._prepare(size, resize, random_crop, use_hflip, use_rot, n_channels, skip_corrupt, cache_data, seed)
+        if num_frame < 1 or frame_step < 1:
+            raise ValueError(f"num_frame {num_frame} and frame_step {frame_step} must be 1 or more")
+        if not dataroot:
+            self._draw(generated, {"num_frame": num_frame})
+            return
+        self.items = []
+        for clip in scan_clips(dataroot, None, sides=("dataroot", "")):
+            if len(clip.gt) < num_frame:
+                raise ValueError(f"{dataroot}: clip {clip.name!r} has {len(clip.gt)} frames; num_frame is {num_frame}")
+            starts = range(0, len(clip.gt) - num_frame + 1, frame_step)
+            self.items += [(clip.gt, range(start, start + num_frame)) for start in starts]
+
+
+# Files -------------------------------------------------------------------------------------------------------------
+
+def list_images(dataroot: str) -> list[str]:
+    """The paths of all pictures below a folder, sorted, or in the lines of a text file."""
+    if os.path.isfile(dataroot) and dataroot.endswith(".txt"):
+        with open(dataroot, encoding="utf-8") as file:
+            paths = [os.path.join(os.path.dirname(dataroot), line.strip()) for line in file if line.strip()]
+        absent = next((path for path in paths if not os.path.isfile(path)), None)
+        if absent:
+            raise FileNotFoundError(f"dataroot {dataroot}: {absent} does not exist")
+    elif os.path.isdir(dataroot):
+        paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(dataroot, followlinks=True)
+                       for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+    else:
+        raise FileNotFoundError(f"dataroot: {dataroot} is neither a folder of pictures nor a .txt file that names some")
+    if not paths:
+        raise ValueError(f"dataroot {dataroot} holds no pictures; png, jpg or jpeg files are needed, in folders of any "
+                         "depth")
+    return paths
+
+
+def read_image(path: str) -> Tensor:
+    """A PNG or JPEG file of any kind -> (3,h,w) uint8 RGB. Raises ValueError, one line, if it can't be decoded."""
+    try:
+        encoded = read_file(path)
+        alpha = encoded.numel() > 25 and bytes(encoded[1:4].tolist()) == b"PNG" and int(encoded[25]) in PNG_WITH_ALPHA
+        # RGB_ALPHA only where there is alpha: of palettes torchvision makes one up
+        mode = ImageReadMode.RGB_ALPHA if alpha else ImageReadMode.RGB
+        picture = decode_image(encoded, mode, apply_exif_orientation=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].rpartition(", ")[2]
+        raise ValueError(f"{path}: not a readable picture ({reason}); save it anew as PNG or JPEG") from None
+    if picture.dtype != torch.uint8:
+        picture = (picture.to(torch.int32) + 128).div(257, rounding_mode="floor").to(torch.uint8)  # 65535 = 257 * 255
+    if alpha:
+        opacity = picture[3:].float() / 255
+        picture = (picture[:3] * opacity + 255 * (1 - opacity)).round().to(torch.uint8)
+    return picture
+
+
+def crop(picture: Tensor, side: int, size: int, spot: Sequence[float]) -> Tensor:
+    """(C,h,w) uint8 -> (C,size,size): the shorter side becomes `side`, then a square at `spot`, (y, x) in [0,1)."""
+    height, width = picture.shape[-2:]
+    if min(height, width) != side:
+        scale = side / min(height, width)
+        height, width = (max(side, round(edge * scale)) for edge in (height, width))
+        resized = F.interpolate(picture[None].float(), (height, width), mode="bicubic", antialias=True)[0]
+        picture = resized.round().clamp_(0, 255).to(torch.uint8)
+    top, left = (int(at * (edge - size + 1)) for at, edge in zip(spot, (height, width)))
+    return picture[:, top : top + size, left : left + size]
