@@ -9,6 +9,7 @@ Legend: B images, C channels, H W pixels; images in [-1, 1].
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import methodcaller
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class LossCalculator:
 
     def __init__(self, loss: VQLPIPSWithDiscriminator, optimizer: torch.optim.Optimizer, last_layer: nn.Parameter,
                  disc_every: int = 3, backward: Callable[[Tensor], None] = Tensor.backward,
-                 advance: Callable[[torch.optim.Optimizer], None] = torch.optim.Optimizer.step):
+                 advance: Callable[[torch.optim.Optimizer], None] = methodcaller("step")):
         if disc_every < 1:
             raise ValueError(f"disc_every must be 1 or more, got {disc_every}")
         self.loss, self.optimizer, self.last_layer, self.disc_every = loss, optimizer, last_layer, disc_every

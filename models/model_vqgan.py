@@ -8,7 +8,6 @@ Legend: B batch, D pictures of a sample, C channels, H W pixels.
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import re
@@ -191,8 +190,8 @@ class ModelVQGAN(ModelPlain):
             raise OptionError(f"{self.opt['opt_path']}: datasets: {error}") from None
 
     def optimize_parameters(self, current_step: int) -> None:
-        t, total, gan_loss = self.opt_train, len(self.images), 0.0
-        terms: dict[str, Tensor | float] = defaultdict(float)
+        t, total = self.opt_train, len(self.images)
+        terms: dict[str, Tensor] = defaultdict(float)
         self.lower_temperature(current_step)
         self.G_optimizer.zero_grad(set_to_none=True)
         found = []
