@@ -31,7 +31,7 @@ from metrics import codebook_use, image_metrics
 from models import NETWORKS
 from models.model_base import ModelBase
 from models.model_plain import ModelPlain
-from models.network_vqgan import GumbelQuantize, Indices, VQModel
+from models.network_vqgan import GumbelQuantize, Indices, VQModel, VQNetwork
 from options import OptionError, Section, build, check, resolve, schema_of
 
 BESIDE = re.compile(r"(?:^|\.)(?:loss\.|colorize$)")  # in a file of taming's: what is not the autoencoder's
@@ -73,6 +73,9 @@ class ModelVQGAN(ModelPlain):
         check_codebook(opt)
         super().__init__(opt)
         bare, t = self.get_bare_model(self.netG), self.opt_train
+        if not isinstance(bare, VQNetwork):
+            raise OptionError(f"{opt['opt_path']}: netG.net_type: {opt['netG']['net_type']} has no codebook; valid: vqgan, "
+                              "emavq, gumbelvq, vqvae, vqvae2")
         self.taming = isinstance(bare, VQModel) if t["use_taming_loss"] is None else t["use_taming_loss"]
         self.books = [module for module in bare.modules() if isinstance(module, Indices)]
         self.loss = self.build_loss().to(self.device)
@@ -124,26 +127,30 @@ class ModelVQGAN(ModelPlain):
     def init_train(self, parts: Mapping[str, Any] | None = None, source: str = "checkpoint") -> list[str]:
         reports = super().init_train(parts, source)
         self.loss.train()
-        return reports + self.find_lpips()
+        self.find_lpips()
+        return reports
 
-    def find_lpips(self) -> list[str]:
-        """LPIPS for validation where its files are there, whether or not the loss has it; report lines."""
+    def find_lpips(self) -> None:
+        """LPIPS for validation where its files are there, whether or not the loss has it."""
         config = schema_of(VQLPIPSWithDiscriminator)
         files = [self.opt_train["lossconfig"].get(key, config[key][1]) for key in ("vgg_path", "lpips_path")]
         if self.lpips is None and self.opt["n_channels"] == 3 and all(Path(f).expanduser().is_file() for f in files):
             self.lpips = LPIPS(*files).to(self.device)
-        return []
 
     def load(self, parts: Mapping[str, Any] | None = None, source: str = "checkpoint") -> list[str]:
+        """As ModelPlain; taming's files carry the discriminator among the weights of the autoencoder."""
         reports, path = super().load(parts, source), self.opt["path"]["pretrained_netG"]
-        if not parts and path:  # taming's files carry the discriminator, too
-            weights = checkpoint.weights_in(checkpoint.load_file(path), path)
-            critic = {key.rpartition(CRITIC)[2]: value for key, value in weights.items() if CRITIC in key}
-            own = self.netD.state_dict()
-            if critic and {k: v.shape for k, v in critic.items()} == {k: v.shape for k, v in own.items()}:
-                reports.append(self.load_weights(self.netD, critic, True, f"{path}: {CRITIC}*"))
-            elif critic:
-                reports.append(f"{path}: {CRITIC}* is of another shape: the discriminator is begun anew")
+        weights = {}
+        if parts and "D" not in parts:
+            weights = parts["G"]
+        elif not parts and path:
+            weights, source = checkpoint.weights_in(checkpoint.load_file(path), path), path
+        critic = {key.rpartition(CRITIC)[2]: value for key, value in weights.items() if CRITIC in key}
+        own = self.netD.state_dict()
+        if critic and {k: v.shape for k, v in critic.items()} == {k: v.shape for k, v in own.items()}:
+            reports.append(self.load_weights(self.netD, critic, True, f"{source}: {CRITIC}*"))
+        elif critic:
+            reports.append(f"{source}: {CRITIC}* is of another shape: the discriminator is begun anew")
         return reports
 
     def load_weights(self, network: nn.Module, weights: Mapping[str, Tensor], strict: bool, source: str) -> str:
@@ -184,12 +191,12 @@ class ModelVQGAN(ModelPlain):
         if pictures.dtype == torch.uint8:
             pictures = pictures.permute(0, 3, 1, 2).float() / 255
         self.images = (pictures * 2 - 1).contiguous()
+
+    def optimize_parameters(self, current_step: int) -> None:
         try:
             self.get_bare_model(self.netG).check_images(self.images)
         except ValueError as error:
-            raise OptionError(f"{self.opt['opt_path']}: datasets: {error}") from None
-
-    def optimize_parameters(self, current_step: int) -> None:
+            raise OptionError(f"{self.opt['opt_path']}: datasets.train: {error}") from None
         t, total = self.opt_train, len(self.images)
         terms: dict[str, Tensor] = defaultdict(float)
         self.lower_temperature(current_step)

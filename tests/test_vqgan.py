@@ -261,20 +261,20 @@ def taming_state(model):
             **{f"loss.discriminator.{key}": value for key, value in model.netD.state_dict().items()}}
 
 
-@pytest.mark.parametrize("kind", ["last.ckpt", "vqgan_5.pth"])
+@pytest.mark.parametrize("kind", ["last.ckpt", "vqgan_5.pth", "adapter_5.pth"])
 def test_tamings_files_go_on_by_resume_and_start_by_init_from(tmp_path, capsys, kind):
     other = built(tmp_path, train={"E_decay": 0})
     for step in (3, 4):
         other.feed_data({"H": torch.rand(2, 3, 16, 16)})
         other.optimize_parameters(step)
     g, d = (other.optimizers[label].state_dict() for label in ("optimizerG", "optimizerD"))
-    state = taming_state(other)
+    state = {("model." if "adapter" in kind else "") + key: value for key, value in taming_state(other).items()}
     torch.save({"state_dict": state, "optimizer_states": [g, d], "global_step": 5, "epoch": 2} if "ckpt" in kind else
                {"steps": 5, "state_dict": state, "optimizer": g, "optimizer_disc": d, "scheduler": {}}, tmp_path / kind)
     train = {"G_optimizer_lr": 0.0, "E_decay": 0}  # what was loaded is still there
     path = write_json(tmp_path / "run.json", tree(tmp_path, train=train))
     assert run("-opt", path, "--resume", tmp_path / kind) == 0
-    assert "absent   rng_state, sampler_state: begun anew" in capsys.readouterr().out
+    assert "rng_state, sampler_state: begun anew" in capsys.readouterr().out
     found = ended(tmp_path / "run")
     for label, network in (("G", other.netG), ("D", other.netD)):
         weights = {name: value for name, value in network.named_parameters()}
@@ -302,6 +302,7 @@ MISTAKES = {
     "misspelt": ({"loss": {"disc_weigth": 1}}, "train.lossconfig.disc_weigth: unknown key; did you mean 'disc_weight'"),
     "no disc_start": ({"train": {"lossconfig": {}}}, "train.lossconfig.disc_start: missing"),
     "no weights": ({"loss": {"perceptual_weight": 1.0}}, "vgg_path: .* does not exist; download .*perceptual_weight"),
+    "no codebook": ({"netG": {"net_type": "spynet"}}, "netG.net_type: spynet has no codebook; valid: vqgan, emavq"),
     "condition": ({"loss": {"disc_conditional": True}}, "disc_conditional: this recipe has no condition"),
     "disc_every": ({"train": {"disc_every": 0}}, "train: disc_every must be 1 or more"),
 }
