@@ -74,8 +74,8 @@ class ModelVQGAN(ModelPlain):
         super().__init__(opt)
         bare, t = self.get_bare_model(self.netG), self.opt_train
         if not isinstance(bare, VQNetwork):
-            raise OptionError(f"{opt['opt_path']}: netG.net_type: {opt['netG']['net_type']} has no codebook; valid: vqgan, "
-                              "emavq, gumbelvq, vqvae, vqvae2")
+            raise OptionError(f"{opt['opt_path']}: netG.net_type: {opt['netG']['net_type']} has no codebook; valid: "
+                              "vqgan, emavq, gumbelvq, vqvae, vqvae2")
         self.taming = isinstance(bare, VQModel) if t["use_taming_loss"] is None else t["use_taming_loss"]
         self.books = [module for module in bare.modules() if isinstance(module, Indices)]
         self.loss = self.build_loss().to(self.device)

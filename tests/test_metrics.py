@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from metrics import bgr2ycbcr, calculate_psnr, calculate_ssim, rgb2ycbcr, video_metrics
+from metrics import (
+    bgr2ycbcr,
+    calculate_psnr,
+    calculate_ssim,
+    codebook_use,
+    image_metrics,
+    rgb2ycbcr,
+    video_metrics,
+)
 
 
 @pytest.fixture
@@ -79,3 +87,24 @@ def test_what_does_not_fit_is_an_error_of_one_line(wrong):
     with pytest.raises(ValueError) as error:
         wrong()
     assert "\n" not in str(error.value)
+
+
+def test_image_metrics_are_means_over_images_and_know_what_one_colour_gets():
+    target = torch.zeros(2, 3, 4, 4)
+    target[1, :, :2] = 1
+    restored = target.clone()
+    restored[:] += 10 / 255 * (1 - 2 * target)
+    values = image_metrics(restored, target)
+    assert values["psnr"] == pytest.approx(20 * math.log10(255 / 10))
+    assert values["psnr_mean_colour"] == math.inf  # the first is one colour
+    assert image_metrics(restored[1:], target[1:])["psnr_mean_colour"] == pytest.approx(20 * math.log10(2), abs=0.02)
+    assert image_metrics(restored[:, :1], target[:, :1])["psnr"] == pytest.approx(values["psnr"])
+    with pytest.raises(ValueError, match="both must be"):
+        image_metrics(restored, target[:1])
+
+
+def test_codebook_use_counts_codes_and_weighs_them():
+    even = codebook_use(torch.arange(4).repeat(3).view(2, 6), 8)
+    assert even["codes_used"].item() == 0.5 and even["perplexity"].item() == pytest.approx(4)
+    one = codebook_use(torch.full((5,), 7), 8)
+    assert one["codes_used"].item() == 0.125 and one["perplexity"].item() == pytest.approx(1)
