@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 import checkpoint
 from data import DATASETS
+from data.images import list_images, read_image
+from data.synthetic import as_channels
 from losses import LOSSES
 from losses.calculator import LossCalculator
 from losses.lpips import LPIPS
@@ -266,6 +268,34 @@ class ModelVQGAN(ModelPlain):
         _, restored, _, indices = network.eval()(padded)
         network.train(training)
         return restored[..., :height, :width].clamp(-1, 1), as_levels(indices)
+
+    def results(self, source: str, truth: str | None, wanted: Callable[[str], bool]) -> Iterator[Any]:
+        """Reconstructions of pictures at their own sizes, NAME.png, and their codes, NAME.npz; see `ModelBase`."""
+        if truth:
+            raise ValueError("--truth: a reconstruction is compared with its input; leave it out")
+        root = source if os.path.isdir(source) else os.path.dirname(source)
+        found = list_images(source)
+        paths = {os.path.splitext(os.path.relpath(path, root))[0]: path for path in found}
+        if len(paths) < len(found):
+            raise ValueError(f"{source}: two pictures differ in nothing but the ending of their names; rename one")
+        yield 2 * len(paths)
+        for name, path in paths.items():
+            if wanted(f"{name}.png") or wanted(f"{name}.npz"):
+                picture = as_channels(read_image(path), self.opt["n_channels"]).to(self.device)
+                self.images = picture[None].float() / 127.5 - 1
+                self.test()
+                yield f"{name}.png", (self.restored[0] + 1) / 2, self.metrics()
+                yield f"{name}.npz", self.codes(), None
+
+    def codes(self) -> dict[str, Tensor]:
+        """The indices of the picture tested last, (h,w) each: "codes", or "codes_0", ... of several codebooks."""
+        factor = self.get_bare_model(self.netG).factor
+        height, width = (-(-side // factor) * factor for side in self.images.shape[-2:])
+        shaped = []
+        for index in self.indices:
+            step = round(math.sqrt(height * width / index.numel()))
+            shaped.append(index.reshape(height // step, width // step).cpu())
+        return {"codes": shaped[0]} if len(shaped) == 1 else {f"codes_{i}": index for i, index in enumerate(shaped)}
 
     def test(self) -> None:
         self.restored, self.indices = self.reconstruct(self.images)

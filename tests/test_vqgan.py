@@ -6,6 +6,7 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -344,3 +345,42 @@ def test_the_shipped_options_build(name, kind):
     model = ModelVQGAN(opt)
     assert notices == [] and isinstance(model.netG, kind) and model.lpips is None
     assert len(options.build(DATASETS, opt["datasets"]["train"], "dataset_type")) == 512
+
+
+# ---------------------------------------------------------------- use
+
+
+@pytest.mark.parametrize("net, levels", [("emavq", 1), ("vqvae2", 2)])
+def test_pictures_of_ones_own_leave_reconstructions_and_codes(tmp_path, net, levels):
+    path = write_json(tmp_path / "run.json", tree(tmp_path, net=net, train={"total_iter": 2}))
+    assert run("-opt", path) == 0
+    for name, size in (("a.jpg", (21, 30)), ("deep/b.jpg", (16, 16))):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jpeg(torch.randint(0, 255, (3, *size), dtype=torch.uint8), str(tmp_path / "in" / name))
+    words = ("-opt", path, "--test", "--input", tmp_path / "in", "--output", tmp_path / "out")
+    assert run(*words) == 0
+    assert read_image(str(tmp_path / "out/a.png")).shape == (3, 21, 30)
+    assert {"a.png", "a.npz", "deep", "made_by.json", "metrics.csv"} == set(os.listdir(tmp_path / "out"))
+    codes = np.load(tmp_path / "out/a.npz")
+    assert len(codes.files) == levels and all(codes[key].ndim == 2 and codes[key].max() < 8 for key in codes.files)
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in ("a.png", "deep/b.png", "deep/b.npz")}
+    (tmp_path / "out/deep/b.npz").unlink()
+    assert run(*words) == 0
+    assert before == {name: (tmp_path / "out" / name).read_bytes() for name in before}
+    for wrong, complaint in (("none", "is neither a folder of pictures nor"), ("run.json", "is neither a folder")):
+        with pytest.raises(options.OptionError, match=complaint):
+            run("-opt", path, "--test", "--input", tmp_path / wrong, "--output", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_codes_decode_to_the_reconstruction(tmp_path):
+    model = built(tmp_path)
+    images = torch.rand(1, 3, 16, 20) * 2 - 1
+    model.images = images
+    model.test()
+    codes = model.codes()["codes"]
+    network = model.netE.eval()
+    with torch.no_grad():
+        decoded = network.decode_code(codes[None], (1, *codes.shape, 4)) if codes.ndim == 1 else \
+            network.decode_code(codes.flatten(), (1, *codes.shape, 4))
+    torch.testing.assert_close(decoded.clamp(-1, 1)[..., :16, :20], model.restored)
