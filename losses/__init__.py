@@ -14,4 +14,8 @@ LOSSES = {
     "cosine_ssm": "losses.energy:CosineSSMLoss",
     "structural": "losses.stroke:StructuralPretrainLoss",
     "dense": "losses.stroke:DenseLoss",
+    "tanimoto": "losses.tanimoto:TanimotoLoss",
+    "tanimoto_pooled": "losses.tanimoto:PooledTanimotoLoss",
+    "dice": "losses.tanimoto:DiceLoss",
+    "bce": "losses.tanimoto:CrossEntropyLoss",
 }
