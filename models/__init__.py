@@ -17,6 +17,7 @@ MODELS = {
     "VqVae": "models.model_vqgan:ModelVQGAN",
     "vqvae2": "models.model_vqgan:ModelVQGAN",
     "VQVAE2": "models.model_vqgan:ModelVQGAN",
+    "segmentation": "models.model_segmentation:ModelSegmentation",
 }
 
 NETWORKS = {
@@ -40,4 +41,5 @@ NETWORKS = {
     "nlayer_discriminator": "models.network_discriminator:NLayerDiscriminator",
     "lgt": "models.network_lgt:LGTUNet",
     "LGTUNet": "models.network_lgt:LGTUNet",
+    "resuneta": "models.network_resuneta:ResUNetA",
 }
