@@ -19,4 +19,6 @@ DATASETS = {
     "StyleDataset": "data.styles:StyleDataset",
     "StyleTestDataset": "data.styles:StyleTestDataset",
     "StrokeDataset": "data.strokes:StrokeDataset",
+    "MaskTrainDataset": "data.masks:MaskTrainDataset",
+    "MaskTestDataset": "data.masks:MaskTestDataset",
 }

@@ -1,0 +1,326 @@
+"""Images and masks paired by stem: split by seed, resized, turned and lit at random for training.
+
+Source: what users of mischiefliao/ResUNeta-Torch know (its options, augmentation and resizing). Different here: an
+image without its mask is an error that lists all of them; the split is drawn, not the sorted end; values that no class
+has are an error; every draw comes from `sample_rng(seed, epoch, index)`.
+Legend: H W pixels, S = image_size, K classes. An image in memory is (3,H,W) uint8 RGB, a mask (H,W) uint8 class ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as T
+
+from data.frames import EXTENSIONS, read_frame, size_of
+from data.sampler import Key, sample_rng
+from data.synthetic_masks import SyntheticMaskDataset
+from data.video import split_key
+from options import check, schema_of
+
+MIN_SIDE = 8  # pixels; what is smaller shows nothing that could be told apart
+LISTED = 10  # names in a message
+
+
+class MaskDataset(Dataset):
+    """What training and validation share; a subclass says which part of the split it is, and what it draws.
+
+    Args:
+        image_path: folder of images (PNG, JPEG); None draws fields and buildings instead.
+        gt_path: folder of masks, each with the stem of its image.
+        generated: what is drawn then, e.g. {"num_images": 256}: arguments of `SyntheticMaskDataset`.
+        image_size: S; images and masks are resized to S x S pixels.
+        num_classes: K, the values of masks being 0..K-1; 1 or 2 also take 0 and 255.
+        ignore_index: value of pixels that do not count; 255 then is no foreground. None: all count.
+        mask_threshold: of masks with soft edges: what is above, in 0..254, is class 1. None: other values are errors.
+        validation_split: share of the images that is kept for validation, chosen by the seed and their names, so that
+            a later image moves hardly any other. 0: all train. 1: all validate, as of a folder of their own.
+        skip_unmatched: leave out images without mask and masks without image, which otherwise are an error.
+        multitask: add maps of boundary and distance, which the conditioned head is taught.
+        seed: of the split, and with epoch and index of all draws.
+    Raises:
+        FileNotFoundError, ValueError: of one line, at the start wherever names or the first pair tell.
+    """
+
+    validates = False
+    first_image = 0  # of those drawn
+
+    def __init__(self, *, image_path: str | None = None, gt_path: str | None = None, generated: dict | None = None,
+                 image_size: int = 256, num_classes: int = 2, ignore_index: int | None = None,
+                 mask_threshold: int | None = None, validation_split: float = 0.2, skip_unmatched: bool = False,
+                 multitask: bool = False, seed: int = 0):
+        if image_size < MIN_SIDE or not 1 <= num_classes <= 255 or not 0 <= validation_split <= 1:
+            raise ValueError(f"image_size {image_size} must be >= {MIN_SIDE}, num_classes {num_classes} in 1..255, "
+                             f"validation_split {validation_split} in 0..1")
+        if ignore_index is not None and not max(2, num_classes) <= ignore_index <= 255:
+            raise ValueError(f"ignore_index {ignore_index} must be in {max(2, num_classes)}..255: a value that no "
+                             "class has")
+        if mask_threshold is not None and (num_classes > 2 or not 0 <= mask_threshold <= 254):
+            raise ValueError(f"mask_threshold {mask_threshold} must be in 0..254, and num_classes 1 or 2, not "
+                             f"{num_classes}")
+        if (image_path is None) != (gt_path is None):
+            missing, given = ("gt_path", image_path) if gt_path is None else ("image_path", gt_path)
+            raise ValueError(f"{missing} is missing, though {given} is given; name the folder that belongs to it")
+        self.size, self.num_classes, self.seed = image_size, num_classes, seed
+        self.ignore_index, self.threshold, self.multitask = ignore_index, mask_threshold, multitask
+        self.drawn = None
+        if image_path is None:
+            usual = {"image_size": image_size, "num_classes": num_classes, "first_image": self.first_image,
+                     "seed": seed}
+            wanted = check(generated or {}, schema_of(SyntheticMaskDataset), "generated", lambda _: "drawn images", [])
+            self.drawn = SyntheticMaskDataset(**usual | wanted)
+            return
+        pairs = paired(Path(image_path), Path(gt_path), skip_unmatched)
+        kept = chosen(pairs, validation_split, seed)
+        self.pairs = [pair for stem, pair in pairs.items() if (stem in kept) == self.validates]
+        if not self.pairs:
+            part, way = ("validation", "raise") if self.validates else ("training", "lower")
+            raise ValueError(f"validation_split {validation_split} leaves none of the {len(pairs)} images of "
+                             f"{image_path} for {part}; {way} it, or give more images")
+        self.read(0)  # a wrong size or value shows now, not in mid-epoch
+
+    def __len__(self) -> int:
+        return len(self.drawn or self.pairs)
+
+    def read(self, index: int) -> tuple[Tensor, Tensor, str]:
+        """Image (3,S,S), mask (S,S) of class ids, and stem, as they are but for their size."""
+        if self.drawn:
+            image, mask, stem = self.drawn[index]
+        else:
+            (image_file, mask_file), stem = self.pairs[index], self.pairs[index][0].stem
+            image = read_image(image_file)
+            mask = read_mask(mask_file, self.num_classes, self.ignore_index, self.threshold)
+            if image.shape[1:] != mask.shape:
+                raise ValueError(f"{mask_file}: the mask is {size_of(mask)}, its image {image_file} {size_of(image)}; "
+                                 "they must be equal")
+        side = [self.size, self.size]
+        return T.resize(image, side, antialias=True), T.resize(mask[None], side, InterpolationMode.NEAREST)[0], stem
+
+    def item(self, image: Tensor, mask: Tensor, stem: str) -> dict[str, Tensor | str]:
+        found = {"L": image.float() / 255, "H": mask.long(), "key": stem, "folder": stem}
+        return found | tasks_of(mask.numpy(), self.num_classes) if self.multitask else found
+
+
+class MaskTrainDataset(MaskDataset):
+    """The images that train, turned, mirrored and lit at random.
+
+    Item `(epoch, index)` -> {"L": (3,S,S) float32 RGB in [0,1], "H": (S,S) int64 class ids, "key", "folder": stem,
+    "epoch", "num_samples"}, with multitask also {"boundary", "distance": (K,S,S) float32 in [0,1]}.
+
+    Args: as `MaskDataset`, and
+        use_hflip, use_vflip, use_rot90: each with probability 1/2.
+        brightness, contrast: most that these change, as a share; with probability 0.2.
+        max_angle: most that an image is turned about a point drawn at random, in degrees, with a zoom of up to 1.25 in
+            or out and what comes in from outside reflected, as in the paper; 0: not.
+    """
+
+    def __init__(self, *, image_path: str | None = None, gt_path: str | None = None, generated: dict | None = None,
+                 image_size: int = 256, num_classes: int = 2, ignore_index: int | None = None,
+                 mask_threshold: int | None = None, validation_split: float = 0.2, skip_unmatched: bool = False,
+                 multitask: bool = False, use_hflip: bool = True, use_vflip: bool = True, use_rot90: bool = True,
+                 brightness: float = 0.2, contrast: float = 0.2, max_angle: float = 0.0, seed: int = 0):
+        super().__init__(image_path=image_path, gt_path=gt_path, generated=generated, image_size=image_size,
+                         num_classes=num_classes, ignore_index=ignore_index, mask_threshold=mask_threshold,
+                         validation_split=validation_split, skip_unmatched=skip_unmatched, multitask=multitask,
+                         seed=seed)
+        if not (0 <= brightness < 1 and 0 <= contrast < 1 and 0 <= max_angle <= 180):
+            raise ValueError(f"brightness {brightness} and contrast {contrast} must be in 0..1, max_angle {max_angle} "
+                             "in 0..180")
+        self.turns = [turn for turn, wanted in ((T.horizontal_flip, use_hflip), (T.vertical_flip, use_vflip),
+                                                (rotate90, use_rot90)) if wanted]
+        self.lights = [(T.adjust_brightness, brightness), (T.adjust_contrast, contrast)]
+        self.max_angle = max_angle
+
+    def __getitem__(self, key: Key | int) -> dict[str, Tensor | str | int]:
+        epoch, index = split_key(key, len(self))
+        rng = sample_rng(self.seed, epoch, index)
+        image, mask, stem = self.read(index)
+        for turn in self.turns:
+            if rng.random() < 0.5:
+                image, mask = turn(image), turn(mask)
+        if self.max_angle:
+            image, mask = rotated(image, mask, rng, self.max_angle)
+        for light, most in self.lights:
+            if rng.random() < 0.2:
+                image = light(image, 1 + float(rng.uniform(-most, most)))
+        return {**self.item(image, mask, stem), "epoch": epoch, "num_samples": len(self)}
+
+
+class MaskTestDataset(MaskDataset):
+    """The images kept for validation, in order of name, nothing drawn at random.
+
+    Item -> as of `MaskTrainDataset`, without "epoch" and "num_samples". Args: as `MaskDataset`.
+    """
+
+    validates, first_image = True, 100_000
+
+    def __getitem__(self, key: Key | int) -> dict[str, Tensor | str]:
+        return self.item(*self.read(split_key(key, len(self))[1]))
+
+
+class ImageFolderDataset(Dataset):
+    """Images of any size, without masks, to be segmented.
+
+    Item -> {"L": (3,H,W) float32 RGB in [0,1], "folder": stem, "lq_path": file name}.
+
+    Args: input: folder of images, or one image. Raises: FileNotFoundError, ValueError, one line.
+    """
+
+    def __init__(self, input: str):
+        path = Path(input)
+        self.files = [path] if path.is_file() else list(by_stem(path, "input").values())
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: Key | int) -> dict[str, Tensor | str]:
+        path = self.files[split_key(key, len(self))[1]]
+        return {"L": read_image(path).float() / 255, "folder": path.stem, "lq_path": str(path)}
+
+
+# ---------------------------------------------------------------- which files
+
+
+def by_stem(folder: Path, name: str) -> dict[str, Path]:
+    """The images of a folder by stem, in order. Raises FileNotFoundError, ValueError."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{name}: {folder} is no folder; give one of {', '.join(EXTENSIONS)} files")
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
+            if path.stem in files:
+                raise ValueError(f"{name}: {folder} has both {files[path.stem].name} and {path.name}; keep one of them")
+            files[path.stem] = path
+    if not files:
+        raise FileNotFoundError(f"{name}: {folder} holds no {', '.join(EXTENSIONS)} file")
+    return files
+
+
+def paired(image_path: Path, gt_path: Path, skip_unmatched: bool) -> dict[str, tuple[Path, Path]]:
+    """Image and mask by stem, in order. Raises ValueError that lists what has no partner."""
+    images, masks = by_stem(image_path, "image_path"), by_stem(gt_path, "gt_path")
+    alone = {"without a mask": [p.name for stem, p in images.items() if stem not in masks],
+             "without an image": [p.name for stem, p in masks.items() if stem not in images]}
+    if any(alone.values()) and not skip_unmatched:
+        said = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in alone.items() if names)
+        raise ValueError(f"{image_path} and {gt_path} do not match: {said}. Each image needs a mask of the same stem; "
+                         "skip_unmatched leaves the others out")
+    both = {stem: (path, masks[stem]) for stem, path in images.items() if stem in masks}
+    if not both:
+        raise ValueError(f"{image_path} and {gt_path}: no image has a mask of the same stem")
+    return both
+
+
+def chosen(stems: Iterable[str], share: float, seed: int) -> set[str]:
+    """The stems kept for validation: those whose hashes are the smallest, so that the order of files has no say."""
+    ranked = sorted(stems, key=lambda stem: hashlib.sha256(f"{seed}/{stem}".encode()).digest())
+    return set(ranked[: round(share * len(ranked))])
+
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
+# ---------------------------------------------------------------- what is in them
+
+
+def read_image(path: Path) -> Tensor:
+    """(3,H,W) uint8. Raises ValueError, FileNotFoundError."""
+    image = read_frame(str(path))
+    if min(image.shape[-2:]) < MIN_SIDE:
+        raise ValueError(f"{path}: {size_of(image)} is too small; at least {MIN_SIDE} pixels a side are needed")
+    return image
+
+
+def read_mask(path: Path, num_classes: int, ignore_index: int | None = None, threshold: int | None = None) -> Tensor:
+    """(H,W) uint8 class ids. Raises ValueError that lists values which no class has."""
+    try:
+        planes = decode_image(read_file(str(path)), ImageReadMode.UNCHANGED)
+    except RuntimeError:
+        raise ValueError(f"{path}: not a readable image; a PNG or JPEG file is needed") from None
+    planes = planes[:-1] if len(planes) in (2, 4) else planes  # without transparency
+    if planes.dtype != torch.uint8 or not (planes == planes[:1]).all():
+        raise ValueError(f"{path}: a mask in colour or of more than 8 bits; save it as grey levels that are class ids"
+                         + (" or 0 and 255" if num_classes <= 2 else ""))
+    mask = planes[0]
+    if threshold is not None:
+        ones = (mask > threshold).to(torch.uint8)
+        return ones if ignore_index is None else torch.where(mask == ignore_index, mask, ones)
+    valid = {*range(max(2, num_classes)), *([] if ignore_index is None else [ignore_index])}
+    values = set(mask.unique().tolist())
+    if values <= valid:
+        return mask
+    if num_classes <= 2 and values <= {0, 255} | valid - {1}:
+        return torch.where(mask == 255, 1, mask).to(torch.uint8)
+    binary = num_classes <= 2
+    wrong = [str(value) for value in sorted(values - valid) if value != 255 or not binary] or ["1 beside 255"]
+    right = f"0..{max(2, num_classes) - 1}" + (" or 0 and 255" if binary else "")
+    hint = "; mask_threshold takes soft edges" if binary else ""
+    raise ValueError(f"{path}: mask values {some(wrong)} are out of range; num_classes {num_classes} takes {right}, "
+                     f"and ignore_index {ignore_index}{hint}")
+
+
+# ---------------------------------------------------------------- augmentation
+
+
+def rotate90(x: Tensor) -> Tensor:
+    return x.rot90(1, (-2, -1))
+
+
+def rotated(image: Tensor, mask: Tensor, rng: np.random.Generator, max_angle: float) -> tuple[Tensor, Tensor]:
+    """Both turned and zoomed about the same point; what lies outside is their reflection."""
+    size = image.shape[-1]
+    angle, zoom = float(rng.uniform(-max_angle, max_angle)), float(1.25 ** rng.uniform(-1, 1))
+    centre = [float(c) for c in rng.uniform(0.25, 0.75, 2) * size + size // 2]
+    out = []
+    for x, how in ((image, InterpolationMode.BILINEAR), (mask[None], InterpolationMode.NEAREST)):
+        wide = T.pad(x, [size // 2] * 4, padding_mode="reflect")
+        wide = T.affine(wide, angle, [0, 0], zoom, [0, 0], interpolation=how, center=centre)
+        out.append(T.center_crop(wide, [size, size]))
+    return out[0], out[1][0]
+
+
+# ---------------------------------------------------------------- what the conditioned head is taught
+
+
+def tasks_of(mask: np.ndarray, num_classes: int) -> dict[str, Tensor]:
+    """Boundary and distance of each class, (K,H,W) float32 in [0,1].
+
+    Source: the authors' targets; where they use OpenCV's Canny detector and a dilation, a boundary is here every pixel
+    with a neighbour, in a 3x3 cross, on the other side.
+    """
+    ids = range(num_classes) if num_classes > 1 else (1,)
+    layers = np.stack([mask == c for c in ids])
+    return {"boundary": torch.from_numpy(np.stack([boundary(layer) for layer in layers])),
+            "distance": torch.from_numpy(np.stack([distance(layer) for layer in layers]))}
+
+
+def boundary(inside: np.ndarray) -> np.ndarray:
+    edge = np.zeros(inside.shape, np.float32)
+    down, right = inside[1:] != inside[:-1], inside[:, 1:] != inside[:, :-1]
+    for part, differs in ((edge[1:], down), (edge[:-1], down), (edge[:, 1:], right), (edge[:, :-1], right)):
+        part[differs] = 1
+    return edge
+
+
+def distance(inside: np.ndarray) -> np.ndarray:
+    """Euclidean distance to the nearest pixel outside, divided by the largest; all 0 or all 1 where there is no edge.
+
+    Source: Felzenszwalb and Huttenlocher 2012: one axis after the other; here by trying every offset.
+    """
+    if inside.all() or not inside.any():
+        return inside.astype(np.float32)
+    squared = np.where(inside, np.float32(1e9), np.float32(0))
+    for _ in range(2):  # columns, then rows
+        offsets = np.arange(len(squared), dtype=np.float32)
+        squared = np.stack([(squared + np.square(offsets - i)[:, None]).min(0) for i in range(len(squared))]).T
+    found = np.sqrt(squared)
+    return found / found.max()

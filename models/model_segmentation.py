@@ -1,0 +1,276 @@
+"""Segmentation: class ids of every pixel, scored by counts that are summed before they are divided.
+
+Source: Diakogiannis et al. 2020, arXiv:1904.00592; the histories and their names are those that users of
+mischiefliao/ResUNeta-Torch find in their checkpoints.
+Legend: B batch, K classes, C channels that the network returns, H W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from losses import LOSSES
+from losses.tanimoto import activate
+from metrics import confusion, segmentation_metrics
+from models import NETWORKS
+from models.model_plain import ModelPlain
+from options import Section, build
+
+HISTORIES = ("train_losses", "train_metrics_history", "val_losses", "val_metrics_history")
+COUNTS = ("tp", "fp", "fn")  # the columns of metrics.confusion
+PALETTE = ((0, 0, 0), (1, 1, 1), (0.9, 0.3, 0.2), (0.2, 0.5, 0.9), (0.3, 0.7, 0.3), (0.95, 0.8, 0.2), (0.6, 0.3, 0.7))
+IGNORED = (0.5, 0.5, 0.5)
+
+
+class ModelSegmentation(ModelPlain):
+    """`degraded` (B,3,H,W) images, `target` (B,H,W) class ids, `restored` (B,C,H,W) logits.
+
+    With `netG.multitask`, `target` is (B,2K+4,H,W): ids, boundary, distance, and the image's hue, saturation, value.
+    """
+
+    @dataclass
+    class TrainOptions(ModelPlain.TrainOptions):
+        G_lossfn_type: Literal["tanimoto", "tanimoto_pooled", "dice", "bce"] = "tanimoto"
+        loss_complement: bool = True  # of both Tanimoto losses
+        loss_alpha: float = 0.5  # of tanimoto_pooled: the share of the foreground
+
+    @dataclass
+    class ValOptions(ModelPlain.ValOptions):
+        tile: int = 0  # prediction: side of tiles in pixels; 0: the image is resized to image_size, as in training
+        tile_overlap: int = 64  # pixels that neighbouring tiles share, where one fades into the other
+
+    best_metric = "loss", "min"
+
+    def __init__(self, opt: Mapping[str, Any]):
+        self.data = {"image_size": 256, "num_classes": 2, "ignore_index": None, **opt["datasets"]["train"]}
+        self.num_classes, self.ignore_index = self.data["num_classes"], self.data["ignore_index"]
+        self.multitask = opt["netG"].get("multitask", False)
+        super().__init__(opt)
+        for name, section in opt["datasets"].items():
+            for key, wanted in (("num_classes", self.num_classes), ("ignore_index", self.ignore_index)):
+                if section.get(key, wanted) != wanted:
+                    raise ValueError(f"{opt['opt_path']}: datasets.{name}.{key}: {section[key]} must be that of "
+                                     f"datasets.train, {wanted}")
+            if self.multitask and not section.get("multitask"):
+                raise ValueError(f"{opt['opt_path']}: datasets.{name}.multitask must be true where netG.multitask is")
+        v = opt["val"]
+        if v["tile"] and not 0 <= v["tile_overlap"] < v["tile"]:
+            raise ValueError(f"{opt['opt_path']}: val.tile_overlap {v['tile_overlap']} must be below val.tile "
+                             f"{v['tile']}")
+        self.history: dict[str, list] = {name: [] for name in HISTORIES}
+        self.validated: list[str] = []  # stems of the validation set, for the record
+        self.shown: list[str] = []  # of those tested since the last summary
+        self.begin_epoch(0, 0)
+
+    def define_network(self, label: str) -> nn.Module:
+        """The network for the data's classes and size, unless its section says otherwise."""
+        section = self.opt[f"net{label}"]
+        if section.get("num_classes", self.num_classes) != self.num_classes:
+            raise ValueError(f"{self.opt['opt_path']}: netG.num_classes {section['num_classes']} must be that of "
+                             f"datasets.train, {self.num_classes}")
+        size = section.get("image_size", self.data["image_size"])
+        return build(NETWORKS, section, "net_type", num_classes=self.num_classes, image_size=size).to(self.device)
+
+    def define_loss(self) -> None:
+        t = self.opt_train
+        section = Section(G_lossfn_type=t["G_lossfn_type"])
+        section.where = f"{self.opt['opt_path']}: train"
+        self.criterion = build(LOSSES, section, "G_lossfn_type", complement=t["loss_complement"], alpha=t["loss_alpha"])
+        self.G_lossfn = self.loss_and_counts
+
+    def init_train(self, parts: Mapping[str, Any] | None = None, source: str = "checkpoint") -> list[str]:
+        reports = super().init_train(parts, source)
+        absent = [name for name in HISTORIES if parts and name not in parts.get("state", {})]
+        if absent:
+            reports.append(f"{source}: holds no {', '.join(absent)}; they begin anew")
+        return reports
+
+    # ------------------------------------------------ training
+
+    def feed_data(self, data: Mapping[str, Any], need_H: bool = True) -> None:
+        """Take a batch: `L` (B,3,H,W) in [0,1], `H` (B,H,W) class ids; a training batch says its `epoch`, too."""
+        super().feed_data(data, need_H)
+        self.names = data["folder"]
+        if self.multitask and self.target is not None:
+            maps = [data[name].to(self.device, non_blocking=True) for name in ("boundary", "distance")]
+            self.target = torch.cat([self.target[:, None].float(), *maps, hsv(self.degraded)], dim=1)
+        if "epoch" in data:
+            place = int(data["epoch"][0]), int(data["num_samples"][0])
+            if place != self.epoch["place"]:
+                self.begin_epoch(*place)
+
+    def begin_epoch(self, epoch: int, num_samples: int) -> None:
+        """Counts of a new epoch; they stay on the device until it ends."""
+        self.epoch = {"place": (epoch, num_samples), "seen": 0,
+                      "loss": torch.zeros((), dtype=torch.float64, device=self.device),
+                      "counts": torch.zeros(max(2, self.num_classes), 3, dtype=torch.int64, device=self.device)}
+
+    def optimize_parameters(self, current_step: int) -> None:
+        self.counts, skipped = [], self.skipped
+        super().optimize_parameters(current_step)
+        if self.skipped == skipped:
+            self.epoch["loss"] += self.log_dict["G_loss"].double() * len(self.degraded)
+            self.epoch["counts"] += sum(self.counts)
+        self.epoch["seen"] += len(self.degraded)
+        if self.epoch["seen"] + self.opt["datasets"]["train"]["dataloader_batch_size"] > self.epoch["place"][1]:
+            self.end_epoch()
+
+    def end_epoch(self) -> None:
+        """The epoch's means join the history; the device is waited for once."""
+        self.history["train_losses"].append(float(self.epoch["loss"]) / self.epoch["seen"])
+        self.history["train_metrics_history"].append(segmentation_metrics(self.epoch["counts"]))
+        self.begin_epoch(self.epoch["place"][0] + 1, self.epoch["place"][1])
+
+    def loss_and_counts(self, restored: Tensor, target: Tensor) -> Tensor:
+        self.counts.append(self.confusion(restored.detach(), target))
+        return self.loss(restored, target)
+
+    def loss(self, restored: Tensor, target: Tensor) -> Tensor:
+        """The criterion; of several tasks the mean of theirs."""
+        k, ids = self.num_classes, self.ids(target).unsqueeze(1)  # (B,1,H,W)
+        valid = None if self.ignore_index is None else (ids != self.ignore_index).float()
+        classes = torch.arange(max(2, k), device=ids.device)[-k:]  # of one class: the foreground
+        losses = [self.criterion(restored[:, :k], (ids == classes.view(-1, 1, 1)).float(), valid)]
+        if self.multitask:
+            parts = zip(restored[:, k:].split([k, k, 3], 1), target[:, 1:].split([k, k, 3], 1),
+                        ("sigmoid", None, "sigmoid"))
+            losses += [self.criterion(logits, soft, valid, how) for logits, soft, how in parts]
+        return sum(losses) / len(losses)
+
+    def ids(self, target: Tensor) -> Tensor:
+        """(B,H,W) class ids."""
+        return target[:, 0].long() if self.multitask else target
+
+    def classes(self, restored: Tensor) -> Tensor:
+        """Logits (B,C,H,W), or probabilities where there are several classes -> (B,H,W) class ids."""
+        logits = restored[:, : self.num_classes]
+        return (logits[:, 0] > 0).long() if self.num_classes == 1 else logits.argmax(1)
+
+    def confusion(self, restored: Tensor, target: Tensor) -> Tensor:
+        return confusion(self.classes(restored), self.ids(target), max(2, self.num_classes), self.ignore_index)
+
+    # ------------------------------------------------ testing
+
+    def metrics(self) -> dict[str, float]:
+        """Of one image: its loss, and the counts that `summarize` adds up, as `tp_<class>` and so on."""
+        counts = self.confusion(self.restored, self.target).tolist()
+        self.shown.append(self.names[0])
+        row = {"loss": float(self.loss(self.restored.float(), self.target))}
+        return row | {f"{kind}_{c}": float(n) for c, row in enumerate(counts) for kind, n in zip(COUNTS, row)}
+
+    def summarize(self, name: str, rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Metrics of a whole test set from those of its images; the set called "test" makes the history."""
+        counts = torch.tensor([[sum(row[f"{kind}_{c}"] for row in rows) for kind in COUNTS]
+                               for c in range(max(2, self.num_classes))])
+        loss, scores = sum(row["loss"] for row in rows) / len(rows), segmentation_metrics(counts)
+        if name == "test":
+            self.history["val_losses"].append(loss)
+            self.history["val_metrics_history"].append(scores)
+            self.validated = self.shown[-len(rows):]
+        self.shown.clear()
+        return {"loss": loss, **scores}
+
+    def pictures(self) -> list[Tensor]:
+        """Image | truth | prediction."""
+        ids = self.ids(self.target)[0]
+        return [self.degraded[0], self.colours(ids), self.colours(self.classes(self.restored)[0])]
+
+    def colours(self, ids: Tensor) -> Tensor:
+        """(H,W) class ids -> (3,H,W) in [0,1]; what does not count is grey."""
+        palette = torch.tensor(PALETTE, device=ids.device)
+        shown = palette[ids % len(PALETTE)]
+        if self.ignore_index is not None:
+            shown[ids == self.ignore_index] = torch.tensor(IGNORED, device=ids.device)
+        return shown.movedim(-1, 0)
+
+    # ------------------------------------------------ prediction
+
+    @torch.no_grad()
+    def predict(self, image: Tensor) -> Tensor:
+        """Class ids (H,W) of an image (3,H,W) in [0,1] of any size, as `val.tile` says."""
+        network = self.netE if self.netE is not None else self.netG
+        network.eval()
+        tile, overlap = self.opt["val"]["tile"], self.opt["val"]["tile_overlap"]
+        image = image[None].to(self.device)
+        if tile:
+            p = blended(lambda x: self.probabilities(network, x), image, tile, overlap)
+        else:
+            side = [self.data["image_size"]] * 2
+            small = F.interpolate(image, side, mode="bilinear", antialias=True, align_corners=False)
+            p = F.interpolate(self.probabilities(network, small), image.shape[-2:], mode="bilinear",
+                              align_corners=False)
+        return (p[0, 0] > 0.5).long() if self.num_classes == 1 else p[0].argmax(0)
+
+    def probabilities(self, network: nn.Module, image: Tensor) -> Tensor:
+        return activate(network(image)[:, : self.num_classes].float())
+
+    def overlay(self, image: Tensor, ids: Tensor) -> Tensor:
+        """The image with what was found in colour: (3,H,W) in [0,1]."""
+        found = (ids > 0).to(image.device)
+        shades = torch.tensor([(0, 0, 0), *PALETTE[2:]], device=image.device)
+        colour = shades[ids.to(image.device) % len(shades)].movedim(-1, 0)
+        return torch.where(found, 0.5 * image + 0.5 * colour, image)
+
+    # ------------------------------------------------ state
+
+    def extra_state(self, finished: int) -> dict[str, Any]:
+        losses = [loss for loss in self.history["val_losses"] if math.isfinite(loss)]
+        return {**super().extra_state(finished), **{name: list(rows) for name, rows in self.history.items()},
+                "best_loss": min(losses, default=None), "validation_names": self.validated,
+                "current_epoch": {**self.epoch, "place": list(self.epoch["place"])}}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        super().load_extra_state(state)
+        self.history = {name: list(state.get(name, [])) for name in HISTORIES}
+        self.validated = list(state.get("validation_names", []))
+        if now := state.get("current_epoch"):
+            self.epoch = {"place": tuple(now["place"]), "seen": now["seen"],
+                          **{name: now[name].to(self.device).clone() for name in ("loss", "counts")}}
+
+
+def blended(predict, image: Tensor, tile: int, overlap: int) -> Tensor:
+    """`predict` of square tiles put together, each weighted by a ramp that falls towards its edges.
+
+    Args: predict: (1,3,h,w) -> (1,K,h,w). image: (1,3,H,W). tile, overlap: pixels.
+    Returns: (1,K,H,W)
+    """
+    height, width = image.shape[-2:]
+    total, weight = None, image.new_zeros(height, width)
+    for top in starts(height, tile, overlap):
+        for left in starts(width, tile, overlap):
+            rows, columns = slice(top, top + tile), slice(left, left + tile)
+            part = predict(image[..., rows, columns])
+            ramp = torch.outer(*(fade(n, overlap).to(image) for n in part.shape[-2:]))
+            total = part.new_zeros(*part.shape[:2], height, width) if total is None else total
+            total[..., rows, columns] += part * ramp
+            weight[rows, columns] += ramp
+    return total / weight
+
+
+def starts(length: int, size: int, overlap: int) -> list[int]:
+    """Where tiles begin so that they cover `length`; the last one ends with it."""
+    return [0] if length <= size else [*range(0, length - size, size - overlap), length - size]
+
+
+def fade(length: int, overlap: int) -> Tensor:
+    """1 inside, falling over `overlap` pixels towards both ends, never 0."""
+    from_edge = torch.minimum(torch.arange(1, length + 1), torch.arange(length, 0, -1))
+    return (from_edge / (overlap + 1)).clamp(max=1)
+
+
+def hsv(image: Tensor) -> Tensor:
+    """RGB -> hue, saturation, value, (B,3,H,W), all in [0,1]."""
+    r, g, b = image.unbind(1)
+    value, low = image.amax(1), image.amin(1)
+    chroma = value - low
+    by = torch.where(chroma > 0, chroma, 1)
+    hue = torch.where(value == r, (g - b) / by % 6, torch.where(value == g, (b - r) / by + 2, (r - g) / by + 4)) / 6
+    saturation = chroma / torch.where(value > 0, value, 1)
+    return torch.stack([torch.where(chroma > 0, hue, 0), saturation, value], dim=1)
