@@ -1,0 +1,373 @@
+"""Segmentation: pairs of files, what is drawn at random, counts, and runs that are stopped and gone on with."""
+
+import os
+import signal
+
+import pytest
+import torch
+from torchvision.io import write_jpeg, write_png
+
+import checkpoint
+from data.masks import ImageFolderDataset, MaskTestDataset, MaskTrainDataset, boundary, chosen, distance, read_mask
+from data.synthetic_masks import SyntheticMaskDataset
+from metrics import confusion, segmentation_metrics
+from models.model_segmentation import HISTORIES, ModelSegmentation, blended, hsv
+from options import OptionError
+from tests.conftest import ROOT, write_json
+from tests.test_options import parse
+from tests.test_resume import differing, run
+
+EPOCHS, STEPS = 3, 3  # of each
+
+
+def options_in(folder, name="run", **over):
+    """The default recipe, small: 3 epochs of 3 steps."""
+    drawn = {"image_size": 16, "generated": {"num_images": 7}, **over.pop("data", {})}
+    tree = {"extends": str(ROOT / "options/train_segmentation.json"), "task": name, "path": {"root": str(folder)},
+            "num_threads": 1, "val": {"save_img": False},
+            "datasets": {"train": {**drawn, "dataloader_batch_size": 2},
+                         "test": {**drawn, "generated": {"num_images": 3}}},
+            "netG": {"depth": 2, "width": 4, **over.pop("net", {})},
+            "train": {"total_epochs": EPOCHS, "checkpoint_print": 1, **over.pop("train", {})}, **over}
+    return write_json(folder / f"{name}.json", tree)
+
+
+def pictures_in(folder, sizes=None, values=(0, 255), name="image"):
+    """image_path and gt_path with drawn pictures, stems 0, 1, ... -> flags for them."""
+    drawn = SyntheticMaskDataset(num_images=len(sizes or range(6)), image_size=24)
+    for i, (image, mask, _) in enumerate(drawn):
+        height, width = sizes[i] if sizes else (24, 24)
+        for which, x in (("images", image), ("gt", mask[None] * (values[1] - values[0]) + values[0])):
+            (folder / which).mkdir(exist_ok=True)
+            write_png(x[:, :height, :width].to(torch.uint8), str(folder / which / f"{name}{i}.png"))
+    return {"image_path": str(folder / "images"), "gt_path": str(folder / "gt")}
+
+
+# ---------------------------------------------------------------- exactness
+
+
+def final(folder):
+    found = checkpoint.locate(folder / "models/latest_checkpoint.pth")
+    assert found.iteration == EPOCHS * STEPS
+    return found.load()
+
+
+def stopped(monkeypatch, path, method, count, *arguments, sig=signal.SIGINT):
+    """A run that gets a signal in the count-th call of a method of its model -> its exit code."""
+    real, calls = getattr(ModelSegmentation, method), []
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == count:
+            os.kill(os.getpid(), sig)
+        return real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelSegmentation, method, interrupted)
+        return run("-opt", path, *arguments)
+
+
+KINDS = {"plain": {}, "averaged, in parts": {"train": {"E_decay": 0.9, "accumulate": 2}},
+         "many tasks, ignored pixels": {"net": {"multitask": True}, "data": {"multitask": True, "ignore_index": 255}},
+         "one channel": {"data": {"num_classes": 1}, "train": {"G_lossfn_type": "bce"}},
+         "three classes": {"data": {"num_classes": 3}, "train": {"G_lossfn_type": "tanimoto_pooled"}}}
+PLACES = {"mid-epoch": ("optimize_parameters", 5), "epoch's end": ("optimize_parameters", 3),
+          "validation": ("test", 5), "its end": ("summarize", 2)}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    torch.set_num_threads(1)
+    assert run("-opt", options_in(folder)) == 0
+    return folder / "run"
+
+
+def assert_equal_runs(one, two):
+    a, b = final(one), final(two)
+    assert set(a) == set(b) and differing(a, b) == []
+    for table in ("train", "test"):
+        assert (one / "log" / f"{table}.csv").read_text() == (two / "log" / f"{table}.csv").read_text()
+
+
+@pytest.mark.parametrize("how", ["rerun", "flag"])
+@pytest.mark.parametrize("place", PLACES)
+def test_stopped_and_gone_on_with(tmp_path, monkeypatch, straight, place, how):
+    path, models = options_in(tmp_path), tmp_path / "run/models"
+    assert stopped(monkeypatch, path, *PLACES[place]) == 130
+    left = models / ("interrupted_checkpoint.pth" if place == "mid-epoch" else "latest_checkpoint.pth")
+    assert left.exists() and checkpoint.find_newest(models).iteration == checkpoint.locate(left).iteration
+    assert run("-opt", path, *(["--resume", left] if how == "flag" else [])) == 0
+    assert_equal_runs(straight, tmp_path / "run")
+    assert sorted(os.listdir(models)) == sorted(os.listdir(straight / "models"))
+
+
+@pytest.mark.parametrize("kind", list(KINDS)[1:])
+def test_every_kind_of_step_stopped_and_gone_on_with(tmp_path, monkeypatch, kind):
+    assert run("-opt", options_in(tmp_path, "one", **KINDS[kind])) == 0
+    path = options_in(tmp_path, "two", **KINDS[kind])
+    assert stopped(monkeypatch, path, "optimize_parameters", 5, sig=signal.SIGTERM) == 143
+    assert run("-opt", path) == 0
+    assert_equal_runs(tmp_path / "one", tmp_path / "two")
+
+
+def test_what_a_checkpoint_holds(straight):
+    names = ["best_model.pth", *(f"checkpoint_epoch_{n}.pth" for n in (1, 2, 3)), "latest_checkpoint.pth"]
+    assert sorted(os.listdir(straight / "models")) == names
+    bundle = checkpoint.load_file(straight / "models/latest_checkpoint.pth")
+    assert {"model_state_dict", "optimizer_state_dict", "scheduler_state_dict", *HISTORIES} <= set(bundle)
+    assert bundle["epoch"] == EPOCHS and all(len(bundle[name]) == EPOCHS for name in HISTORIES)
+    assert bundle["best_loss"] == min(bundle["val_losses"]) and len(bundle["validation_names"]) == 3
+    assert set(bundle["train_metrics_history"][0]) == {"iou", "precision", "recall", "f1"}
+    best = checkpoint.locate(straight / "models/best_model.pth").iteration
+    assert best == STEPS * (1 + bundle["val_losses"].index(bundle["best_loss"]))
+    with open(straight / "log/train.csv", newline="") as file:
+        losses = [float(row.split(",")[3]) for row in file.read().splitlines()[1:]]
+    means = [sum(losses[i : i + STEPS]) / STEPS for i in range(0, len(losses), STEPS)]
+    assert bundle["train_losses"] == pytest.approx(means)
+
+
+def test_epochs_are_a_total_and_more_may_follow(tmp_path, straight, capsys):
+    path = options_in(tmp_path)
+    assert run("-opt", path, "--epochs", 2) == 0 == run("-opt", path, "--epochs", 1)
+    assert "nothing left to do" in capsys.readouterr().out
+    assert checkpoint.find_newest(tmp_path / "run/models").iteration == 2 * STEPS
+    assert run("-opt", path, "--epochs", 3) == 0
+    assert len(final(tmp_path / "run")["state"]["val_losses"]) == 3
+
+
+def test_a_checkpoint_without_history_loads_and_says_so(tmp_path, straight, capsys):
+    bundle = checkpoint.load_file(straight / "models/checkpoint_epoch_2.pth")
+    old = {key: bundle[key] for key in ("epoch", "model_state_dict", "optimizer_state_dict")}
+    torch.save(old | {"epoch": 1}, tmp_path / "checkpoint_epoch_1.pth")  # counted from 0, as others do
+    assert run("-opt", options_in(tmp_path), "--resume", tmp_path / "checkpoint_epoch_1.pth") == 0
+    said = capsys.readouterr().out
+    assert "holds no train_losses, train_metrics_history, val_losses" in said and "iteration 6 of 9" in said
+    assert len(final(tmp_path / "run")["state"]["train_losses"]) == 1
+
+
+def test_the_users_flags_alone_choose_the_recipe(tmp_path, monkeypatch):
+    """--model_save_path holds everything, --checkpoint_mode best keeps the latest and the best."""
+    flags = [f"--{key}={value}" for key, value in pictures_in(tmp_path).items()]
+    flags += ["--image_size=16", "--batch_size=2", "--epochs=2", f"--model_save_path={tmp_path / 'checkpoints'}",
+              "--checkpoint_mode=best", "--set", "netG.depth=2", "--set", "netG.width=4"]
+    assert run(*flags) == 0
+    found = set(os.listdir(tmp_path / "checkpoints"))
+    assert {"latest_checkpoint.pth", "best_model.pth", "images", "log", "options"} <= found
+    assert not any(name.startswith("checkpoint_epoch") for name in found)
+    history = checkpoint.load_file(tmp_path / "checkpoints/latest_checkpoint.pth")["val_metrics_history"]
+    assert len(history) == 2
+
+
+# ---------------------------------------------------------------- model
+
+
+def model(tmp_path, **over):
+    opt, _ = parse(options_in(tmp_path, **over))
+    opt["device"] = "cpu"
+    torch.manual_seed(0)
+    made = ModelSegmentation(opt)
+    made.init_train()
+    return made
+
+
+def test_counts_are_summed_before_they_are_divided(tmp_path):
+    made = model(tmp_path)
+    rows = [{"loss": 0.2, "tp_0": 0.0, "fp_0": 0.0, "fn_0": 0.0, "tp_1": tp, "fp_1": fp, "fn_1": fn}
+            for tp, fp, fn in ((1.0, 1.0, 0.0), (8.0, 0.0, 2.0), (0.0, 0.0, 0.0))]
+    found = made.summarize("test", rows)
+    assert found == pytest.approx({"loss": 0.2, "iou": 9 / 12, "precision": 0.9, "recall": 9 / 11, "f1": 18 / 21})
+
+
+def test_pictures_are_image_truth_and_prediction(tmp_path):
+    made = model(tmp_path, data={"num_classes": 3, "ignore_index": 9})
+    image, ids = torch.rand(1, 3, 16, 16), torch.randint(3, (1, 16, 16))
+    ids[0, 0, 0] = 9
+    made.feed_data({"L": image, "H": ids, "folder": ["x"]})
+    made.test()
+    shown, truth, said = made.pictures()
+    assert torch.equal(shown, image[0]) and truth.shape == said.shape == (3, 16, 16)
+    assert truth[:, 0, 0].tolist() == [0.5] * 3 and len(truth.flatten(1).unique(dim=1).T) == 4
+    assert torch.equal(made.colours(made.classes(made.restored)[0]), said)
+
+
+def test_ignored_pixels_teach_nothing(tmp_path):
+    made = model(tmp_path, data={"ignore_index": 255})
+    logits, ids = torch.randn(2, 2, 16, 16, requires_grad=True), torch.randint(2, (2, 16, 16))
+    ids[:, 8:] = 255
+    made.counts = []
+    made.loss_and_counts(logits, ids).backward()
+    assert not logits.grad[:, :, 8:].any() and logits.grad[:, :, :8].any()
+    assert made.counts[0].sum() == (2 * 8 * 16) + made.counts[0][0, 1:].sum()
+
+
+def test_prediction_of_any_size_whole_and_in_tiles(tmp_path):
+    whole, image = model(tmp_path), torch.rand(3, 50, 41)
+    assert whole.predict(image).shape == (50, 41)
+    made = model(tmp_path, val={"tile": 16, "tile_overlap": 8})
+    assert made.predict(image).shape == (50, 41) and made.predict(image[:, :9, :12]).shape == (9, 12)
+    local = torch.nn.functional.avg_pool2d  # what looks no further than 1 pixel is the same in tiles, but for seams
+    whole = local(image[None], 3, 1, 1)
+    torch.testing.assert_close(blended(lambda x: x, image[None], 16, 8), image[None])
+    tiles = blended(lambda x: local(x, 3, 1, 1), image[None], 16, 8)
+    assert (tiles - whole)[..., 1:-1, 1:-1].abs().max() < 0.15
+    over = made.overlay(image, torch.eye(41)[:1].expand(50, 41).long())
+    assert torch.equal(over[:, :, 1:], image[:, :, 1:]) and not torch.equal(over[:, :, 0], image[:, :, 0])
+
+
+def test_tasks_of_the_conditioned_head():
+    inside = torch.zeros(9, 12, dtype=torch.bool)
+    inside[2:7, 3:9] = True
+    outside = (~inside).nonzero().float()
+    expected = torch.cdist(torch.cartesian_prod(torch.arange(9.0), torch.arange(12.0)), outside).amin(1).view(9, 12)
+    torch.testing.assert_close(torch.from_numpy(distance(inside.numpy())), expected / expected.max())
+    edge = torch.from_numpy(boundary(inside.numpy()))
+    assert edge.sum() == 2 * (5 + 6) - 4 + 2 * (5 + 6)  # the rim within, and the one around it without its corners
+    assert edge[2, 3] == edge[1, 3] == 1 and edge[4, 5] == edge[1, 2] == 0
+    colours = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.25, 0.25], [0, 0, 0]]).T.view(1, 3, 5, 1)
+    found = hsv(colours)[0, :, :, 0].T
+    torch.testing.assert_close(found, torch.tensor([[0, 1, 1], [1 / 3, 1, 1], [2 / 3, 1, 1], [0, 0.5, 0.5], [0, 0, 0]]))
+
+
+def test_metrics_are_the_goldens(shared):
+    case = torch.load(shared / "golden/tanimoto.pt", weights_only=True)["cases"]["binary_metrics"]
+    counts = confusion(case["inputs"]["pred"].long(), case["inputs"]["target"].long(), 2)
+    assert counts.tolist() == [[case["counts"][k] for k in kinds] for kinds in (("tn", "fn", "fp"), ("tp", "fp", "fn"))]
+    assert segmentation_metrics(counts) == pytest.approx({k: float(v) for k, v in case["outputs"].items()})
+    assert segmentation_metrics(torch.zeros(2, 3)) == {"iou": 1, "precision": 0, "recall": 0, "f1": 0}
+    three = segmentation_metrics(torch.tensor([[2, 0, 2], [0, 0, 0], [3, 1, 0]]))  # class 1 does not occur
+    assert three["iou"] == pytest.approx((2 / 4 + 3 / 4) / 2) and set(three) >= {"iou_0", "iou_2"}
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_an_item_depends_on_its_key_alone_and_image_and_mask_turn_alike(tmp_path):
+    kinds = ({}, pictures_in(tmp_path), {"max_angle": 45.0})
+    for kind in kinds:
+        data, other = (MaskTrainDataset(image_size=24, seed=3, **kind) for _ in range(2))
+        state = torch.get_rng_state()
+        for key in ((0, 1), (4, 0)):
+            a, b = data[key], other[key]
+            assert torch.equal(a["L"], b["L"]) and torch.equal(a["H"], b["H"])
+        assert not torch.equal(data[0, 0]["L"], data[1, 0]["L"]) and torch.equal(torch.get_rng_state(), state)
+        assert data[7, 0]["epoch"] == 7 and data[7, 0]["num_samples"] == len(data)
+        assert data[0]["H"].dtype == torch.int64 and data[0]["L"].dtype == torch.float32
+    image = torch.rand(3, 24, 24)
+    write_png((image * 255).byte(), str(tmp_path / "images/image0.png"))
+    write_png((image[:1] > 0.5).byte(), str(tmp_path / "gt/image0.png"))  # a mask that follows from the image
+    data = MaskTrainDataset(**kinds[1], image_size=24, validation_split=0, brightness=0, contrast=0)
+    for epoch in range(12):
+        item = data[epoch, 0]
+        assert torch.equal(item["L"][0] > 0.5, item["H"] == 1)
+
+
+def test_the_split_is_by_seed_and_name_and_leaves_nothing_out(tmp_path):
+    folders = pictures_in(tmp_path, sizes=[(24, 24)] * 20)
+    parts = []
+    for seed in (0, 0, 1):
+        train, test = (kind(**folders, image_size=16, seed=seed) for kind in (MaskTrainDataset, MaskTestDataset))
+        names = [{pair[0].stem for pair in part.pairs} for part in (train, test)]
+        assert not names[0] & names[1] and len(names[0]) == 16 and len(names[1]) == 4
+        parts.append(names[1])
+    assert parts[0] == parts[1] != parts[2]
+    stems = [f"{i}" for i in range(100)]
+    assert len(chosen(stems, 0.2, 0) ^ chosen([*stems, "new"], 0.2, 0)) <= 2  # a new image moves hardly any
+
+
+def test_masks_of_ids_and_of_0_and_255(tmp_path):
+    def saved(*values, name="m.png"):
+        write_png(torch.tensor(values, dtype=torch.uint8).view(1, 1, -1), str(tmp_path / name))
+        return tmp_path / name
+
+    assert read_mask(saved(0, 255, 0), 2).tolist() == [[0, 1, 0]] == read_mask(saved(0, 1, 0), 1).tolist()
+    assert read_mask(saved(0, 2, 5), 6).tolist() == [[0, 2, 5]]
+    assert read_mask(saved(0, 1, 255), 2, ignore_index=255).tolist() == [[0, 1, 255]]
+    assert read_mask(saved(0, 255, 9), 2, ignore_index=9).tolist() == [[0, 1, 9]]
+    assert read_mask(saved(3, 127, 128), 2, threshold=127).tolist() == [[0, 0, 1]]
+    for values, classes, says in (((0, 2, 255), 2, "values 2 are"), ((0, 1, 255), 2, "1 beside 255"),
+                                  ((0, 255), 3, "values 255 are"), ((7, 8, 9), 6, "values 7, 8, 9 are")):
+        with pytest.raises(ValueError, match=says) as error:
+            read_mask(saved(*values), classes)
+        assert "\n" not in str(error.value)
+    write_png(torch.randint(255, (3, 4, 4), dtype=torch.uint8), str(tmp_path / "m.png"))
+    with pytest.raises(ValueError, match="a mask in colour"):
+        read_mask(tmp_path / "m.png", 2)
+
+
+BAD = {  # what is done to good folders, options -> what is said
+    "no mask": (lambda f: os.remove(f / "gt/image1.png"), {}, "1 without a mask: image1.png"),
+    "no image": (lambda f: os.remove(f / "images/image2.png"), {}, "1 without an image: image2.png"),
+    "two of a stem": (lambda f: write_jpeg(torch.zeros(3, 8, 8, dtype=torch.uint8), str(f / "images/image0.jpg")), {},
+                      "has both image0.jpg and image0.png"),
+    "sizes": (lambda f: write_png(torch.zeros(1, 9, 24, dtype=torch.uint8), str(f / "gt/image0.png")), {},
+              "the mask is 24x9 (width x height)"),
+    "values": (lambda f: write_png(torch.full((1, 24, 24), 7, dtype=torch.uint8), str(f / "gt/image0.png")), {},
+               "mask values 7 are out of range"),
+    "one pixel": (lambda f: [write_png(torch.zeros(1, 1, 1, dtype=torch.uint8), str(f / w / "image0.png"))
+                             for w in ("images", "gt")], {}, "1x1 (width x height) is too small"),
+    "no picture": (lambda f: (f / "images/image0.png").write_text("x"), {}, "not a readable image"),
+    "empty folder": (lambda f: [os.remove(p) for p in (f / "gt").iterdir()], {}, "holds no .png"),
+    "no folder": (lambda f: None, {"gt_path": "nowhere"}, "nowhere is no folder"),
+    "empty training": (lambda f: None, {"validation_split": 1.0}, "leaves none of the 6 images"),
+    "one path": (lambda f: None, {"gt_path": None}, "gt_path is missing"),
+    "ignored class": (lambda f: None, {"ignore_index": 1}, "a value that no class has"),
+    "tiny": (lambda f: None, {"image_size": 4}, "image_size 4"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named_in_one_line(tmp_path, name):
+    folders = pictures_in(tmp_path)
+    harm, over, says = BAD[name]
+    harm(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        MaskTrainDataset(**{"validation_split": 0.0, **folders, **over})
+    assert says in str(error.value) and "\n" not in str(error.value)
+    if "match" in str(error.value):
+        assert len(MaskTrainDataset(**folders, validation_split=0.0, skip_unmatched=True)) == 5
+
+
+def test_bad_input_ends_a_run_before_it_makes_a_folder(tmp_path):
+    folders = pictures_in(tmp_path)
+    os.remove(tmp_path / "gt/image1.png")
+    with pytest.raises(OptionError, match="1 without a mask"):
+        run("-opt", options_in(tmp_path, data=folders))
+    with pytest.raises(OptionError, match="leaves none of the 6 images of .* for validation"):
+        run("-opt", options_in(tmp_path, data={"validation_split": 0.0, **pictures_in(tmp_path)}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_mask_in_mid_epoch_keeps_what_was_learnt(tmp_path):
+    folders = pictures_in(tmp_path)
+    write_png(torch.full((1, 24, 24), 7, dtype=torch.uint8), str(tmp_path / "gt/image5.png"))
+    with pytest.raises(OptionError, match="image5.png: mask values 7"):
+        run("-opt", options_in(tmp_path, data={**folders, "validation_split": 0.2}))
+
+
+@pytest.mark.parametrize("over, says", [
+    ({"net": {"num_classes": 3}}, "netG.num_classes 3"), ({"net": {"multitask": True}}, "multitask must be true"),
+    ({"val": {"tile": 32, "tile_overlap": 32}}, "tile_overlap 32 must be below"),
+    ({"net": {"depth": 6}, "data": {"image_size": 32}}, "image_size 32 leaves nothing at depth 6"),
+    ({"train": {"loss_alpha": 3.0, "G_lossfn_type": "tanimoto_pooled"}}, "alpha 3.0 must be in 0..1"),
+], ids=str)
+def test_options_that_contradict_each_other(tmp_path, over, says):
+    with pytest.raises(ValueError) as error:
+        model(tmp_path, **over)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_images_to_be_segmented(tmp_path):
+    folders = pictures_in(tmp_path, sizes=[(24, 20), (16, 9)])
+    items = list(ImageFolderDataset(folders["image_path"]))
+    assert [tuple(item["L"].shape) for item in items] == [(3, 24, 20), (3, 16, 9)] and items[1]["folder"] == "image1"
+    assert len(ImageFolderDataset(items[0]["lq_path"])) == 1
+
+
+def test_real_landscapes_are_read(shared):
+    root = shared / "data/segmentation"
+    folders = {"image_path": str(root / "images"), "gt_path": str(root / "gt"), "image_size": 64}
+    train, test = MaskTrainDataset(**folders), MaskTestDataset(**folders)
+    assert (len(train), len(test)) == (82, 21)
+    for item in (train[3, 5], test[0]):
+        assert item["L"].shape == (3, 64, 64) and set(item["H"].unique().tolist()) == {0, 1}
