@@ -8,14 +8,18 @@ Legend: B batch, K classes, C channels that the network returns, H W pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.io import write_png
 
+from data.masks import ImageFolderDataset
 from losses import LOSSES
 from losses.tanimoto import activate
 from metrics import confusion, segmentation_metrics
@@ -40,6 +44,9 @@ class ModelSegmentation(ModelPlain):
         G_lossfn_type: Literal["tanimoto", "tanimoto_pooled", "dice", "bce"] = "tanimoto"
         loss_complement: bool = True  # of both Tanimoto losses
         loss_alpha: float = 0.5  # of tanimoto_pooled: the share of the foreground
+        G_scheduler_type: Literal["MultiStepLR", "CosineAnnealingWarmRestarts", "ReduceLROnPlateau",
+                                  "constant"] = "constant"
+        G_scheduler_patience: int = 5  # ReduceLROnPlateau: times gamma after more validations than this without gain
 
     @dataclass
     class ValOptions(ModelPlain.ValOptions):
@@ -84,6 +91,23 @@ class ModelSegmentation(ModelPlain):
         section.where = f"{self.opt['opt_path']}: train"
         self.criterion = build(LOSSES, section, "G_lossfn_type", complement=t["loss_complement"], alpha=t["loss_alpha"])
         self.G_lossfn = self.loss_and_counts
+
+    def define_scheduler(self) -> None:
+        t = self.opt_train
+        if t["G_scheduler_type"] == "ReduceLROnPlateau":
+            self.schedules["optimizerG"] = lambda initial, finished: max(
+                initial * t["G_scheduler_gamma"] ** self.plateaus(), t["G_scheduler_eta_min"])
+        else:
+            super().define_scheduler()
+
+    def plateaus(self) -> int:
+        """How often the validation loss stood still, from its history alone, as torch's ReduceLROnPlateau counts."""
+        best, since, found = math.inf, 0, 0
+        for loss in self.history["val_losses"]:
+            best, since = (loss, 0) if loss < best * (1 - 1e-4) else (best, since + 1)
+            if since > self.opt_train["G_scheduler_patience"]:
+                found, since = found + 1, 0
+        return found
 
     def init_train(self, parts: Mapping[str, Any] | None = None, source: str = "checkpoint") -> list[str]:
         reports = super().init_train(parts, source)
@@ -207,6 +231,27 @@ class ModelSegmentation(ModelPlain):
             p = F.interpolate(self.probabilities(network, small), image.shape[-2:], mode="bilinear",
                               align_corners=False)
         return (p[0, 0] > 0.5).long() if self.num_classes == 1 else p[0].argmax(0)
+
+    def predict_folder(self, input: str, output: str) -> Iterator[tuple[int, int, str]]:
+        """Write `{stem}_pred.png`, class ids or 0 and 255, and `{stem}_overlay.png` for each image of a folder.
+
+        What a run before has finished is left as it is. Yields (done, of how many, file).
+        Raises: FileNotFoundError, ValueError, one line.
+        """
+        images, folder = ImageFolderDataset(input), Path(output)
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(len(images)):
+            path = folder / f"{images.files[i].stem}_pred.png"
+            if not path.exists():
+                image = images[i]["L"]
+                ids = self.predict(image).cpu()
+                over = (self.overlay(image, ids) * 255).round().byte()
+                ids = ids * 255 if self.num_classes <= 2 else ids
+                for picture, where in ((over, path.with_name(f"{images.files[i].stem}_overlay.png")),
+                                       (ids[None].byte(), path)):  # the mask last: it says that both are there
+                    write_png(picture, f"{where}.tmp")
+                    os.replace(f"{where}.tmp", where)
+            yield i + 1, len(images), str(path)
 
     def probabilities(self, network: nn.Module, image: Tensor) -> Tensor:
         return activate(network(image)[:, : self.num_classes].float())

@@ -69,7 +69,8 @@ def stopped(monkeypatch, path, method, count, *arguments, sig=signal.SIGINT):
 
 KINDS = {"plain": {}, "averaged, in parts": {"train": {"E_decay": 0.9, "accumulate": 2}},
          "many tasks, ignored pixels": {"net": {"multitask": True}, "data": {"multitask": True, "ignore_index": 255}},
-         "one channel": {"data": {"num_classes": 1}, "train": {"G_lossfn_type": "bce"}},
+         "one channel": {"data": {"num_classes": 1}, "train": {
+             "G_lossfn_type": "bce", "G_scheduler_type": "ReduceLROnPlateau", "G_scheduler_patience": 0}},
          "three classes": {"data": {"num_classes": 3}, "train": {"G_lossfn_type": "tanimoto_pooled"}}}
 PLACES = {"mid-epoch": ("optimize_parameters", 5), "epoch's end": ("optimize_parameters", 3),
           "validation": ("test", 5), "its end": ("summarize", 2)}
@@ -179,6 +180,19 @@ def test_counts_are_summed_before_they_are_divided(tmp_path):
     assert found == pytest.approx({"loss": 0.2, "iou": 9 / 12, "precision": 0.9, "recall": 9 / 11, "f1": 18 / 21})
 
 
+def test_the_rate_falls_at_a_plateau_as_torchs_does(tmp_path):
+    made = model(tmp_path, train={"G_scheduler_type": "ReduceLROnPlateau", "G_scheduler_gamma": 0.5,
+                                  "G_scheduler_patience": 2, "G_optimizer_lr": 0.1})
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.1)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=2)
+    for loss in (1, 0.9, 0.95, 0.95, 0.89999, 0.8, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.7, 0.7, 0.7, 0.7):
+        made.history["val_losses"].append(loss)
+        theirs.step(loss)
+        made.update_learning_rate(1)
+        assert made.current_learning_rate() == pytest.approx(optimizer.param_groups[0]["lr"])
+    assert optimizer.param_groups[0]["lr"] < 0.03
+
+
 def test_pictures_are_image_truth_and_prediction(tmp_path):
     made = model(tmp_path, data={"num_classes": 3, "ignore_index": 9})
     image, ids = torch.rand(1, 3, 16, 16), torch.randint(3, (1, 16, 16))
@@ -213,6 +227,20 @@ def test_prediction_of_any_size_whole_and_in_tiles(tmp_path):
     assert (tiles - whole)[..., 1:-1, 1:-1].abs().max() < 0.15
     over = made.overlay(image, torch.eye(41)[:1].expand(50, 41).long())
     assert torch.equal(over[:, :, 1:], image[:, :, 1:]) and not torch.equal(over[:, :, 0], image[:, :, 0])
+
+
+def test_a_folder_is_predicted_and_a_half_done_one_finished(tmp_path):
+    made, folders = model(tmp_path), pictures_in(tmp_path, sizes=[(24, 20), (16, 9)])
+    done = list(made.predict_folder(folders["image_path"], str(tmp_path / "out")))
+    assert [(n, of) for n, of, _ in done] == [(1, 2), (2, 2)]
+    names = [f"image{i}_{kind}.png" for i in (0, 1) for kind in ("overlay", "pred")]
+    assert sorted(os.listdir(tmp_path / "out")) == names
+    first = tmp_path / "out/image0_pred.png"
+    assert read_mask(first, 2).shape == (24, 20)
+    (tmp_path / "out/image1_pred.png").unlink()
+    before = first.stat().st_mtime_ns
+    assert len(list(made.predict_folder(folders["image_path"], str(tmp_path / "out")))) == 2
+    assert first.stat().st_mtime_ns == before and sorted(os.listdir(tmp_path / "out")) == names
 
 
 def test_tasks_of_the_conditioned_head():
