@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from pathlib import Path
 
 import options
 from checkpoint import CheckpointError
@@ -37,16 +38,17 @@ def parser_for(flags: dict[str, str], **settings) -> argparse.ArgumentParser:
     parser.add_argument("--prove-resume", type=int, nargs="?", const=6, metavar="N",
                         help="only run N steps straight and N steps with a kill, and say whether they end equal")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set any option")
-    for flag, key in flags.items():
+    for flag, keys in flags.items():
         names = dict.fromkeys([f"--{flag}", f"--{flag.replace('_', '-')}"])
-        parser.add_argument(*names, dest=f"flag_{flag}", metavar="VALUE", help=f"sets {key}")
+        said = f"sets {', '.join(options.as_list(keys))}"
+        parser.add_argument(*names, dest=f"flag_{flag}", metavar="VALUE", help=said)
     return parser
 
 
 def overrides_in(args: argparse.Namespace, flags: dict[str, str]) -> list[tuple[str, object, str]]:
     """What the command line sets, as (key path, value, where it was said)."""
-    found = [(key, options.as_value(text), f"--{flag}") for flag, key in flags.items()
-             if (text := getattr(args, f"flag_{flag}")) is not None]
+    found = [(key, options.as_value(text), f"--{flag}") for flag, keys in flags.items()
+             if (text := getattr(args, f"flag_{flag}")) is not None for key in options.as_list(keys)]
     for text in args.set:
         key, equals, value = text.partition("=")
         if not equals:
@@ -71,9 +73,11 @@ def resume_command(argv: list[str]) -> str:
 def main(argv: list[str]) -> int:
     first, _ = parser_for(options.FLAGS, add_help=False).parse_known_args(argv)
     flags = dict(options.FLAGS)
+    first.opt = first.opt or options.file_for(argv, str(Path(__file__).parent / "options"))
     if first.opt:
         flags |= options.cli_table(first.opt)
     args = parser_for(flags).parse_args(argv)
+    args.opt = args.opt or first.opt
     if not args.opt:
         raise options.OptionError("which run? give an option file: python main.py -opt options/train_vrt.json")
     if args.prove_resume is not None:

@@ -42,11 +42,13 @@ class Path:
     root: str = "experiments"  # the run's folder is root/task
     pretrained_netG: str | None = None  # weights to start from when there is no checkpoint yet
     pretrained_netE: str | None = None
+    models: str | None = None  # where checkpoints lie, and images, log and options below; null: in root/task/models
 
 
 @dataclass
 class Checkpoint:
     layout: Literal["split", "bundle"] = "split"  # split: {iter}_G.pth and its companions; bundle: one file
+    mode: Literal["epochs", "best"] = "epochs"  # best: of bundles only latest and best, as if name were null
     name: str | None = "epoch_{epoch:04d}.pt"  # of bundles; fields: epoch, iter; null: only the latest is kept
     latest: str | None = "latest.pt"  # names of hard links; in the split layout latest.json and best.json, to records
     best: str | None = "best.pt"
@@ -113,7 +115,7 @@ KAIR_UNUSED = {
     "train.G_optimizer_reuse": "the optimizer is always saved and restored",
     "train.F_feature_layer": "", "train.F_weights": "", "train.F_lossfn_type": "", "train.F_use_input_norm": "",
     "train.F_use_range_norm": "",
-    "path.log": "it is in the run's folder", "path.models": "it is in the run's folder",
+    "path.log": "it is in the run's folder",
     "path.images": "it is in the run's folder", "path.options": "it is in the run's folder",
     "path.pretrained_optimizerG": "resume restores it",
     "datasets.*.interval_list": "a sequence of Vimeo-90K is taken as it is",
@@ -176,12 +178,27 @@ def load(path: str, chain: tuple[str, ...] = ()) -> tuple[dict, dict[str, str]]:
     return merge(merged, tree, origins, path), origins
 
 
-def cli_table(path: str) -> dict[str, str]:
-    """The `cli` flags of an option file: flag -> key path. Raises OptionError when it is no such table."""
+def cli_table(path: str) -> dict[str, str | list[str]]:
+    """The `cli` flags of an option file: flag -> key path, or several. Raises OptionError when it is no such table."""
     table = load(path)[0].get("cli", {})
-    if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
-        raise OptionError(f'{path}: cli: must be an object of {{"flag": "section.key"}}')
+    if not isinstance(table, dict) or not all(isinstance(key, str) for keys in table.values() for key in as_list(keys)):
+        raise OptionError(f'{path}: cli: must be an object of {{"flag": "section.key"}}, or of lists of keys')
     return table
+
+
+def as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def file_for(argv: Iterable[str], folder: str) -> str | None:
+    """The shipped option file that has most of the flags in `argv` as its own; None where none has any, or two have."""
+    if not os.path.isdir(folder):
+        return None
+    words = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    counts = {os.path.join(folder, name): len(words & (set(cli_table(os.path.join(folder, name))) - set(FLAGS)))
+              for name in sorted(os.listdir(folder)) if name.endswith(".json")}
+    most = [path for path, count in counts.items() if count == max(counts.values()) > 0]
+    return most[0] if len(most) == 1 else None
 
 
 def merge(base: dict, over: Mapping, origins: dict[str, str], origin: str, prefix: str = "") -> dict:

@@ -126,7 +126,8 @@ class Killed(train.Run):
 def _child(option_file: str, overrides: list[Override], folder: str, name: str, steps: int, kill_after: int | None,
            look: bool) -> int:
     opt, notices = options.parse(option_file, overrides, MODELS, NETWORKS, DATASETS)
-    opt["task"], opt["path"]["root"] = name, folder
+    opt["task"] = name
+    opt["path"] |= {"root": folder, "models": None}
     opt["datasets"] = {"train": opt["datasets"]["train"]}
     opt["train"] |= {"total_iter": steps, "total_epochs": None, "checkpoint_save": steps // 2, "save_interval": None}
     opt["checkpoint"] |= {"layout": "split", "keep_last_n": None, "on_save_error": "stop"}

@@ -109,12 +109,13 @@ class Run:
         except ValueError as error:
             raise options.OptionError(str(error)) from error
         self.models = self.model.save_dir
-        self.folder = self.models.parent
+        self.folder = self.models if opt["path"]["models"] else self.models.parent
         self.best_metric = self.choose_metric()
         keep = opt["checkpoint"]
         background = opt["device"] != "cpu" if keep["async"] == "auto" else keep["async"]
         try:
-            layout = Layout(keep["layout"], keep["name"], keep["latest"], keep["best"], keep["interrupted"])
+            name = keep["name"] if keep["mode"] == "epochs" else None
+            layout = Layout(keep["layout"], name, keep["latest"], keep["best"], keep["interrupted"])
         except ValueError as error:
             raise options.OptionError(f"{opt['opt_path']}: checkpoint: {error}") from None
         self.saver = Saver(self.models, layout, keep["keep_last_n"], background)
@@ -501,10 +502,11 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, when: 
                 return None
             log.progress(f"validating {name}: {len(clips)} of {len(dataset)}")
             clips.append(model.validate(sample))
-            if pictures:
+            most = model.opt["val"]["num_img"]
+            if pictures and (most is None or len(clips) <= most):
                 clip = clip_name(sample).replace(os.sep, "_")
                 save_pictures(pictures.with_name(f"{pictures.name}_{name}_{clip}.png"), model.shown)
-        means |= {f"{name}.{key}": sum(c[key] for c in clips) / len(clips) for key in clips[0]}
+        means |= {f"{name}.{key}": value for key, value in model.summarize(name, clips).items()}
         log.line(f"test     {when} {name}: {describe_metrics(name, means, model.baseline_name)} "
                  f"({duration(time.monotonic() - began)})")
     return means

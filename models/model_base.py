@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,11 +46,13 @@ class ModelBase:
         """The `val` section."""
 
         save_img: bool = True  # input | restored | target, one PNG a clip
+        num_img: int | None = None  # of how many clips of each test set; null: of all
 
     def __init__(self, opt: Mapping[str, Any]):
         self.opt = opt
         self.opt_train = opt["train"]
-        self.save_dir = checkpoint.Path(opt["path"]["root"]) / opt["task"] / "models"
+        path = opt["path"]
+        self.save_dir = checkpoint.Path(path["models"] or os.path.join(path["root"], opt["task"], "models"))
         self.device = torch.device(opt["device"])
         self.networks: dict[str, nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -90,6 +92,10 @@ class ModelBase:
     def metrics(self) -> dict[str, float]:
         """Of what `test` left: name -> value; those of a baseline, if any, end in `_` and `baseline_name`."""
         raise NotImplementedError
+
+    def summarize(self, name: str, rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Metrics of the test set of this name from those of its samples: their means, unless a recipe counts."""
+        return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
     def pictures(self) -> list[Tensor]:
         """Of what `test` left: (C, H, W) images in [0, 1], shown side by side."""
