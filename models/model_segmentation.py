@@ -73,7 +73,7 @@ class ModelSegmentation(ModelPlain):
                              f"{v['tile']}")
         self.history: dict[str, list] = {name: [] for name in HISTORIES}
         self.validated: list[str] = []  # stems of the validation set, for the record
-        self.shown: list[str] = []  # of those tested since the last summary
+        self.tested: list[str] = []  # of those tested since the last summary
         self.begin_epoch(0, 0)
 
     def define_network(self, label: str) -> nn.Module:
@@ -185,7 +185,7 @@ class ModelSegmentation(ModelPlain):
     def metrics(self) -> dict[str, float]:
         """Of one image: its loss, and the counts that `summarize` adds up, as `tp_<class>` and so on."""
         counts = self.confusion(self.restored, self.target).tolist()
-        self.shown.append(self.names[0])
+        self.tested.append(self.names[0])
         row = {"loss": float(self.loss(self.restored.float(), self.target))}
         return row | {f"{kind}_{c}": float(n) for c, row in enumerate(counts) for kind, n in zip(COUNTS, row)}
 
@@ -197,8 +197,8 @@ class ModelSegmentation(ModelPlain):
         if name == "test":
             self.history["val_losses"].append(loss)
             self.history["val_metrics_history"].append(scores)
-            self.validated = self.shown[-len(rows):]
-        self.shown.clear()
+            self.validated = self.tested[-len(rows):]
+        self.tested.clear()
         return {"loss": loss, **scores}
 
     def pictures(self) -> list[Tensor]:
