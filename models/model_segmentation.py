@@ -8,8 +8,7 @@ Legend: B batch, K classes, C channels that the network returns, H W pixels.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +16,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.io import write_png
 
-from data.masks import ImageFolderDataset
+from data.masks import ImageFolderDataset, by_stem, read_mask
 from losses import LOSSES
 from losses.tanimoto import activate
 from metrics import confusion, segmentation_metrics
@@ -122,9 +120,11 @@ class ModelSegmentation(ModelPlain):
         """Take a batch: `L` (B,3,H,W) in [0,1], `H` (B,H,W) class ids; a training batch says its `epoch`, too."""
         super().feed_data(data, need_H)
         self.names = data["folder"]
+        if self.target is not None:
+            self.target = self.target.float()  # the loss takes logits of the target's type
         if self.multitask and self.target is not None:
             maps = [data[name].to(self.device, non_blocking=True) for name in ("boundary", "distance")]
-            self.target = torch.cat([self.target[:, None].float(), *maps, hsv(self.degraded)], dim=1)
+            self.target = torch.cat([self.target[:, None], *maps, hsv(self.degraded)], dim=1)
         if "epoch" in data:
             place = int(data["epoch"][0]), int(data["num_samples"][0])
             if place != self.epoch["place"]:
@@ -170,7 +170,7 @@ class ModelSegmentation(ModelPlain):
 
     def ids(self, target: Tensor) -> Tensor:
         """(B,H,W) class ids."""
-        return target[:, 0].long() if self.multitask else target
+        return (target[:, 0] if self.multitask else target).long()
 
     def classes(self, restored: Tensor) -> Tensor:
         """Logits (B,C,H,W), or probabilities where there are several classes -> (B,H,W) class ids."""
@@ -232,26 +232,27 @@ class ModelSegmentation(ModelPlain):
                               align_corners=False)
         return (p[0, 0] > 0.5).long() if self.num_classes == 1 else p[0].argmax(0)
 
-    def predict_folder(self, input: str, output: str) -> Iterator[tuple[int, int, str]]:
-        """Write `{stem}_pred.png`, class ids or 0 and 255, and `{stem}_overlay.png` for each image of a folder.
+    def load_use(self, payload: Mapping[str, Any], source: str) -> str:
+        self.define_loss()  # of the metrics
+        return super().load_use(payload, source)
 
-        What a run before has finished is left as it is. Yields (done, of how many, file).
-        Raises: FileNotFoundError, ValueError, one line.
-        """
-        images, folder = ImageFolderDataset(input), Path(output)
-        folder.mkdir(parents=True, exist_ok=True)
-        for i in range(len(images)):
-            path = folder / f"{images.files[i].stem}_pred.png"
-            if not path.exists():
-                image = images[i]["L"]
-                ids = self.predict(image).cpu()
-                over = (self.overlay(image, ids) * 255).round().byte()
-                ids = ids * 255 if self.num_classes <= 2 else ids
-                for picture, where in ((over, path.with_name(f"{images.files[i].stem}_overlay.png")),
-                                       (ids[None].byte(), path)):  # the mask last: it says that both are there
-                    write_png(picture, f"{where}.tmp")
-                    os.replace(f"{where}.tmp", where)
-            yield i + 1, len(images), str(path)
+    def results(self, source: str, truth: str | None, wanted: Callable[[str], bool]) -> Iterator[Any]:
+        """Of each image `{stem}_overlay.png`, then `{stem}_pred.png`, class ids or 0 and 255."""
+        images = ImageFolderDataset(source)
+        masks = by_stem(Path(truth), "truth") if truth else {}
+        yield 2 * len(images)
+        for i, stem in enumerate(path.stem for path in images.files):
+            over, mask = f"{stem}_overlay.png", f"{stem}_pred.png"
+            if not (wanted(over) or wanted(mask)):
+                continue
+            image = images[i]["L"]
+            ids, metrics = self.predict(image).cpu(), None
+            if stem in masks:
+                target = read_mask(masks[stem], self.num_classes, self.ignore_index, self.data.get("mask_threshold"))
+                metrics = segmentation_metrics(confusion(ids, target.long(), max(2, self.num_classes),
+                                                         self.ignore_index))
+            yield over, self.overlay(image, ids), None
+            yield mask, ids[None].float() / (1 if self.num_classes <= 2 else 255), metrics
 
     def probabilities(self, network: nn.Module, image: Tensor) -> Tensor:
         return activate(network(image)[:, : self.num_classes].float())

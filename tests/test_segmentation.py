@@ -229,18 +229,18 @@ def test_prediction_of_any_size_whole_and_in_tiles(tmp_path):
     assert torch.equal(over[:, :, 1:], image[:, :, 1:]) and not torch.equal(over[:, :, 0], image[:, :, 0])
 
 
-def test_a_folder_is_predicted_and_a_half_done_one_finished(tmp_path):
-    made, folders = model(tmp_path), pictures_in(tmp_path, sizes=[(24, 20), (16, 9)])
-    done = list(made.predict_folder(folders["image_path"], str(tmp_path / "out")))
-    assert [(n, of) for n, of, _ in done] == [(1, 2), (2, 2)]
-    names = [f"image{i}_{kind}.png" for i in (0, 1) for kind in ("overlay", "pred")]
-    assert sorted(os.listdir(tmp_path / "out")) == names
-    first = tmp_path / "out/image0_pred.png"
+def test_a_folder_is_predicted_and_a_half_done_one_finished(tmp_path, straight):
+    folders, path = pictures_in(tmp_path, sizes=[(24, 20), (16, 9)]), options_in(tmp_path)
+    out, first = tmp_path / "out", tmp_path / "out/image0_pred.png"
+    use = ["-opt", path, "--test", "--resume", straight / "models/best_model.pth", "--input", folders["image_path"],
+           "--output", out, "--truth", folders["gt_path"]]
+    assert run(*use) == 0
+    names = {f"image{i}_{kind}.png" for i in (0, 1) for kind in ("overlay", "pred")}
+    assert names <= set(os.listdir(out)) and "iou" in (out / "metrics.csv").read_text()
     assert read_mask(first, 2).shape == (24, 20)
-    (tmp_path / "out/image1_pred.png").unlink()
-    before = first.stat().st_mtime_ns
-    assert len(list(made.predict_folder(folders["image_path"], str(tmp_path / "out")))) == 2
-    assert first.stat().st_mtime_ns == before and sorted(os.listdir(tmp_path / "out")) == names
+    (out / "image1_pred.png").unlink()
+    assert run(*use) == 0 and names <= set(os.listdir(out))
+    assert run("-opt", path, "--test", "--resume", straight / "models/best_model.pth") == 0  # on the test set
 
 
 def test_tasks_of_the_conditioned_head():
@@ -281,9 +281,9 @@ def test_an_item_depends_on_its_key_alone_and_image_and_mask_turn_alike(tmp_path
         assert not torch.equal(data[0, 0]["L"], data[1, 0]["L"]) and torch.equal(torch.get_rng_state(), state)
         assert data[7, 0]["epoch"] == 7 and data[7, 0]["num_samples"] == len(data)
         assert data[0]["H"].dtype == torch.int64 and data[0]["L"].dtype == torch.float32
-    image = torch.rand(3, 24, 24)
-    write_png((image * 255).byte(), str(tmp_path / "images/image0.png"))
-    write_png((image[:1] > 0.5).byte(), str(tmp_path / "gt/image0.png"))  # a mask that follows from the image
+    image = torch.randint(256, (3, 24, 24), dtype=torch.uint8)
+    write_png(image, str(tmp_path / "images/image0.png"))
+    write_png((image[:1] > 127).byte(), str(tmp_path / "gt/image0.png"))  # a mask that follows from the image
     data = MaskTrainDataset(**kinds[1], image_size=24, validation_split=0, brightness=0, contrast=0)
     for epoch in range(12):
         item = data[epoch, 0]
