@@ -98,11 +98,11 @@ def unpack(payload: Any, path: Path | str) -> dict[str, Any]:
 
 
 def _taming(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """G, and D where the state dict carries it with the loss, as taming's `loss.discriminator.*`."""
+    """G, and D where the state dict carries it with the loss, as taming's `loss.discriminator.*`; else all is G."""
     weights = {WRAPPERS.sub("", key): value for key, value in weights.items()}
-    own = {key: value for key, value in weights.items() if not key.startswith("loss.")}
-    critic = {key.removeprefix("loss.discriminator."): value for key, value in weights.items()
-              if key.startswith("loss.discriminator.")}
+    mark = "loss.discriminator."  # at the start, or below a prefix
+    critic = {key.rpartition(mark)[2]: value for key, value in weights.items() if mark in key}
+    own = {key: value for key, value in weights.items() if not re.search(r"(?:^|\.)loss\.", key)} if critic else weights
     return {"G": own} | ({"D": critic} if critic else {})
 
 

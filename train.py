@@ -78,9 +78,9 @@ def prepare_machine(opt: dict) -> None:
         if not torch.cuda.is_available():
             raise options.OptionError(f"device: {device}: torch sees no CUDA device here; use --device cpu")
         torch.cuda.set_device(device)
-    torch.use_deterministic_algorithms(opt["deterministic"])
     if opt["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     elif device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # the fastest kernels, which another run may not choose again
         torch.set_float32_matmul_precision("high")
