@@ -130,7 +130,7 @@ class VQLPIPSWithDiscriminator(nn.Module):
         factor = self.disc_factor if self.has_discriminator(global_step) else 0.0
         adversarial, weight = nll.new_zeros(()), nll.new_zeros(())
         if factor or "early_discriminator" in self.legacy:
-            adversarial = -self._judge(reconstructions, cond).mean()
+            adversarial = self._fooling(reconstructions, cond)
             weight = self.disc_weight * adaptive_weight(nll, adversarial, last_layer)
             loss = loss + weight * factor * adversarial
         terms = {"total_loss": loss, "quant_loss": quant, "nll_loss": nll, "rec_loss": nll,
@@ -153,6 +153,16 @@ class VQLPIPSWithDiscriminator(nn.Module):
             loss = (self.disc_factor if global_step >= self.disc_start else 0.0) * self.compare(real, fake)
         terms = {"disc_loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
         return loss, {f"{split}/{name}": term.detach() for name, term in terms.items()}
+
+    def _fooling(self, reconstructions: Tensor, cond: Tensor | None) -> Tensor:
+        """Minus the mean logit. Its gradient at the pixels is taken at once and then stands in for it: the adaptive
+        weight and the step both need it, and to go back through the discriminator once is enough."""
+        if "shared_generator_pass" in self.legacy or not (torch.is_grad_enabled() and reconstructions.requires_grad):
+            return -self._judge(reconstructions, cond).mean()
+        pixels = reconstructions.detach().requires_grad_()
+        loss = -self._judge(pixels, cond).mean()
+        (gradient,) = torch.autograd.grad(loss, pixels)
+        return loss.detach() + ((reconstructions - pixels.detach()) * gradient).sum()  # the sum is 0, its gradient not
 
     def _judge(self, images: Tensor, cond: Tensor | None) -> Tensor:
         """Logits for the generator's loss; the discriminator neither learns from it nor moves its statistics."""

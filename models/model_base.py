@@ -242,6 +242,10 @@ class ModelBase:
                     raise checkpoint.CheckpointError(f"{source}: {name} {tuple(value.shape)} does not fit a parameter "
                                                      f"of {tuple(parameter.shape)}; was it made with other options?")
         optimizer.load_state_dict(state)
+        for parameter, values in optimizer.state.items():
+            for name, value in values.items():  # fused steps walk through memory: a moment lies as its parameter does
+                if isinstance(value, Tensor) and value.ndim and value.stride() != parameter.stride():
+                    values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         for group, options in zip(optimizer.param_groups, chosen):
             group.update(options)  # what the user says now wins over what was saved
 

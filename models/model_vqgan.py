@@ -81,6 +81,9 @@ class ModelVQGAN(ModelPlain):
         self.taming = isinstance(bare, VQModel) if t["use_taming_loss"] is None else t["use_taming_loss"]
         self.books = [module for module in bare.modules() if isinstance(module, Indices)]
         self.loss = self.build_loss().to(self.device)
+        for network in (self.netG, self.netE, self.loss.discriminator):
+            if network is not None:  # a step takes 20 to 30 % less time so
+                network.to(memory_format=torch.channels_last)
         self.netD = self.networks["D"] = self.loss.discriminator
         self.lpips: LPIPS | None = self.loss.perceptual_loss
         self.images = self.restored = None  # (B*D,C,H,W)
@@ -192,7 +195,7 @@ class ModelVQGAN(ModelPlain):
         pictures = pictures.flatten(0, -4)  # (B,D,...) -> (B*D,...)
         if pictures.dtype == torch.uint8:
             pictures = pictures.permute(0, 3, 1, 2).float() / 255
-        self.images = (pictures * 2 - 1).contiguous()
+        self.images = (pictures * 2 - 1).contiguous(memory_format=torch.channels_last)
 
     def optimize_parameters(self, current_step: int) -> None:
         try:

@@ -175,3 +175,17 @@ def test_going_back_puts_links_right(tmp_path):
     shutil.rmtree(archive)
     assert run("-opt", path, "--fresh") == 0
     assert differing(kept, final(tmp_path / "one")) == []
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["waiting", "in background"])
+def test_parameters_in_another_memory_format_resume_exactly(tmp_path, monkeypatch, background):
+    """A background save's snapshot is contiguous, its parameters need not be."""
+    real = ModelPlain.__init__
+
+    def channels_last(self, opt):
+        real(self, opt)
+        for network in self.networks.values():
+            network.to(memory_format=torch.channels_last)
+
+    monkeypatch.setattr(ModelPlain, "__init__", channels_last)
+    assert_equal(*straight_and_stopped(tmp_path, monkeypatch, [3, 6], checkpoint={"async": background}))
