@@ -48,6 +48,7 @@ __all__ = ["CheckpointError", "VERSION", "is_optimizer", "load_file", "save_file
 MEMBER = re.compile(r"(\d+)_([A-Za-z][A-Za-z0-9]*)\.pth")
 RECORD = re.compile(r"(\d+)\.json")
 SUFFIXES = (".pt", ".pth", ".ckpt")  # of files that may be bundles
+OF_EVERY_MODEL = ("skipped", "scheduler_state_dict", "scaler_state_dict")  # in a state, and easily done without
 Report = Callable[[str], None]
 
 

@@ -218,7 +218,8 @@ class Run:
             f"epoch {self.batches.position[0]}, next learning rate {self.rate(self.iteration):.3g}")
         wanted = [*self.model.networks, *self.model.optimizers, "state"]
         absent = [label for label in wanted if label not in parts]
-        absent += [name for name in ("rng_state", "sampler_state") if state and name not in state]
+        own = [name for name in self.model.extra_state(self.iteration) if name not in checkpoint.OF_EVERY_MODEL]
+        absent += [name for name in ("rng_state", "sampler_state", *own) if state and name not in state]
         if absent:
             say(f"absent   {', '.join(absent)}: begun anew, so not bit for bit the run that was interrupted")
         if not source.committed and torch.__version__ < (2, 10):  # CVE-2026-24747

@@ -399,3 +399,17 @@ def test_real_landscapes_are_read(shared):
     assert (len(train), len(test)) == (82, 21)
     for item in (train[3, 5], test[0]):
         assert item["L"].shape == (3, 64, 64) and set(item["H"].unique().tolist()) == {0, 1}
+
+
+def test_an_older_checkpoint_without_history_goes_on_and_says_so(tmp_path, capsys):
+    assert run("-opt", options_in(tmp_path, "old")) == 0
+    parts = final(tmp_path / "old")
+    capsys.readouterr()
+    torch.save({"epoch": 0, "model_state_dict": parts["G"], "optimizer_state_dict": parts["optimizerG"]},
+               tmp_path / "latest_checkpoint.pth")
+    assert run("-opt", options_in(tmp_path, "new"), "--resume", tmp_path / "latest_checkpoint.pth") == 0
+    said = capsys.readouterr().out
+    assert "resume   from" in said and "epoch 1" in said
+    (line,) = [line for line in said.splitlines() if line.startswith("absent")]
+    for name in ("train_losses", "val_metrics_history", "rng_state", "not bit for bit"):
+        assert name in line
