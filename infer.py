@@ -77,11 +77,12 @@ def load(model: ModelBase, opt: Mapping[str, Any], resume: str | None, log: RunL
             return model.load_use(checkpoint.load_file(path), path)
         if found is None:
             raise CheckpointError(f"{model.save_dir}: no checkpoint yet; train first, or name weights with --resume")
-        best = found.load().get("state", {}).get("best")
-        for other in checkpoint.find_sets(model.save_dir):
-            if other.iteration == best and not other.fault():
-                found = other
-    return model.load_use(found.load(), str(found.path))
+    parts = found.load()
+    best = None if resume else parts.get("state", {}).get("best")
+    for other in checkpoint.find_sets(model.save_dir) if best not in (None, found.iteration) else ():
+        if other.iteration == best and not other.fault():
+            found, parts = other, other.load()
+    return model.load_use(parts, str(found.path))
 
 
 def work(model: ModelBase, opt: options.Section, source: str, output: Path, truth: str | None, log: RunLog,

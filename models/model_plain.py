@@ -24,10 +24,9 @@ class ModelPlain(ModelBase):
     """Restores a target from a degraded input: `netG(degraded)` against `target`."""
 
     @dataclass
-    class TrainOptions(ModelBase.TrainOptions):
-        G_lossfn_type: str = "l1"  # a row of losses.LOSSES
-        G_lossfn_weight: float = 1.0
-        G_charbonnier_eps: float = 1e-9
+    class StepOptions(ModelBase.TrainOptions):
+        """Without the loss, for recipes that have their own."""
+
         E_decay: float = 0.0  # moving average of G, usually 0.999; 0 is off
         G_optimizer_type: Literal["adam", "adamw"] = "adam"
         G_optimizer_lr: float = 1e-4
@@ -42,6 +41,12 @@ class ModelPlain(ModelBase):
         G_scheduler_eta_min: float = 0.0
         G_param_strict: bool = True  # of path.pretrained_netG
         E_param_strict: bool = True
+
+    @dataclass
+    class TrainOptions(StepOptions):
+        G_lossfn_type: str = "l1"  # a row of losses.LOSSES
+        G_lossfn_weight: float = 1.0
+        G_charbonnier_eps: float = 1e-9
 
     def __init__(self, opt: Mapping[str, Any]):
         super().__init__(opt)
@@ -213,3 +218,10 @@ class ModelPlain(ModelBase):
 def _frames(image: Tensor) -> Tensor:
     """(T, C, H, W) of a clip or of a single image (C, H, W)."""
     return image.unsqueeze(0) if image.ndim == 3 else image
+
+
+def starts(length: int, size: int, overlap: int) -> list[int]:
+    """Where windows of `size` with an overlap begin so that they cover `length`; the last one ends with it."""
+    if not size or length <= size:
+        return [0]
+    return [*range(0, length - size, size - overlap), length - size]

@@ -22,7 +22,7 @@ from losses import LOSSES
 from losses.tanimoto import activate
 from metrics import confusion, segmentation_metrics
 from models import NETWORKS
-from models.model_plain import ModelPlain
+from models.model_plain import ModelPlain, starts
 from options import Section, build
 
 HISTORIES = ("train_losses", "train_metrics_history", "val_losses", "val_metrics_history")
@@ -298,11 +298,6 @@ def blended(predict, image: Tensor, tile: int, overlap: int) -> Tensor:
             total[..., rows, columns] += part * ramp
             weight[rows, columns] += ramp
     return total / weight
-
-
-def starts(length: int, size: int, overlap: int) -> list[int]:
-    """Where tiles begin so that they cover `length`; the last one ends with it."""
-    return [0] if length <= size else [*range(0, length - size, size - overlap), length - size]
 
 
 def fade(length: int, overlap: int) -> Tensor:

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,6 @@ from losses.lpips import LPIPS
 from losses.vqperceptual import VQLPIPSWithDiscriminator
 from metrics import codebook_use, image_metrics
 from models import NETWORKS
-from models.model_base import ModelBase
 from models.model_plain import ModelPlain
 from models.network_vqgan import GumbelQuantize, Indices, VQModel, VQNetwork
 from options import OptionError, Section, build, check, resolve, schema_of
@@ -49,27 +48,15 @@ class ModelVQGAN(ModelPlain):
     """
 
     @dataclass
-    class TrainOptions(ModelBase.TrainOptions):
+    class TrainOptions(ModelPlain.StepOptions):
         lossconfig: dict = field(default_factory=dict)  # arguments of VQLPIPSWithDiscriminator; disc_start is needed
         use_taming_loss: bool | None = None  # null: as the network is; else absolute (true) or squared differences
         disc_every: int = 3  # iterations from one step of the discriminator to the next
         temperature_end: float = 1.0  # GumbelVQ: the noise's temperature falls from 1 to this in half a cosine
-        E_decay: float = 0.0  # moving average of G, usually 0.999; 0 is off
-        G_optimizer_type: Literal["adam", "adamw"] = "adam"
         G_optimizer_lr: float = 1e-4  # taming: 4.5e-6 times the pictures in a batch
         G_optimizer_betas: tuple[float, float] = (0.5, 0.9)
-        G_optimizer_wd: float = 0.0
-        G_optimizer_clipgrad: float | None = None  # largest norm of the whole gradient
         D_optimizer_lr: float | None = None  # null: G's
         D_optimizer_clipgrad: float | None = None
-        G_scheduler_type: Literal["MultiStepLR", "CosineAnnealingWarmRestarts", "constant"] = "constant"  # both players
-        G_scheduler_milestones: list[int] = field(default_factory=list)
-        G_scheduler_gamma: float = 0.1
-        G_scheduler_periods: int | None = None  # first cosine period in iterations; null: the whole run
-        G_scheduler_restart_weights: int = 1  # each period is this many times the one before
-        G_scheduler_eta_min: float = 0.0
-        G_param_strict: bool = True  # of path.pretrained_netG
-        E_param_strict: bool = True
 
     def __init__(self, opt: Mapping[str, Any]):
         check_codebook(opt)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from data.video import FrameFolder
-from models.model_plain import ModelPlain
+from models.model_plain import ModelPlain, starts
 
 TILE_OVERLAP = 20  # input pixels that neighbouring tiles share, as KAIR
 TILE_TRIM = 10  # output pixels dropped on a tile's inner edges, as KAIR: they know least of their surroundings
@@ -202,13 +202,6 @@ class ModelVRT(ModelPlain):
                 total[..., rows, columns] += part[..., part_rows, part_columns]
                 weight[rows, columns] += 1
         return total / weight
-
-
-def starts(length: int, size: int, overlap: int) -> list[int]:
-    """Where windows of `size` with an overlap begin so that they cover `length`; the last one ends with it."""
-    if not size or length <= size:
-        return [0]
-    return [*range(0, length - size, size - overlap), length - size]
 
 
 def inner(start: int, size: int, length: int, trim: int) -> tuple[slice, slice]:
