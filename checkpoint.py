@@ -325,6 +325,15 @@ def find_newest(folder: Path | str, report: Report | None = None) -> CheckpointS
     return None
 
 
+def find_best(folder: Path | str, report: Report | None = None) -> CheckpointSet | None:
+    """The set of the best validation as the newest one knows it, else the newest."""
+    newest = find_newest(folder, report)
+    if newest is None or newest.record is None or newest.record.get("best") in (None, newest.iteration):
+        return newest
+    others = (found for found in find_sets(folder) if found.iteration == newest.record["best"])
+    return next((found for found in others if not found.fault()), newest)
+
+
 def find_last_checkpoint(save_dir, net_type: str = "G", pretrained_path: str | None = None) -> tuple[int, str | None]:
     """KAIR's scan for the newest file of one kind.
 
@@ -388,6 +397,24 @@ def _located_file(path: Path) -> CheckpointSet:
         return CheckpointSet(path.parent, state.get("iteration"), {"bundle": path})
     weights_in(payload, path)  # an optimizer or rubbish is named as such
     raise CheckpointError(f"{path}: holds weights only, no iteration; start from them with --init-from {path}")
+
+
+def read_weights(path: Path | str) -> tuple[dict[str, torch.Tensor], Mapping[str, Any]]:
+    """The weights that a path names, of G where there are more, and the options they were trained with ({}: unknown).
+
+    Args: path: a file of ours or of others, a member, a commit record or a folder.
+    Raises: CheckpointError, one line.
+    """
+    path = Path(path)
+    if path.is_dir() or path.suffix == ".json":
+        parts = locate(path).load()
+        return weights_in(parts.get("G"), path), parts.get("state", {}).get("config", {})
+    payload = load_file(path)
+    member = MEMBER.fullmatch(path.name)
+    state = path.with_name(f"{member[1]}_state.pth") if member else None
+    about = load_file(state) if state and state.exists() else payload
+    config = about.get("config") if isinstance(about, Mapping) else None
+    return weights_in(payload, path), config if isinstance(config, Mapping) else {}
 
 
 # ---------------------------------------------------------------- keeping and putting away
@@ -542,7 +569,7 @@ class Saver:
 
     def _commit(self, iteration: int, parts: Mapping[str, Any], best: int | None, info: Mapping[str, Any],
                 began: float, waited: float | None) -> Saved:
-        found = commit(self.folder, iteration, parts, self.layout, **info)
+        found = commit(self.folder, iteration, parts, self.layout, best=best, **info)
         if info.get("reason") != "interrupted" and (name := self.layout.link_name("latest")):
             link(found.path, self.folder / name)
         if best == iteration:

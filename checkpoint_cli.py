@@ -1,11 +1,13 @@
-"""Checkpoints for people: `python -m checkpoint inspect | verify | compare | convert`. The exit code is the verdict.
+"""Checkpoints for people: `python -m checkpoint inspect | verify | compare | rank | convert`; the exit code judges.
 
     python -m checkpoint inspect experiments/train_vrt             what is there: iterations, metrics, sizes
     python -m checkpoint verify experiments/train_vrt              0: every set is good, 1: one is not
     python -m checkpoint compare a/models/300.json b/models/300.json   0: every tensor is equal, 1: not
+    python -m checkpoint rank sweep                                runs by their best metric, and their options
     python -m checkpoint convert run/models/300.json --to weights vrt.pth
 
-A folder stands for its newest checkpoint, except for verify and inspect. 2: the command could not be carried out.
+A folder stands for its newest checkpoint, but for all of them where they are verified or inspected, and for all runs
+below it where they are ranked. 2: the command could not be carried out.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -25,7 +29,10 @@ import checkpoint
 import foreign
 from checkpoint import CheckpointError, CheckpointSet
 from durable import find_fault, in_units, load_file, read_seal, save_file
+from log import number
+from options import flatten
 
+PUT_AWAY = re.compile(r"_\d{8}_\d{6}(_\d+)?$")  # end of a folder that checkpoint.put_away made
 UNCOMPARED = ("timestamp", "environment", "version")  # of a state; options are compared on their own
 
 
@@ -34,10 +41,13 @@ def main(argv: list[str]) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     for command, words in ((inspect, "what is in it"), (verify, "each set: good, or what is wrong"),
-                           (compare, "which tensors and options differ"), (convert, "the same for another program")):
+                           (compare, "which tensors and options differ"), (rank, "runs, the best first"),
+                           (convert, "the same for another program")):
         one = commands.add_parser(command.__name__, help=words)
         one.set_defaults(command=command)
-        for name in ("a", "b") if command is compare else ("path",):
+        if command is rank:
+            one.add_argument("paths", type=Path, nargs="+", metavar="FOLDER", help="of a run, or of many")
+        for name in {compare: ("a", "b"), rank: ()}.get(command, ("path",)):
             one.add_argument(name, type=Path, metavar=name.upper(), help="a file, a commit record or a folder")
         if command is inspect:
             one.add_argument("--options", action="store_true", help="print the options that it was trained with")
@@ -234,6 +244,51 @@ def flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
+
+
+# ---------------------------------------------------------------- rank
+
+
+def rank(paths: list[Path]) -> int:
+    """Tables of the runs below some folders, by their best metric; runs of other stages or metrics stand apart."""
+    tables: dict[tuple, list[tuple]] = {}
+    for folder in dict.fromkeys(folder for path in paths for folder in runs_below(path)):
+        state = checkpoint.find_newest(folder, print).load().get("state", {})
+        name, mode = state.get("metadata", {}).get("best_metric", (None, None))
+        best = next((row for row in state.get("history", []) if row["iteration"] == state.get("best")), {})
+        value = next((value for key, value in best.items() if key == name or key.endswith(f".{name}")), None)
+        if value is None:
+            print(f"left out {folder}: no validation yet")
+            continue
+        config = state.get("config", {})
+        shown = folder.parent if folder.name == "models" else folder
+        told = {key: value for key, value in flatten(config).items()
+                if not key.startswith(("path.", "opt_path", "task"))}
+        when = f"at {state['best']:,}, done {state['iteration']:,} of {config['train']['total_iter']:,}"
+        tables.setdefault((state["metadata"].get("stage"), name, mode), []).append((value, shown, when, told))
+    for (stage, name, mode), rows in tables.items():
+        rows.sort(key=lambda row: row[0], reverse=mode == "max")
+        differing = [key for key in rows[0][3] if any(row[3].get(key) != rows[0][3][key] for row in rows)]
+        lines = [("", name, "run", "", *differing)]
+        lines += [(str(place), number(value), str(folder), when, *(json.dumps(config.get(key)) for key in differing))
+                  for place, (value, folder, when, config) in enumerate(rows, 1)]
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        print(f"{f'stage {stage}: ' if stage else ''}{name}, {'larger' if mode == 'max' else 'smaller'} is better")
+        for line in lines:
+            print("  ".join(f"{word:<{width}}" for word, width in zip(line, widths)).rstrip())
+    if not tables:
+        raise CheckpointError(f"{', '.join(map(str, paths))}: no run with a validation")
+    return 0
+
+
+def runs_below(path: Path) -> Iterator[Path]:
+    """The folders at or below a path that hold checkpoints, without what was put away."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder of runs")
+    for folder, below, _ in os.walk(path):
+        below[:] = sorted(name for name in below if not PUT_AWAY.search(name))
+        if checkpoint.find_newest(folder):
+            yield Path(folder)
 
 
 # ---------------------------------------------------------------- convert

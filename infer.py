@@ -71,18 +71,13 @@ def load(model: ModelBase, opt: Mapping[str, Any], resume: str | None, log: RunL
     if resume:
         found = checkpoint.locate(resume, log.line)
     else:
-        found = checkpoint.find_newest(model.save_dir, log.line)
+        found = checkpoint.find_best(model.save_dir, log.line)
         if found is None and opt["path"]["pretrained_netG"]:
             path = opt["path"]["pretrained_netG"]
             return model.load_use(checkpoint.load_file(path), path)
         if found is None:
             raise CheckpointError(f"{model.save_dir}: no checkpoint yet; train first, or name weights with --resume")
-    parts = found.load()
-    best = None if resume else parts.get("state", {}).get("best")
-    for other in checkpoint.find_sets(model.save_dir) if best not in (None, found.iteration) else ():
-        if other.iteration == best and not other.fault():
-            found, parts = other, other.load()
-    return model.load_use(parts, str(found.path))
+    return model.load_use(found.load(), str(found.path))
 
 
 def work(model: ModelBase, opt: options.Section, source: str, output: Path, truth: str | None, log: RunLog,

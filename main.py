@@ -2,6 +2,7 @@
 
     python main.py -opt options/train_vrt.json            trains; the same command again goes on where it stopped
     python main.py -opt FILE --resume PATH                goes on from the checkpoint you name
+    python main.py --resume PATH                          the same with the options in the checkpoint
     python main.py -opt FILE --set train.total_iter=1000  any option from the command line
 """
 
@@ -12,12 +13,14 @@ import shlex
 import sys
 from pathlib import Path
 
+import checkpoint
 import options
 from checkpoint import CheckpointError
 from data import DATASETS
 from infer import infer
 from models import MODELS, NETWORKS
 from prove import prove
+from stages import train_stages
 from train import NonFiniteLoss, train
 
 
@@ -29,8 +32,12 @@ def parser_for(flags: dict[str, str], **settings) -> argparse.ArgumentParser:
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", metavar="PATH",
                        help="go on from this checkpoint: a member of a set, its record (500.json) or a folder")
-    start.add_argument("--init-from", "--init_from", metavar="FILE", help="start at iteration 0 with these weights")
+    start.add_argument("--init-from", "--init_from", metavar="FILE", help="begin with these weights, by name and shape")
     parser.add_argument("--fresh", action="store_true", help="put away the run's checkpoints and begin anew")
+    stages = parser.add_mutually_exclusive_group()
+    stages.add_argument("--stage", metavar="NAME", help="train only this one of the file's stages")
+    stages.add_argument("--run-all-stages", "--run_all_stages", action="store_true",
+                        help="train all of them, each from the best of the one before; without either: the same")
     parser.add_argument("--test", action="store_true", help="train nothing: test on the options' test sets, or with")
     parser.add_argument("--input", metavar="PATH", help="... on files of your own, e.g. a folder of frames")
     parser.add_argument("--output", metavar="FOLDER", help="... into this folder; a half-done one is gone on with")
@@ -57,12 +64,19 @@ def overrides_in(args: argparse.Namespace, flags: dict[str, str]) -> list[tuple[
     return found
 
 
-def resume_command(argv: list[str]) -> str:
-    """The command that goes on with this run: the same one without what chooses another start."""
+def resume_command(argv: list[str], saved: bool) -> str:
+    """The command that goes on with this run: the same one without what chooses another start.
+
+    Args: saved: the options came from the checkpoint that was named; then its folder goes on being named.
+    """
     kept, skip = [], False
-    for word in argv:
+    for word, after in zip(argv, [*argv[1:], ""]):
         if skip or word == "--fresh":
             skip = False
+        elif saved and (word == "--resume" or word.startswith("--resume=")):
+            skip = word == "--resume"
+            path = Path(after if skip else word.partition("=")[2])
+            kept += ["--resume", str(path if path.is_dir() else path.parent)]
         elif word in ("--resume", "--init-from", "--init_from"):
             skip = True
         elif not word.startswith(("--resume=", "--init-from=", "--init_from=")):
@@ -70,26 +84,56 @@ def resume_command(argv: list[str]) -> str:
     return shlex.join(["python", "main.py", *kept])
 
 
+def saved_options(path: str) -> dict:
+    """The options in a checkpoint, of a run that may have been moved with its folder. Raises OptionError, one line."""
+    found = checkpoint.locate(path)
+    config = found.load().get("state", {}).get("config") or {}
+    if not {"datasets", "train", "path", "task"} <= set(config):
+        raise options.OptionError(f"{path}: holds no options of ours; give an option file with -opt")
+    folder = found.folder.resolve()
+    if folder != Path(options.models_folder(config)).resolve():
+        tail = Path(config["task"], "models").parts
+        below = not config["path"]["models"] and folder.parts[-len(tail):] == tail
+        config["path"] |= {"root": str(folder.parents[len(tail) - 1])} if below else {"models": str(folder)}
+    return config
+
+
 def main(argv: list[str]) -> int:
     first, _ = parser_for(options.FLAGS, add_help=False).parse_known_args(argv)
-    flags = dict(options.FLAGS)
+    flags, tree = dict(options.FLAGS), None
     first.opt = first.opt or options.file_for(argv, str(Path(__file__).parent / "options"))
     if first.opt:
         flags |= options.cli_table(first.opt)
+    elif first.resume:
+        tree = saved_options(first.resume)
+        flags |= options.check_cli(tree.get("cli", {}), first.resume)
     args = parser_for(flags).parse_args(argv)
-    args.opt = args.opt or first.opt
-    if not args.opt:
+    source = first.opt or args.resume
+    if not source:
         raise options.OptionError("which run? give an option file: python main.py -opt options/train_vrt.json")
+    stages = [] if tree else options.stage_names(source)
+    if (args.stage or args.run_all_stages) and not stages:
+        raise options.OptionError(f"{source}: has no stages; leave --stage and --run-all-stages out")
+    overrides = overrides_in(args, flags)
     if args.prove_resume is not None:
-        return prove(args.opt, overrides_in(args, flags), args.prove_resume)
-    opt, notices = options.parse(args.opt, overrides_in(args, flags), MODELS, NETWORKS, DATASETS)
+        if tree:
+            raise options.OptionError("--prove-resume needs an option file: -opt FILE")
+        return prove(source, overrides, args.prove_resume, args.stage or next(iter(stages), None))
+    command = resume_command(argv, saved=bool(tree))
+    if not args.test:
+        if args.input or args.output or args.truth:
+            raise options.OptionError("--input, --output and --truth go with --test")
+        if stages:
+            return train_stages(source, overrides, args.stage, resume=args.resume, init_from=args.init_from,
+                                fresh=args.fresh, command=command)
+    if args.init_from:
+        overrides.append(("path.init_from", args.init_from, "--init-from"))
+    stage = args.stage or (stages[-1] if stages else None)
+    opt, notices = options.parse(source, overrides, MODELS, NETWORKS, DATASETS, stage, tree)
     if args.test:
         return infer(opt, notices, resume=args.resume, source=args.input, output=args.output, truth=args.truth,
                      command=shlex.join(["python", "main.py", *argv]))
-    if args.input or args.output or args.truth:
-        raise options.OptionError("--input, --output and --truth go with --test")
-    return train(opt, notices, resume=args.resume, init_from=args.init_from, fresh=args.fresh,
-                 command=resume_command(argv))
+    return train(opt, notices, resume=args.resume, init_from=args.init_from, fresh=args.fresh, command=command)
 
 
 if __name__ == "__main__":

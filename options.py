@@ -1,18 +1,20 @@
 """Read a JSON option file, merge what overrides it, and refuse what nobody would read.
 
-Order: defaults < `extends` < file < command line. The signature of a component is its schema: a section is built by
-keyword, so an unknown key, a wrong type or a missing value is found before anything is made.
-KAIR's own option files are read unmodified.
+Order: defaults < `extends` < file < stage < command line. The signature of a component is its schema: a section is
+built by keyword, so an unknown key, a wrong type or a missing value is found before anything is made. KAIR's own option
+files are read unmodified.
 """
 
 from __future__ import annotations
 
 import collections.abc
+import copy
 import difflib
 import importlib
 import inspect
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -42,6 +44,7 @@ class Path:
     root: str = "experiments"  # the run's folder is root/task
     pretrained_netG: str | None = None  # weights to start from when there is no checkpoint yet
     pretrained_netE: str | None = None
+    init_from: str | None = None  # the same by name, where networks differ; --init-from and stages set it; "none": none
     models: str | None = None  # where checkpoints lie, and images, log and options below; null: in root/task/models
 
 
@@ -79,6 +82,8 @@ class Top:
     path: dict = field(default_factory=dict)
     checkpoint: dict = field(default_factory=dict)
     cli: dict = field(default_factory=dict)  # {"flag": "key.path"}: short flags of this file
+    stages: list[dict] = field(default_factory=list)  # {"name", "init_from", keys of this file to override} each
+    stage: str | None = None  # which of them this run is
     gpu_ids: list[int] | None = None  # KAIR: the first one is used
     dist: bool = False
     find_unused_parameters: bool = False
@@ -180,7 +185,10 @@ def load(path: str, chain: tuple[str, ...] = ()) -> tuple[dict, dict[str, str]]:
 
 def cli_table(path: str) -> dict[str, str | list[str]]:
     """The `cli` flags of an option file: flag -> key path, or several. Raises OptionError when it is no such table."""
-    table = load(path)[0].get("cli", {})
+    return check_cli(load(path)[0].get("cli", {}), path)
+
+
+def check_cli(table: Any, path: str) -> dict[str, str | list[str]]:
     if not isinstance(table, dict) or not all(isinstance(key, str) for keys in table.values() for key in as_list(keys)):
         raise OptionError(f'{path}: cli: must be an object of {{"flag": "section.key"}}, or of lists of keys')
     return table
@@ -377,17 +385,23 @@ def build(table: Table, section: Section, type_key: str, **given: Any) -> Any:
 # ---------------------------------------------------------------- all together
 
 
-def parse(path: str, overrides: Iterable[tuple[str, Any, str]], models: Table, networks: Table,
-          datasets: Table) -> tuple[Section, list[str]]:
+def parse(path: str, overrides: Iterable[tuple[str, Any, str]], models: Table, networks: Table, datasets: Table,
+          stage: str | None = None, tree: Mapping | None = None) -> tuple[Section, list[str]]:
     """The options of a run, merged, checked, with defaults written out.
 
     Args:
         path: option file. overrides: (key path, value, where it was said), later ones win.
         models, networks, datasets: tables of the names a file may use.
+        stage: which stage of the file; its folder is one below the file's. tree: to be taken instead of the file, as
+            the options in a checkpoint; `path` is then where they are from, for messages.
     Returns: the options, and notices for the user (keys that are not used).
     Raises: OptionError, one line.
     """
-    tree, origins = load(path)
+    tree, origins = (copy.deepcopy(dict(tree)), {}) if tree else load(path)
+    option_file = tree.pop("opt_path", path)
+    chain = stages_in(tree, path)
+    if stage is not None:
+        tree, origins = lay_stage(tree, origins, chain, stage, path)
     for key, value, origin in overrides:
         set_key(tree, origins, key, value, origin)
 
@@ -410,8 +424,62 @@ def parse(path: str, overrides: Iterable[tuple[str, Any, str]], models: Table, n
         opt["datasets"][name] = check_dataset(opt, name, datasets, where, notices)
     if "train" not in opt["datasets"]:
         raise OptionError(f"{where('datasets')}: datasets.train: missing; training needs a training set")
-    opt["opt_path"] = path
+    if stage is not None and opt["path"]["models"]:
+        opt["path"]["models"] = os.path.join(opt["path"]["models"], stage)
+    elif stage is not None:
+        opt["task"] = os.path.join(opt["task"], stage)
+    opt["opt_path"], opt["stages"] = option_file, []
     return opt, notices
+
+
+# ---------------------------------------------------------------- stages
+
+
+def stage_names(path: str) -> list[str]:
+    """The stages of an option file, in their order. Raises OptionError where one can't be."""
+    return list(stages_in(load(path)[0], path))
+
+
+def stages_in(tree: Mapping, path: str) -> dict[str, dict]:
+    """What each stage of a file overrides, by name."""
+    entries, found = tree.get("stages", []), {}
+    if not isinstance(entries, list):
+        raise OptionError(f'{path}: stages: must be a list of {{"name": ..., keys to override}}')
+    for number, entry in enumerate(entries):
+        at = f"{path}: stages[{number}]"
+        if not isinstance(entry, Mapping):
+            raise OptionError(f'{at}: must be an object {{"name": ..., keys to override}}, not {json.dumps(entry)}')
+        name = entry.get("name")
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]*\w[\w.-]*", name) or name == "none":
+            raise OptionError(f"{at}.name: {json.dumps(name)} must be a name for its folder: letters, digits, _ . -")
+        if name in found:
+            raise OptionError(f"{at}.name: {name!r} is there twice; each stage needs a folder of its own")
+        if alien := {"extends", "stages", "stage", "cli"} & set(entry):
+            raise OptionError(f"{at}: {sorted(alien)[0]}: belongs to the file, not to a stage")
+        if not isinstance(entry.get("init_from", ""), (str, type(None))):
+            raise OptionError(f"{at}.init_from: {json.dumps(entry['init_from'])} must be an earlier stage, a file or "
+                              "null")
+        found[name] = dict(entry)
+    return found
+
+
+def lay_stage(tree: dict, origins: dict[str, str], chain: Mapping[str, dict], stage: str,
+              path: str) -> tuple[dict, dict[str, str]]:
+    """A file's options with those of a stage laid on them, and who set each."""
+    if stage not in chain:
+        raise OptionError(f"{path}: stages: there is no {stage!r}; "
+                          + (closest(stage, chain) if chain else "the file has no stages"))
+    over = {key: value for key, value in chain[stage].items() if key not in ("name", "init_from")} | {"stage": stage}
+    tree = merge(tree, over, origins, f"{path}: stages: {stage}")
+    if "init_from" in chain[stage]:
+        origin = chain[stage]["init_from"]
+        set_key(tree, origins, "path.init_from", "none" if origin is None else origin, f"{path}: stages: {stage}")
+    return tree, origins
+
+
+def models_folder(opt: Mapping[str, Any]) -> str:
+    """Where the checkpoints of a run lie."""
+    return opt["path"]["models"] or os.path.join(opt["path"]["root"], opt["task"], "models")
 
 
 def check_dataset(opt: Mapping, name: str, table: Table, where: Callable[[str], str], notices: list[str]) -> Section:

@@ -31,7 +31,7 @@ IGNORED = ("config", "timestamp", "environment", "history", "best", "metric")  #
 Override = tuple[str, Any, str]
 
 
-def prove(option_file: str, overrides: Iterable[Override], steps: int, say=print) -> int:
+def prove(option_file: str, overrides: Iterable[Override], steps: int, stage: str | None = None, say=print) -> int:
     """Say whether N steps and N steps with a kill in between end equal. Returns 0 if they do, 1 if not.
 
     Raises: OptionError when the runs can't be made, with their own complaint.
@@ -41,7 +41,7 @@ def prove(option_file: str, overrides: Iterable[Override], steps: int, say=print
     middle, overrides = steps // 2, list(overrides)
     with tempfile.TemporaryDirectory(prefix="perdure_") as folder:
         def run(name: str, kill: bool = False, look: bool = False) -> str:
-            return _run(folder, name, option_file, overrides, steps, middle if kill else None, look)
+            return _run(folder, name, option_file, overrides, stage, steps, middle if kill else None, look)
 
         say(f"proving  {steps} steps straight, and {steps} steps killed after step {middle}, in processes of their own")
         run("straight")
@@ -97,10 +97,10 @@ def _differing(one: dict[str, Any], two: dict[str, Any]) -> Iterable[str]:
             yield f"{key}: {a!r} and {b!r}"
 
 
-def _run(folder: str, name: str, option_file: str, overrides: list[Override], steps: int, kill_after: int | None,
-         look: bool) -> str:
+def _run(folder: str, name: str, option_file: str, overrides: list[Override], stage: str | None, steps: int,
+         kill_after: int | None, look: bool) -> str:
     """One run in a process of its own. Returns what it printed."""
-    task = json.dumps([option_file, overrides, folder, name, steps, kill_after, look])
+    task = json.dumps([option_file, overrides, stage, folder, name, steps, kill_after, look])
     done = subprocess.run([sys.executable, __file__, task], capture_output=True, text=True)
     if done.returncode != (-signal.SIGKILL if kill_after else 0):
         lines = (done.stderr or done.stdout).strip().splitlines()
@@ -123,11 +123,11 @@ class Killed(train.Run):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _child(option_file: str, overrides: list[Override], folder: str, name: str, steps: int, kill_after: int | None,
-           look: bool) -> int:
-    opt, notices = options.parse(option_file, overrides, MODELS, NETWORKS, DATASETS)
+def _child(option_file: str, overrides: list[Override], stage: str | None, folder: str, name: str, steps: int,
+           kill_after: int | None, look: bool) -> int:
+    opt, notices = options.parse(option_file, overrides, MODELS, NETWORKS, DATASETS, stage)
     opt["task"] = name
-    opt["path"] |= {"root": folder, "models": None}
+    opt["path"] |= {"root": folder, "models": None, "init_from": None}
     opt["datasets"] = {"train": opt["datasets"]["train"]}
     opt["train"] |= {"total_iter": steps, "total_epochs": None, "checkpoint_save": steps // 2, "save_interval": None}
     opt["checkpoint"] |= {"layout": "split", "keep_last_n": None, "on_save_error": "stop"}

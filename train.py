@@ -10,7 +10,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,11 +157,13 @@ class Run:
             raise CheckpointError(f"{self.models}: there are checkpoints, but none is usable; name another one with "
                                   "--resume, or begin anew with --fresh")
         if source and init_from:
-            raise CheckpointError(f"--init-from starts a new run, but {self.models} holds iteration "
-                                  f"{source.iteration}; leave it out to go on, or add --fresh")
+            config = source.load().get("state", {}).get("config", {})
+            if config.get("path", {}).get("init_from") != init_from:
+                raise CheckpointError(f"--init-from starts a new run, but {self.models} holds iteration "
+                                      f"{source.iteration}, not begun from it; leave it out to go on, or add --fresh")
         return source
 
-    def restore(self, source: CheckpointSet | None, init_from: str | None) -> None:
+    def restore(self, source: CheckpointSet | None) -> None:
         """Bring model, data order, history and generators to where the set was saved."""
         opt, train = self.opt, self.opt["train"]
         parts = source.load() if source else None
@@ -188,8 +190,6 @@ class Run:
             train["total_iter"] = self.iteration + self.batches.batches_until(train["total_epochs"])
         if train["total_iter"] < 1:
             raise options.OptionError(f"{opt['opt_path']}: train: total_iter (or total_epochs) must be >= 1")
-        if init_from:
-            opt["path"]["pretrained_netG"] = init_from
         self.reports = self.model.init_train(parts, str(source.path) if source else "")
         self.model.load_extra_state(state)
         self.banner(source, parts or {})
@@ -268,7 +268,8 @@ class Run:
                 "sampler_state": {"epoch": epoch, "offset": offset, "length": len(self.train_set)},
                 "rng_state": [checkpoint.rng_state()], "history": self.history, "best": self.best,
                 "metric": self.metric(self.history[-1]) if validated else None,
-                "metadata": {"model": self.opt["model"], "stage": None},
+                "metadata": {"model": self.opt["model"], "stage": self.opt["stage"],
+                             "best_metric": list(self.best_metric)},
                 "config": plain(self.opt), "environment": checkpoint.environment(),
                 "timestamp": checkpoint.timestamp(), **self.model.extra_state(self.iteration)}
 
@@ -449,24 +450,26 @@ class Run:
 
 
 def train(opt: options.Section, notices: list[str], *, resume: str | None = None, init_from: str | None = None,
-          fresh: bool = False, command: str = "") -> int:
+          fresh: bool = False, command: str = "", preface: Sequence[str] = ()) -> int:
     """Train as the options say, from where the run stands. Returns the exit code.
 
     Args:
         notices: lines for the user from reading the options.
-        resume: a checkpoint to go on from instead of the newest. init_from: weights to start a new run with.
+        resume: a checkpoint to go on from instead of the newest. init_from: what path.init_from was set to by hand:
+            only a new run, or one that began with it, may go on.
         fresh: put away what the run has and begin anew. command: what resumes this run, to be printed.
+        preface: lines to be said first.
     Raises: OptionError, CheckpointError (a user's mistake or a bad file, one line), NonFiniteLoss.
     """
     prepare_machine(opt)
     log = RunLog()
     with contextlib.closing(log), StopRequest() as stop, contextlib.ExitStack() as stack:
-        for notice in notices:
-            log.line(f"note     {notice}")
+        for text in (*preface, *(f"note     {notice}" for notice in notices)):
+            log.line(text)
         run = stack.enter_context(contextlib.closing(Run(opt, log)))
         run.claim()
         source = run.find_source(resume, init_from, fresh)
-        run.restore(source, init_from)
+        run.restore(source)
         if source and run.iteration >= opt["train"]["total_iter"] and not resume:
             log.line(f"finished at iteration {run.iteration} of {opt['train']['total_iter']}: nothing left to do; "
                      "raise train.total_iter to go on")
@@ -541,10 +544,10 @@ def plain(tree: Any) -> Any:
 
 def differences(saved: Mapping, now: Mapping, most: int = 12) -> list[str]:
     """Which options are not those of the checkpoint, a line each; where files lie does not count."""
+    if not {"datasets", "train"} <= set(saved):  # absent, or of another program
+        return []
     a, b = options.flatten(saved), options.flatten(plain(now))
     keys = [k for k in {**a, **b} if a.get(k) != b.get(k) and k != "opt_path" and not k.startswith("path.")]
-    if not saved:
-        return []
     lines = [f"{k}: {json.dumps(a.get(k))} -> {json.dumps(b.get(k))}" for k in keys]
     return lines if len(lines) <= most else [*lines[:most], f"... and {len(lines) - most} more"]
 

@@ -7,9 +7,10 @@ and the learning rate is a function of the step, so there is no scheduler to res
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import checkpoint
 from models import NETWORKS
-from options import build
+from options import build, models_folder
 from schedules import Schedule
 
 
@@ -51,8 +52,7 @@ class ModelBase:
     def __init__(self, opt: Mapping[str, Any]):
         self.opt = opt
         self.opt_train = opt["train"]
-        path = opt["path"]
-        self.save_dir = checkpoint.Path(path["models"] or os.path.join(path["root"], opt["task"], "models"))
+        self.save_dir = Path(models_folder(opt))
         self.device = torch.device(opt["device"])
         self.networks: dict[str, nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -208,7 +208,8 @@ class ModelBase:
         missing = [k for k in own if k not in fitting]
         skipped = [k for k in weights if k not in fitting] if how == "by name" else []
         if strict and (missing or skipped):
-            raise checkpoint.CheckpointError(f"{source}: {_mismatch(own, weights, missing, skipped)}")
+            raise checkpoint.CheckpointError(f"{source}: the weights are of another architecture: "
+                                             + _mismatch(own, weights, missing, skipped))
         if not fitting:
             raise checkpoint.CheckpointError(f"{source}: no tensor fits {type(bare).__name__} by name and shape")
         bare.load_state_dict(fitting, strict=False)
@@ -219,6 +220,34 @@ class ModelBase:
         for name, keys in (("missing", missing), ("skipped", skipped)):
             report += f"; {name} {len(keys)}: {_some(keys)}" if keys else ""
         return report
+
+    def init_weights(self, network: nn.Module, weights: Mapping[str, Tensor], source: str,
+                     architecture: Mapping[str, Any] | None, strict: bool) -> list[str]:
+        """Begin with weights of another run, by name and shape. Returns a table: loaded, new, dropped.
+
+        Args:
+            architecture: options of the network that the weights are of, if known.
+            strict: refuse a tensor whose name fits and whose shape does not, rather than drop it.
+        Raises: CheckpointError, one line.
+        """
+        own = self.get_bare_model(network).state_dict()
+        if reshaped := [k for k, v in weights.items() if k in own and v.shape != own[k].shape]:
+            label = next(label for label, known in self.networks.items() if known is network)
+            then, now = architecture or {}, self.opt[f"net{label}"]
+            reasons = [f"net{label}.{key} {then.get(key, 'default')} against {now.get(key, 'default')} here"
+                       for key in {**then, **now} if then and then.get(key) != now.get(key)]
+            if strict:
+                raise checkpoint.CheckpointError(
+                    f"{source}: is of another architecture: " + (", ".join(reasons) + "; " if reasons else "")
+                    + f"{_mismatch(own, weights, [], reshaped)}; set train.G_param_strict to false to begin without it")
+        report = self.load_weights(network, weights, False, source)
+        if "by name" not in report or " below " in report:
+            return [report]
+        loaded = [k for k in own if k in weights and k not in reshaped]
+        groups = (("loaded", loaded), ("new", [k for k in own if k not in loaded]),
+                  ("dropped", [k for k in weights if k not in loaded]))
+        return [source, *(f"{name:<8}{len(keys):>5} tensors" + (f"  {_by_module(keys)}" if keys else "")
+                          for name, keys in groups)]
 
     def load_optimizer(self, load_path: str, optimizer: torch.optim.Optimizer) -> None:
         """Load an optimizer's state; the options' hyper-parameters stay in force."""
@@ -312,6 +341,16 @@ def _common_prefix(own: Mapping, weights: Mapping) -> str:
     return ""
 
 
+def _by_module(keys: list[str]) -> str:
+    """'encoder.stem1 (6), encoder.features (40)': the modules that keys belong to, as deep as few words allow."""
+    for depth in (4, 3, 2, 1):
+        counts = Counter(".".join(key.split(".")[:-1][:depth]) or key for key in keys)
+        if len(counts) <= 8:
+            break
+    words = [f"{module} ({count})" for module, count in counts.most_common(8)]
+    return ", ".join(words) + (f", and {len(counts) - 8} modules more" if len(counts) > 8 else "")
+
+
 def _some(keys: list[str], most: int = 3) -> str:
     return ", ".join(keys[:most]) + (", ..." if len(keys) > most else "")
 
@@ -323,4 +362,4 @@ def _mismatch(own: Mapping, weights: Mapping, missing: list[str], skipped: list[
     unknown = [k for k in skipped if k not in own]
     reasons = [f"{len(keys)} {what}: {_some(keys, 2)}" for what, keys in
                (("of another shape", reshaped), ("missing", absent), ("unknown", unknown)) if keys]
-    return "the weights are of another architecture: " + "; ".join(reasons)
+    return "; ".join(reasons)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+import checkpoint
 import schedules
 from data.resize import imresize
 from foreign import unpack, weights_in
@@ -39,7 +40,7 @@ class ModelPlain(ModelBase):
         G_scheduler_periods: int | None = None  # first cosine period in iterations; null: the whole run
         G_scheduler_restart_weights: int = 1  # each period is this many times the one before
         G_scheduler_eta_min: float = 0.0
-        G_param_strict: bool = True  # of path.pretrained_netG
+        G_param_strict: bool = True  # of path.pretrained_netG; of path.init_from: refuse tensors of another shape
         E_param_strict: bool = True
 
     @dataclass
@@ -78,7 +79,11 @@ class ModelPlain(ModelBase):
                 self.update_E(0)
             return []
         reports, path = [], self.opt["path"]
-        if path["pretrained_netG"]:
+        if path["init_from"] not in (None, "none"):
+            weights, config = checkpoint.read_weights(path["init_from"])
+            strict = self.opt_train["G_param_strict"]
+            reports += self.init_weights(self.netG, weights, path["init_from"], config.get("netG"), strict)
+        elif path["pretrained_netG"]:
             reports.append(self.load_network(path["pretrained_netG"], self.netG, self.opt_train["G_param_strict"]))
         if self.netE is not None:
             if path["pretrained_netE"]:

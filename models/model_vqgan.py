@@ -131,12 +131,13 @@ class ModelVQGAN(ModelPlain):
 
     def load(self, parts: Mapping[str, Any] | None = None, source: str = "checkpoint") -> list[str]:
         """As ModelPlain; taming's files carry the discriminator among the weights of the autoencoder."""
-        reports, path = super().load(parts, source), self.opt["path"]["pretrained_netG"]
+        reports, path = super().load(parts, source), self.opt["path"]
+        path = path["init_from"] if path["init_from"] not in (None, "none") else path["pretrained_netG"]
         weights = {}
         if parts and "D" not in parts:
             weights = parts["G"]
         elif not parts and path:
-            weights, source = checkpoint.weights_in(checkpoint.load_file(path), path), path
+            (weights, _), source = checkpoint.read_weights(path), path
         critic = {key.rpartition(CRITIC)[2]: value for key, value in weights.items() if CRITIC in key}
         own = self.netD.state_dict()
         if critic and {k: v.shape for k, v in critic.items()} == {k: v.shape for k, v in own.items()}:

@@ -30,8 +30,8 @@ def one_thread(two_threads):
 def option_file(folder, name="run", netG=None, train=None, workers=0, **over):
     """The shipped recipe, small: 5 samples in batches of 2, so that epochs of 2 steps are crossed."""
     return write_json(folder / f"{name}.json", {
-        "extends": str(ROOT / "options/train_inktrace.json"), "task": name, "path": {"root": str(folder)},
-        "num_threads": 1, "device": "cpu",
+        "extends": str(ROOT / "options/train_inktrace.json"), "task": name, "stages": [],
+        "path": {"root": str(folder), "models": None}, "num_threads": 1, "device": "cpu",
         "datasets": {"train": {"num_samples": 5, "dataloader_batch_size": 2, "dataloader_num_workers": workers,
                                "curriculum_stage": 0, "curriculum_end": 6, "epochs_per_stage": 1},
                      "test": {"num_samples": 2}},

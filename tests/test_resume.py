@@ -267,8 +267,10 @@ def test_init_from_takes_weights_only_and_starts_at_zero(recipe, straight, tmp_p
     assert run("-opt", path, "--init-from", straight / "models/6_E.pth") == 0
     said = capsys.readouterr().out
     assert "start    at iteration 0 of 1" in said and "tensors loaded by name" in said
+    assert run("-opt", path, "--init-from", straight / "models/6_E.pth") == 0  # the same command again goes on
+    assert "nothing left to do" in capsys.readouterr().out
     with pytest.raises(checkpoint.CheckpointError, match="--init-from starts a new run"):
-        run("-opt", path, "--init-from", straight / "models/6_E.pth")
+        run("-opt", path, "--init-from", straight / "models/4_E.pth")
 
 
 def test_damaged_newest_is_said_and_the_one_before_leads_to_the_same_end(recipe, straight, capsys, tmp_path):
