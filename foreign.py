@@ -93,7 +93,8 @@ def unpack(payload: Any, path: Path | str) -> dict[str, Any]:
         # An epoch in such a file is the one that was just finished, counted from 0, except beside a step count.
         epoch = payload.get("epoch", 0) + (iteration is None)
         parts["state"] = {"version": VERSION, "iteration": iteration, "epoch": epoch}
-        parts["state"] |= {key: payload[key] for key in ("config", "metadata") if key in payload}
+        kept = ("config", "metadata", "scheduler_state_dict")
+        parts["state"] |= {key: payload[key] for key in kept if isinstance(payload.get(key), Mapping)}
         if metric := next((payload[key] for key in ("metric", "loss") if key in payload), None):
             parts["state"]["metric"] = metric
     return parts

@@ -88,7 +88,7 @@ def saved_options(path: str) -> dict:
     """The options in a checkpoint, of a run that may have been moved with its folder. Raises OptionError, one line."""
     found = checkpoint.locate(path)
     config = found.load().get("state", {}).get("config") or {}
-    if not {"datasets", "train", "path", "task"} <= set(config):
+    if not options.is_ours(config):
         raise options.OptionError(f"{path}: holds no options of ours; give an option file with -opt")
     folder = found.folder.resolve()
     if folder != Path(options.models_folder(config)).resolve():

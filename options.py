@@ -500,6 +500,11 @@ def check_dataset(opt: Mapping, name: str, table: Table, where: Callable[[str], 
     return with_defaults(checked, loader)
 
 
+def is_ours(config: Mapping[str, Any]) -> bool:
+    """Whether options that a checkpoint holds are Perdure's."""
+    return {"task", "datasets", "netG", "train", "path"} <= set(config)
+
+
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
     """Nested options as {"a.b": value}, for comparing two runs."""
     flat: dict[str, Any] = {}

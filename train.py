@@ -222,6 +222,10 @@ class Run:
         absent += [name for name in ("rng_state", "sampler_state", *own) if state and name not in state]
         if absent:
             say(f"absent   {', '.join(absent)}: begun anew, so not bit for bit the run that was interrupted")
+        if state and "scheduler_state_dict" not in state:
+            say("note     no scheduler in it, and none is needed: the learning rate follows from the iteration")
+        if state.get("config") and not options.is_ours(state["config"]):
+            say("note     its options are another program's and are not compared")
         if not source.committed and torch.__version__ < (2, 10):  # CVE-2026-24747
             say(f"note     torch {torch.__version__} can be harmed by files made to harm; before 2.10, read only those "
                 "you trust")
@@ -544,7 +548,7 @@ def plain(tree: Any) -> Any:
 
 def differences(saved: Mapping, now: Mapping, most: int = 12) -> list[str]:
     """Which options are not those of the checkpoint, a line each; where files lie does not count."""
-    if not {"datasets", "train"} <= set(saved):  # absent, or of another program
+    if not options.is_ours(saved):
         return []
     a, b = options.flatten(saved), options.flatten(plain(now))
     keys = [k for k in {**a, **b} if a.get(k) != b.get(k) and k != "opt_path" and not k.startswith("path.")]

@@ -50,6 +50,17 @@ def files_of_others(state):
     }
 
 
+def test_an_old_dictionary_says_what_it_lacks(tmp_path, state, capsys):
+    torch.save({"epoch": 2, "model_state_dict": state["G"], "loss": 0.25, "config": {"embed_dim": 64, "lr": 1e-3}},
+               tmp_path / "old.pth")
+    assert locate(tmp_path / "old.pth").load()["state"]["metric"] == 0.25
+    path = write_json(tmp_path / "two.json", tiny.options(tmp_path, "two", train={"total_iter": 7}))
+    assert run("-opt", path, "--resume", tmp_path / "old.pth") == 0
+    said = capsys.readouterr().out
+    assert "absent   E, optimizerG, rng_state, sampler_state: begun anew" in said and "embed_dim" not in said
+    assert "no scheduler in it, and none is needed" in said and "its options are another program's" in said
+
+
 @pytest.mark.parametrize("name", ["lightning.ckpt", "prefixed.ckpt", "checkpoint_epoch2.pth", "epoch_0003.pt",
                                   "vqgan_7.pth"])
 def test_resume_takes_a_training_file_of_others_and_says_what_is_absent(tmp_path, state, capsys, name):
