@@ -1,6 +1,5 @@
 """Stages: one file, several runs, each begun with the best of the one before; killed anywhere, the same end."""
 
-import json
 import os
 import shutil
 import signal
@@ -20,8 +19,9 @@ from tests.conftest import ROOT, write_json
 from tests.test_exact import differing, run
 
 pytestmark = pytest.mark.usefixtures("tiny_tables")
+WORST = {"best_metric": "psnr", "best_mode": "min"}  # so that the best is not the newest
 BUNDLES = {"layout": "bundle", "name": "checkpoint_epoch{epoch}.pth", "latest": "checkpoint_latest.pth",
-           "best": "checkpoint_best.pth", "interrupted": "checkpoint_interrupted.pth"}
+           "best": "checkpoint_best.pth", "interrupted": "checkpoint_interrupted.pth", **WORST}
 STAGES = [{"name": "one"}, {"name": "two", "train": {"total_iter": 4, "G_optimizer_lr": 0.02}}]
 
 
@@ -126,7 +126,7 @@ def test_each_stage_has_its_folder_and_begins_with_the_best_of_the_one_before(st
     assert [parts["state"]["metadata"]["stage"] for parts in (one, two)] == ["one", "two"]
     assert (one["state"]["iteration"], two["state"]["iteration"]) == (6, 4)
     best = checkpoint.find_best(straight / "one")
-    assert best.iteration == one["state"]["best"]
+    assert best.iteration == one["state"]["best"] == 3
     words = ("--stage", "two", "--init-from", straight / "one/checkpoint_best.pth")
     assert run("-opt", option_file(tmp_path), *words) == 0
     said = capsys.readouterr().out
@@ -144,7 +144,7 @@ def test_what_is_finished_is_not_repeated(copied, capsys):
     assert {path: path.stat().st_mtime_ns for path in copied.parent.rglob("*.pth")} == before
 
 
-@pytest.mark.parametrize("layout", [BUNDLES, {"layout": "split"}])
+@pytest.mark.parametrize("layout", [BUNDLES, WORST], ids=["bundle", "split"])
 def test_the_split_layout_and_root_lead_to_the_same(straight, tmp_path, layout):
     assert run("-opt", option_file(tmp_path, models=False, checkpoint=layout), "--run-all-stages") == 0
     for stage in ("one", "two"):
@@ -236,8 +236,7 @@ def test_what_fits_by_name_is_taken_and_another_shape_is_refused_with_its_reason
 def test_resume_alone_takes_the_options_from_the_checkpoint(straight, copied, capsys, monkeypatch):
     folder = copied.parent / "run" / "one"
     copied.unlink()
-    for name in ("checkpoint_latest.pth", "checkpoint_best.pth"):
-        (folder / name).unlink()
+    (folder / "checkpoint_latest.pth").unlink()
     newest = checkpoint.find_newest(folder)
     newest.path.unlink()  # as if it had been killed before the last one
     earlier = checkpoint.find_newest(folder)
@@ -290,18 +289,19 @@ def test_a_named_checkpoint_says_which_stage_goes_on(copied, capsys):
 
 def test_runs_are_ranked_by_their_best_metric(straight, tmp_path, capsys):
     for rate in (0.02, 0.001):
-        assert run("-opt", option_file(tmp_path, f"sweep/lr{rate}".replace("sweep/", ""), stages=[]), "--lr", rate,
-                   "--save_dir", tmp_path) == 0
+        path = option_file(tmp_path, f"lr{rate}", stages=[], models=False, checkpoint={})
+        assert run("-opt", path, "--lr", rate) == 0
     capsys.readouterr()
     assert ask(["rank", str(tmp_path), str(straight)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "psnr, larger is better" and lines[1].split() == ["psnr", "run", "train.G_optimizer_lr"]
     values = [float(line.split()[1]) for line in lines[2:4]]
     assert values == sorted(values, reverse=True) and {line.split()[-1] for line in lines[2:4]} == {"0.02", "0.001"}
-    stored = {json.loads(rate): max(row["test.psnr"] for row in final(tmp_path / f"lr{rate}")["state"]["history"])
-              for rate in ("0.02", "0.001")}
-    assert values == pytest.approx(sorted(stored.values(), reverse=True), abs=1e-4)
-    assert "stage one: psnr" in lines[4] and "done 6 of 6" in lines[6] and "stage two: psnr" in lines[7]
+    stored = [max(row["test.psnr"] for row in final(tmp_path / f"lr{rate}/models")["state"]["history"])
+              for rate in ("0.02", "0.001")]
+    assert values == pytest.approx(sorted(stored, reverse=True), abs=1e-4)
+    assert lines[4] == "stage one: psnr, smaller is better" and "done 6 of 6" in lines[6]
+    assert lines[7].startswith("stage two: psnr")
 
 
 def test_ranking_says_what_it_cannot_rank(tmp_path, capsys):
