@@ -371,3 +371,18 @@ class FolderLock:
 
     def close(self) -> None:
         self.file.close()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process has the folder's lock, or may have: a disk that can't tell counts as yes.
+
+    Not for a process that has it itself: asking would free it.
+    """
+    query = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # a POSIX flock: type, whence, from, length, pid
+    try:
+        with open(folder / ".lock", "rb") as file:
+            return struct.unpack_from("h", fcntl.fcntl(file, fcntl.F_GETLK, query))[0] != fcntl.F_UNLCK
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True

@@ -157,3 +157,11 @@ def write_picture(path: Path, picture: Tensor) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     write_png((picture.detach().float().cpu().clamp(0, 1) * 255).round().byte(), str(temporary))
     os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["report"]:
+        sys.exit("usage: python -m log report RUN [RUN ...]")
+    from report import main
+
+    sys.exit(main(sys.argv[2:]))

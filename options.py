@@ -34,6 +34,7 @@ class Section(dict):
     """A JSON object that remembers where it stands, for messages."""
 
     where: str = "options"
+    origins: Mapping[str, str] = {}  # of the whole tree: key path -> the file or flag that set it; else its default
 
 
 # ---------------------------------------------------------------- the house's own keys
@@ -428,7 +429,7 @@ def parse(path: str, overrides: Iterable[tuple[str, Any, str]], models: Table, n
         opt["path"]["models"] = os.path.join(opt["path"]["models"], stage)
     elif stage is not None:
         opt["task"] = os.path.join(opt["task"], stage)
-    opt["opt_path"], opt["stages"] = option_file, []
+    opt["opt_path"], opt["stages"], opt.origins = option_file, [], origins
     return opt, notices
 
 

@@ -27,6 +27,7 @@ from durable import FolderLock
 from log import Pace, RunLog, duration, number, save_pictures
 from models import MODELS
 from models.model_base import ModelBase
+from report import RunReport
 
 
 class NonFiniteLoss(RuntimeError):
@@ -451,6 +452,8 @@ class Run:
                     self.save(reason="best")
             if self.save_due():
                 self.save()
+            if self.validation_due():
+                self.report.write()
 
 
 def train(opt: options.Section, notices: list[str], *, resume: str | None = None, init_from: str | None = None,
@@ -479,6 +482,11 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
                      "raise train.total_iter to go on")
             return 0
         run.begin(source, fresh)
+        run.report = stack.enter_context(RunReport(
+            run.folder, run.models, log.line,
+            lambda: {"iteration": run.iteration, "baseline": run.model.baseline_name},
+            task=opt["task"], total=opt["train"]["total_iter"], command=command, metric=run.best_metric,
+            origins=opt.origins))
         try:
             run.loop(stop)
         except RuntimeError as error:
@@ -490,9 +498,11 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
             run.save(reason="interrupted")
             run.finish_save()
             log.line(f"stopped  by {stop.signal.name} after iteration {run.iteration}; go on with: {command}")
+            run.report.end("interrupted", f"by {stop.signal.name}")
             return stop.exit_code
         run.finish_save()
         log.line(f"finished {opt['train']['total_iter']} iterations in {run.folder}")
+        run.report.end("finished")
         return 0
 
 
