@@ -109,6 +109,7 @@ class ModelLGT(ModelPlain):
             if not 0 <= t[name] <= 1:
                 raise ValueError(f"{where}: train.{name}: {t[name]} must be from 0 to 1")
         super().__init__(opt)
+        self.baseline_name = "source"
         self.epoch = 0  # the one in progress or just finished, from 1
         self.sums: dict[str, Tensor] = {}  # of the epoch's losses
         self.count, self.began = 0, time.monotonic()

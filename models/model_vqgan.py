@@ -61,6 +61,7 @@ class ModelVQGAN(ModelPlain):
     def __init__(self, opt: Mapping[str, Any]):
         check_codebook(opt)
         super().__init__(opt)
+        self.baseline_name = "mean_colour"
         bare, t = self.get_bare_model(self.netG), self.opt_train
         if not isinstance(bare, VQNetwork):
             raise OptionError(f"{opt['opt_path']}: netG.net_type: {opt['netG']['net_type']} has no codebook; valid: "

@@ -37,6 +37,7 @@ VERIFY_BYTES = 64_000_000  # of checkpoints read through at one rewriting while 
 LOG_LINES, LOG_BYTES = 40, 8192  # of the end of train.log
 
 PICTURE = re.compile(r"(\d+)_(.+)\.png")
+SHEET = re.compile(r"epoch_(\d+)")  # LGT's contact sheets lie in inference/epoch_0004/
 LAUNCH = re.compile(r"(?:start    at|resume   from .*:) iteration (\d+) ")
 END = re.compile(r"(stopped  by (\w+) after iteration (\d+))|finished (\d+) iterations")
 
@@ -205,7 +206,7 @@ class RunFolder:
             kept = ["newest"] if not rows else []
             kept += ["best"] if is_best else []
             if found.iteration in (regular[-last:] if last else regular):
-                kept.append(f"among the last {last}" if last else "all are")
+                kept.append(f"one of the last {last}" if last else "regular")
             checked, fault = self.verify(found, size <= verify_bytes)
             verify_bytes -= size
             rows[found.iteration] = {
@@ -227,30 +228,34 @@ class RunFolder:
 
     def pictures(self, iteration: int) -> list[dict[str, Any]]:
         """The newest validations' pictures, oldest first, as data URIs within the bounds above."""
-        by_iteration: dict[int, list[Path]] = {}
+        named: dict[tuple[str, int], list[tuple[str, Path]]] = {}
         for path in sorted((self.folder / "images").glob("*.png")):
             if (match := PICTURE.fullmatch(path.name)) and int(match[1]) <= iteration:  # later ones: of a run put away
-                by_iteration.setdefault(int(match[1]), []).append(path)
+                named.setdefault(("iteration", int(match[1])), []).append((match[2], path))
+        if not named:
+            for path in self.folder.glob("inference/*/sheet.jpg"):
+                if match := SHEET.fullmatch(path.parent.name):
+                    named["epoch", int(match[1])] = [("contact sheet", path)]
         found, left, kept = [], PICTURE_BYTES, {}
-        for number in sorted(by_iteration, reverse=True)[:NEWEST_VALIDATIONS]:
+        for when in sorted(named, reverse=True)[:NEWEST_VALIDATIONS]:
             shown = []
-            for path in by_iteration[number][:PICTURES_EACH]:
+            for name, path in named[when][:PICTURES_EACH]:
                 facts = path.stat()
-                key = path.name, facts.st_size, facts.st_mtime_ns
+                key = path, facts.st_size, facts.st_mtime_ns
                 with contextlib.suppress(RuntimeError):  # no picture after all
                     kept[key] = self.shown.get(key) or data_uri(path)
-                    shown.append({"name": PICTURE.fullmatch(path.name)[2], "source": kept[key]})
+                    shown.append({"name": name, "source": kept[key]})
             left -= sum(len(one["source"]) * 3 // 4 for one in shown)
-            if left < 0:
+            if left < 0 and found:
                 break
-            found.append({"iteration": number, "shown": shown, "more": len(by_iteration[number]) - len(shown)})
+            found.append({"when": "{} {:,}".format(*when), "shown": shown, "more": len(named[when]) - len(shown)})
         self.shown = kept
         return found[::-1]
 
 
 def data_uri(path: Path) -> str:
     """A picture to be embedded, made smaller where it is large. Raises RuntimeError when it is none."""
-    content, kind = path.read_bytes(), "png"
+    content, kind = path.read_bytes(), "jpeg" if path.suffix == ".jpg" else "png"
     if len(content) > AS_IT_IS:
         image = decode_image(str(path), ImageReadMode.RGB)  # (3, H, W)
         if image.shape[2] > PICTURE_WIDTH:

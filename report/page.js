@@ -3,7 +3,7 @@
 (() => {
 const facts = JSON.parse(document.getElementById("facts").textContent);
 const runs = facts.runs, several = runs.length > 1;
-const SVG = "http://www.w3.org/2000/svg", COLOURS = 6;
+const SVG = "http://www.w3.org/2000/svg", COLOURS = 6, MOST_CHARTS = 9;
 const MARKS = {running: "\u25cf", finished: "\u2713", interrupted: "\u2016", failed: "\u2715", killed: "\u2715", unknown: "?"};
 
 // ---------------------------------------------------------------- words
@@ -169,17 +169,17 @@ class Chart {
     if (low === high) { const pad = log ? 1.5 : Math.abs(low) * 0.1 || 1; [low, high] = log ? [low / pad, high * pad] : [low - pad, high + pad]; }
     const toScale = log ? Math.log10 : v => v, pad = (toScale(high) - toScale(low)) * 0.06;
     const bottom = toScale(low) - pad, top = toScale(high) + pad;
-    const marks = ticks(log ? 10 ** bottom : bottom, log ? 10 ** top : top, log, 5), words = marks.map(tickText);
+    const marks = ticks(log ? 10 ** bottom : bottom, log ? 10 ** top : top, log, 6), words = marks.map(tickText);
     this.left = 14 + 6.4 * Math.max(...words.map(w => w.length), 2);
-    this.innerWidth = width - this.left - 8;
+    this.innerWidth = width - this.left - 14;
     const floor = height - 22;
     this.x0 = 0; this.x1 = Math.max(...this.xs, 1);
     this.toX = x => this.left + (x - this.x0) / (this.x1 - this.x0) * this.innerWidth;
     this.toY = y => floor - (toScale(y) - bottom) / (top - bottom) * (floor - 10);
-    marks.forEach((v, i) => this.svg.append(s("path", {class: "axis", d: `M${this.left} ${this.toY(v).toFixed(1)}H${width - 8}`}),
+    marks.forEach((v, i) => this.svg.append(s("path", {class: "axis", d: `M${this.left} ${this.toY(v).toFixed(1)}H${width - 14}`}),
       s("text", {x: this.left - 6, y: this.toY(v) + 4, "text-anchor": "end"}, words[i])));
-    for (const v of ticks(0, this.x1, false, Math.max(2, Math.min(6, Math.floor(width / 90))))) {
-      this.svg.append(s("text", {x: this.toX(v), y: height - 5, "text-anchor": this.toX(v) > width - 24 ? "end" : "middle"}, tickText(v)));
+    for (const v of ticks(0, this.x1, false, Math.max(2, Math.min(6, Math.floor(width / 70))))) {
+      this.svg.append(s("text", {x: this.toX(v), y: height - 5, "text-anchor": this.toX(v) + 3.2 * tickText(v).length > width ? "end" : "middle"}, tickText(v)));
     }
     for (const one of this.series) if (!one.baseline) for (const mark of one.resumes) this.svg.append(
       s("path", {class: "resume", "data-resume": mark.iteration, d: `M${this.toX(mark.iteration).toFixed(1)} 6V${floor}`},
@@ -211,7 +211,7 @@ class Chart {
     const path = (d, extra, more) => d && this.svg.append(s("path", {class: `curve${extra}`, d, stroke: colour, ...more}));
     path(solid, kind, {"data-series": one.label || this.title});
     if (bridged) path(over, " over");
-    if (dots && !kind) path(dot, "", {"stroke-width": 5});
+    if (dots && !kind) path(dot, " dots");
   }
   showCursor() {
     const last = this.xs[this.xs.length - 1], at = cursor == null ? last : this.xs[nearest(this.xs, cursor)];
@@ -254,39 +254,44 @@ function resumesOf(run) {
   });
 }
 function groups() {  // title of a section -> charts: curves of one name, of every run and test set, over each other
-  const found = {Validation: new Map(), Training: new Map(), "Learning rate": new Map()};
+  const found = {Validation: new Map(), Training: new Map()};
   runs.forEach((run, r) => {
     const resumes = resumesOf(run), sets = [...new Set(Object.keys(run.curves.test).map(c => c.split(".")[0]))];
     for (const part of ["test", "train"]) for (const [column, data] of Object.entries(run.curves[part])) {
       const dot = part === "test" ? column.indexOf(".") : -1, set = column.slice(0, Math.max(dot, 0));
-      let name = column.slice(dot + 1);
-      const end = `_${run.baseline}`, bare = column.slice(0, -end.length);
-      const baseline = Boolean(part === "test" && run.baseline && name.endsWith(end) && bare in run.curves.test);
-      if (baseline) name = name.slice(0, -end.length);
-      const section = found[part === "test" ? "Validation" : name === "lr" ? "Learning rate" : "Training"];
+      const bare = column.replace(`_${run.baseline}`, ""), baseline = bare !== column && bare in run.curves[part];
+      const name = (baseline ? bare : column).slice(dot + 1);
+      const section = part === "test" ? found.Validation : found.Training;
       const label = [several && run.name, sets.length > 1 && set, baseline && run.baseline].filter(Boolean).join(", ");
       if (!section.has(name)) section.set(name, []);
       section.get(name).push({label, data, baseline, resumes, colour: several ? r : Math.max(0, sets.indexOf(set))});
     }
   });
+  const rate = found.Training.get("lr");
+  if (rate) { found.Training.delete("lr"); found.Training.set("lr", rate); }  // last, below the losses
   return found;
 }
 function curveSection() {
   const metric = runs.map(run => run.best).find(Boolean), parts = [];
   for (const [title, map] of Object.entries(groups())) {
     if (!map.size) continue;
-    parts.push(h("h2", {}, title), h("div", {class: "grid"}, [...map].map(([name, series]) => {
+    const names = [...map.keys()], chart = name => {
       const decides = title === "Validation" && metric && metric.column.split(".").pop() === name;
-      return new Chart(title === "Learning rate" ? "learning rate" : name,
-        decides ? `\u2605 ${metric.mode === "max" ? "highest" : "lowest"} is best` : "", series).figure;
-    })));
+      return new Chart(title === "Training" && name === "lr" ? "learning rate" : name,
+        decides ? `\u2605 ${metric.mode === "max" ? "highest" : "lowest"} is best` : "", map.get(name)).figure;
+    };
+    const part = name => names.length > MOST_CHARTS && names.some(other => name.startsWith(`${other}_`));  // swd_plain_to_dusk
+    const rest = names.filter(part);
+    parts.push(h("h2", {}, title), h("div", {class: "grid"}, names.filter(name => !part(name)).map(chart)),
+      rest.length > 0 && h("details", {class: "more", ontoggle: redraw}, h("summary", {}, `${rest.length} more, in parts`),
+        h("div", {class: "grid"}, rest.map(chart))));
   }
   if (!parts.length) return h("p", {class: "soft"}, "No curve yet: no row was written so far.");
   const weight = h("output", {for: "smoothing"}, choice.smoothing.toFixed(2));
   const scale = (label, log) => h("label", {}, h("input", {type: "radio", name: "scale", value: label, checked: choice.log === log,
     onchange: () => { choice.log = log; keep(); redraw(); }}), label);
   return [h("div", {class: "tools", role: "group", "aria-label": "How curves are drawn"},
-    h("fieldset", {}, h("legend", {}, "Scale"), scale("linear", false), scale("log", true)),
+    h("div", {class: "pair", role: "radiogroup", "aria-label": "Scale"}, h("span", {class: "soft"}, "Scale"), scale("linear", false), scale("log", true)),
     h("label", {}, h("span", {class: "soft"}, "Smoothing"), h("input", {type: "range", id: "smoothing", min: 0, max: 0.99, step: 0.01,
       value: choice.smoothing, oninput: e => { choice.smoothing = Number(e.target.value); weight.textContent = choice.smoothing.toFixed(2);
         keep(); redraw(); }}), weight),
@@ -304,6 +309,7 @@ function headline(run) {
     const end = l.ended ?? (i === run.launches.length - 1 ? run.written : null);
     return end && l.began ? sum + end - l.began : sum;
   }, 0);
+  const [day, clock] = when(run.written ?? facts.written).split(" ");
   const bar = h("div", {}); bar.style.width = `${share}%`;
   const item = (name, value, more) => h("div", {}, h("dt", {}, name), h("dd", {}, value, more && h("small", {}, more)));
   const speed = run.speed > 0 ? (run.speed >= 1 ? `${run.speed.toFixed(2)} it/s` : `${(1 / run.speed).toFixed(2)} s/it`) : null;
@@ -316,7 +322,7 @@ function headline(run) {
       run.state === "running" && left != null && item("Time left", duration(left), `about ${when(run.written + left)}`),
       spent > 0 && item("Time spent", duration(spent), run.launches.length > 1 ? `in ${run.launches.length} launches` : null),
       speed && item("Speed", speed, "with validations and saves"),
-      item("Written", when(run.written ?? facts.written), run.host ? `on ${run.host}` : null)),
+      item("Written", clock, [day, run.host && `on ${run.host}`].filter(Boolean).join(" "))),
     run.command && h("div", {class: "command"}, h("div", {}, h("div", {class: "soft small"},
       run.state === "finished" ? "The command, to go on with a higher total" : "To go on after a stop, in ",
       run.state !== "finished" && h("code", {}, run.cwd)), h("code", {id: "command"}, run.command)), copyButton()));
@@ -349,7 +355,7 @@ function pictureSection(run) {
   const place = h("div", {class: "pictures"}), out = h("output", {for: "slider"}), last = run.pictures.length - 1;
   const slider = h("input", {type: "range", id: "slider", min: 0, max: last, step: 1, value: last});
   const show = () => {
-    const one = run.pictures[Number(slider.value)], text = `iteration ${count(one.iteration)}`;
+    const one = run.pictures[Number(slider.value)], text = one.when;
     out.textContent = text;
     slider.setAttribute("aria-valuetext", text);
     place.replaceChildren(...one.shown.map(picture => {
@@ -370,7 +376,7 @@ function checkpointSection(run) {
   const metric = run.best ? run.best.column.split(".").pop() : "metric";
   return [h("h2", {}, "Checkpoints"), run.checkpoints.length ? table("Checkpoints, newest first",
     [["Iteration", "number"], ["Epochs", "number"], [metric, "number"], ["Size", "number"], ["Saved", "nowrap"], ["Verified", ""],
-      ["Best", ""], ["Kept as", "nowrap"], ["File", "nowrap"]],
+      ["Best", "nowrap"], ["Kept as", "nowrap"], ["File", "nowrap"]],
     run.checkpoints.map(c => [count(c.iteration), count(c.epoch), c.metric == null ? null : number(c.metric), bytes(c.size),
       c.saved ? c.saved.replace("T", " ").slice(0, 16) : null,
       c.fault ? [c.fault, "fault"] : [c.checked ? `\u2713 ${when(c.checked)}` : c.committed ? "committed, not read since" : "no record", "nowrap"],
@@ -395,7 +401,7 @@ function optionSection(run) {
   const show = () => holder.replaceChildren(table("Options", [["Key", "key"], ["Value", "value"], ["Set by", "nowrap"]],
     run.options.map(([key, value, origin], i) => ({key, least: kinds[i], kind: kinds[i] === 2 ? "said" : null,
       cells: [h("code", {}, key), h("code", {}, shown(value)), known ? origin || words[0] : null]}))
-      .filter(row => row.least >= Number(pick.value) && row.key.toLowerCase().includes(search.value.trim().toLowerCase()))));
+      .sort((a, b) => (b.least === 2) - (a.least === 2)).filter(row => row.least >= Number(pick.value) && row.key.toLowerCase().includes(search.value.trim().toLowerCase()))));
   pick.addEventListener("change", show);
   search.addEventListener("input", show);
   pick.value = known ? "1" : "0";
@@ -450,8 +456,8 @@ const plain = run => run.task || run.folder.split("/").filter(Boolean).pop() || 
 for (const run of runs) run.name = runs.filter(other => plain(other) === plain(run)).length > 1 ? run.folder : plain(run);
 const title = several ? `Comparison of ${runs.length} runs` : runs[0].name;
 document.title = several ? title : `${title}: ${runs[0].state}, ${count(runs[0].iteration)} of ${count(runs[0].total)}`;
-const themes = {"": "Theme: system", light: "Theme: light", dark: "Theme: dark"};
-const themeButton = h("button", {type: "button", onclick: () => {
+const themes = {"": "\u25d0 system", light: "\u25cb light", dark: "\u25cf dark"};
+const themeButton = h("button", {type: "button", title: "Colours: as the system, light or dark", onclick: () => {
   const order = Object.keys(themes);
   setTheme(order[(order.indexOf(choice.theme) + 1) % order.length]);
   themeButton.textContent = themes[choice.theme];
