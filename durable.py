@@ -378,7 +378,7 @@ def is_locked(folder: Path) -> bool:
 
     Not for a process that has it itself: asking would free it.
     """
-    query = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # a POSIX flock: type, whence, from, length, pid
+    query = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # a struct flock
     try:
         with open(folder / ".lock", "rb") as file:
             return struct.unpack_from("h", fcntl.fcntl(file, fcntl.F_GETLK, query))[0] != fcntl.F_UNLCK

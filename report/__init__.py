@@ -113,7 +113,8 @@ class RunReport:
     def end(self, state: str, reason: str | None = None) -> None:
         """The last rewriting: "finished", "interrupted" or "failed", and why."""
         self.status |= {"state": state, "reason": reason}
-        self.status["launches"][-1] |= {"state": state, "reason": reason, "ended": time.time(), "until": self.now()["iteration"]}
+        self.status["launches"][-1] |= {"state": state, "reason": reason, "ended": time.time(),
+                                        "until": self.now()["iteration"]}
         self.write()
 
     def __exit__(self, kind, error, trace) -> None:
@@ -168,5 +169,5 @@ def read(folder: Path) -> dict[str, Any]:
     status = run.status()
     if status.get("state") == "running" and status.get("host") == socket.gethostname() and not is_locked(folder):
         status |= {"state": "killed", "reason": f"process {status.get('pid')} ended without a word"}
-        status["launches"][-1] |= {"state": "killed", "until": status.get("iteration")}
+        status["launches"][-1]["state"] = "killed"
     return run.facts(status, verify_bytes=float("inf"))

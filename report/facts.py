@@ -175,7 +175,8 @@ class RunFolder:
         tables = {name: table.read() for name, table in self.tables.items()}
         sets = find_sets(self.models)
         newest_row = max((int(t["iteration"][-1]) for t in tables.values() if len(t.get("iteration", ()))), default=0)
-        iteration = status.setdefault("iteration", max([newest_row, *(s.iteration or 0 for s in sets)]))
+        iteration = status["iteration"] = max([status.get("iteration") or 0, newest_row,  # a killed one came further
+                                               *(s.iteration or 0 for s in sets if "iteration" not in status)])
         status.setdefault("total", flat.get("train.total_iter"))
         status.setdefault("task", flat.get("task"))
         best = best_row(tables["test"], status.get("metric"))

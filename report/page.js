@@ -196,7 +196,7 @@ class Chart {
     this.showCursor();
   }
   line(one, points, kind, usable, bridged) {  // broken where a value is missing and where the run was resumed
-    const starts = one.resumes.map(mark => mark.iteration), colour = `var(--c${one.colour % COLOURS})`, dots = points.x.length <= 60;
+    const starts = one.baseline ? [] : one.resumes.map(mark => mark.iteration), colour = `var(--c${one.colour % COLOURS})`, dots = points.x.length <= 60;
     let solid = "", over = "", before = null, next = 0, dot = "";
     points.x.forEach((x, i) => {
       if (!usable(points.y[i])) { before = null; return; }
@@ -272,13 +272,13 @@ function groups() {  // title of a section -> charts: curves of one name, of eve
   return found;
 }
 function curveSection() {
-  const metric = runs.map(run => run.best).find(Boolean), parts = [];
+  const parts = [], deciding = new Map(runs.filter(run => run.best).map(run => [run.best.column.split(".").pop(), run.best.mode]));
   for (const [title, map] of Object.entries(groups())) {
     if (!map.size) continue;
     const names = [...map.keys()], chart = name => {
-      const decides = title === "Validation" && metric && metric.column.split(".").pop() === name;
+      const mode = title === "Validation" && deciding.get(name);
       return new Chart(title === "Training" && name === "lr" ? "learning rate" : name,
-        decides ? `\u2605 ${metric.mode === "max" ? "highest" : "lowest"} is best` : "", map.get(name)).figure;
+        mode ? `\u2605 ${mode === "max" ? "highest" : "lowest"} is best` : "", map.get(name)).figure;
     };
     const part = name => names.length > MOST_CHARTS && names.some(other => name.startsWith(`${other}_`));  // swd_plain_to_dusk
     const rest = names.filter(part);
@@ -387,7 +387,7 @@ function launchSection(run) {
   if (!run.launches.length) return null;
   return [h("h2", {}, "Launches"), table("Launches of the run",
     [["Began", "nowrap"], ["From iteration", "number"], ["To", "number"], ["Ended", "nowrap"], ["How", "value"], ["Where", "nowrap"]],
-    run.launches.map((l, i) => [when(l.began), count(l.iteration), count(l.until ?? (i === run.launches.length - 1 ? run.iteration : null)),
+    run.launches.map((l, i) => [when(l.began), count(l.iteration), count(l.until ?? (i === run.launches.length - 1 ? run.iteration : null)) + (l.state === "killed" ? " or later" : ""),
       when(l.ended), [l.state || (i === run.launches.length - 1 ? run.state : "unknown"), l.reason].filter(Boolean).join(" "),
       l.host ? `${l.host}, process ${l.pid}` : null]))];
 }
