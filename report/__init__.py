@@ -3,6 +3,8 @@
     python -m log report RUN                  the page of a run that ended, anywhere; every checkpoint is read through
     python -m log report RUN RUN --out FILE   several, their curves over each other, their options side by side
 
+A run in stages, each in a folder of its own below the run's, counts as several.
+
 A run that trains rewrites its page at each validation and when it ends, however it ends; the page's text is built in
 the browser from the facts that are embedded in it.
 """
@@ -151,14 +153,24 @@ def main(argv: list[str]) -> int:
                         help="default: log/report.html of the run; of several, comparison.html here")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    out = args.out or (args.runs[0] / "log/report.html" if len(args.runs) == 1 else Path("comparison.html"))
+    folders = [one for folder in args.runs for one in stages_of(folder)]
+    out = args.out or (folders[0] / "log/report.html" if len(folders) == 1 else Path("comparison.html"))
     try:
-        write_page(out, [read(folder) for folder in args.runs])
+        write_page(out, [read(folder) for folder in folders])
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(out)
     return 0
+
+
+def stages_of(folder: Path) -> list[Path]:
+    """The folder, or those of the stages in it, in the order in which they were begun."""
+    if (folder / "log").is_dir():
+        return [folder]
+    stages = [path.parent for path in folder.glob("*/log") if path.is_dir()]
+    begun = {stage: min((path.stem[-13:] for path in stage.glob("options/*.json")), default="") for stage in stages}
+    return sorted(stages, key=begun.get) or [folder]
 
 
 def read(folder: Path) -> dict[str, Any]:

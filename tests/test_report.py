@@ -268,6 +268,14 @@ def test_a_rewriting_of_100_000_rows_costs_little(tmp_path, long_run):
     assert (tmp_path / "report.html").stat().st_size < 2_000_000
 
 
+def test_stages_count_as_runs_of_their_own(tmp_path):
+    for name, when in (("dense", "260102_000000"), ("structural", "260101_000000")):
+        (written_run(tmp_path / "run" / name, 10) / "options").mkdir()
+        write_json(tmp_path / f"run/{name}/options/x_{when}.json", {})
+    assert report.main([str(tmp_path / "run"), "--out", str(tmp_path / "both.html")]) == 0
+    assert [one["task"] for one in facts_in(tmp_path / "both.html")["runs"]] == ["structural", "dense"]
+
+
 def test_the_command_says_what_is_no_run(tmp_path, capsys):
     assert report.main([str(tmp_path / "none")]) == 2
     assert "is no run's folder" in capsys.readouterr().err
@@ -442,9 +450,9 @@ def test_every_recipe_has_its_report(browser, tmp_path, recipe):
     settings = [word for key, value in {**every, **SMALL[recipe]}.items()
                 for word in ("--set", f"{key}={json.dumps(value)}")]
     assert run("-opt", ROOT / f"options/{recipe}.json", "--save_dir", tmp_path, *settings) == 0
-    folder = tmp_path / recipe
+    (folder,) = report.stages_of(tmp_path / recipe)
     browser.open(folder / "log/report.html")
-    assert browser.run("document.querySelector('h1').textContent") == recipe and browser.errors == []
+    assert browser.run("document.querySelector('h1').textContent").startswith(recipe) and browser.errors == []
     (column,) = [name for name in rows_of(folder, "train")[0] if name in ("G_loss", "loss_total")]
     assert values_of(browser, column) == {row["iteration"]: [row[column]] for row in rows_of(folder, "train")}
     assert browser.run("document.querySelectorAll('.chart').length") > 2
