@@ -183,7 +183,7 @@ class RunFolder:
         return {**status, "folder": str(self.folder), "best": best, "log": self.log_end(),
                 "curves": {name: curves(table) for name, table in tables.items()},
                 "checkpoints": self.checkpoints(sets, flat, best, verify_bytes),
-                "archives": [p.name for p in sorted(self.models.parent.glob(f"{self.models.name}_*")) if p.is_dir()],
+                "archives": [p.name for p in sorted(self.models.parent.glob(f"{self.models.name}_2*_*")) if p.is_dir()],
                 "pictures": self.pictures(iteration),
                 "options": [[key, value, status.get("origins", {}).get(key)] for key, value in flat.items()]}
 
@@ -234,7 +234,7 @@ class RunFolder:
             if (match := PICTURE.fullmatch(path.name)) and int(match[1]) <= iteration:  # later ones: of a run put away
                 named.setdefault(("iteration", int(match[1])), []).append((match[2], path))
         if not named:
-            for path in self.folder.glob("inference/*/sheet.jpg"):
+            for path in self.models.parent.glob("inference/*/sheet.jpg"):
                 if match := SHEET.fullmatch(path.parent.name):
                     named["epoch", int(match[1])] = [("contact sheet", path)]
         found, left, kept = [], PICTURE_BYTES, {}
