@@ -118,8 +118,8 @@ function tickText(v) {
 }
 
 class Chart {
-  constructor(title, note, series) {
-    this.title = title; this.series = series;
+  constructor(title, note, series, smooth) {
+    this.title = title; this.series = series; this.smooth = smooth;
     this.xs = [...new Set(series.filter(one => !one.baseline).flatMap(one => one.data.x))].sort((a, b) => a - b);
     this.at = h("span", {class: "soft small nowrap"});
     this.values = series.map(() => h("b", {}));
@@ -179,14 +179,15 @@ class Chart {
     marks.forEach((v, i) => this.svg.append(s("path", {class: "axis", d: `M${this.left} ${this.toY(v).toFixed(1)}H${width - 14}`}),
       s("text", {x: this.left - 6, y: this.toY(v) + 4, "text-anchor": "end"}, words[i])));
     for (const v of ticks(0, this.x1, false, Math.max(2, Math.min(6, Math.floor(width / 70))))) {
-      this.svg.append(s("text", {x: this.toX(v), y: height - 5, "text-anchor": this.toX(v) + 3.2 * tickText(v).length > width ? "end" : "middle"}, tickText(v)));
+      const word = tickText(v), x = this.toX(v);
+      this.svg.append(s("text", {x, y: height - 5, "text-anchor": x + 3.2 * word.length > width ? "end" : "middle"}, word));
     }
     for (const one of this.series) if (!one.baseline) for (const mark of one.resumes) this.svg.append(
       s("path", {class: "resume", "data-resume": mark.iteration, d: `M${this.toX(mark.iteration).toFixed(1)} 6V${floor}`},
         s("title", {}, mark.text)));
     for (const one of this.series) {
       const kind = one.baseline ? " baseline" : "";
-      if (choice.smoothing && !one.baseline) {
+      if (choice.smoothing && this.smooth) {
         this.line(one, one.data, " raw", usable, false);
         this.line(one, smoothed(one.data.mean || one.data, choice.smoothing), kind, usable, true);
       } else this.line(one, one.data, kind, usable, true);
@@ -196,7 +197,8 @@ class Chart {
     this.showCursor();
   }
   line(one, points, kind, usable, bridged) {  // broken where a value is missing and where the run was resumed
-    const starts = one.baseline ? [] : one.resumes.map(mark => mark.iteration), colour = `var(--c${one.colour % COLOURS})`, dots = points.x.length <= 60;
+    const starts = one.baseline ? [] : one.resumes.map(mark => mark.iteration), dots = points.x.length <= 60;
+    const colour = `var(--c${one.colour % COLOURS})`;
     let solid = "", over = "", before = null, next = 0, dot = "";
     points.x.forEach((x, i) => {
       if (!usable(points.y[i])) { before = null; return; }
@@ -278,7 +280,7 @@ function curveSection() {
     const names = [...map.keys()], chart = name => {
       const mode = title === "Validation" && deciding.get(name);
       return new Chart(title === "Training" && name === "lr" ? "learning rate" : name,
-        mode ? `\u2605 ${mode === "max" ? "highest" : "lowest"} is best` : "", map.get(name)).figure;
+        mode ? `\u2605 ${mode === "max" ? "highest" : "lowest"} is best` : "", map.get(name), title === "Training" && name !== "lr").figure;
     };
     const part = name => names.length > MOST_CHARTS && names.some(other => name.startsWith(`${other}_`));  // swd_plain_to_dusk
     const rest = names.filter(part);
@@ -291,8 +293,9 @@ function curveSection() {
   const scale = (label, log) => h("label", {}, h("input", {type: "radio", name: "scale", value: label, checked: choice.log === log,
     onchange: () => { choice.log = log; keep(); redraw(); }}), label);
   return [h("div", {class: "tools", role: "group", "aria-label": "How curves are drawn"},
-    h("div", {class: "pair", role: "radiogroup", "aria-label": "Scale"}, h("span", {class: "soft"}, "Scale"), scale("linear", false), scale("log", true)),
-    h("label", {}, h("span", {class: "soft"}, "Smoothing"), h("input", {type: "range", id: "smoothing", min: 0, max: 0.99, step: 0.01,
+    h("div", {class: "pair", role: "radiogroup", "aria-label": "Scale"}, h("span", {class: "soft"}, "Scale"),
+      scale("linear", false), scale("log", true)),
+    h("label", {}, h("span", {class: "soft"}, "Smoothing of losses"), h("input", {type: "range", id: "smoothing", min: 0, max: 0.99, step: 0.01,
       value: choice.smoothing, oninput: e => { choice.smoothing = Number(e.target.value); weight.textContent = choice.smoothing.toFixed(2);
         keep(); redraw(); }}), weight),
     runs.some(run => resumesOf(run).length) && h("span", {class: "soft"}, "\u2506 resumed; the dotted piece was not run in one go"),
@@ -338,7 +341,8 @@ function copyButton() {
 }
 function notices(run) {
   const silent = run.state === "running" && run.written && Date.now() / 1000 - run.written > run.patience;
-  const tell = (kind, title, ...text) => h("div", {class: `card notice ${kind}`, role: "status"}, h("strong", {}, title), text.map(t => h("p", {}, t)));
+  const tell = (kind, title, ...text) => h("div", {class: `card notice ${kind}`, role: "status"},
+    h("strong", {}, title), text.map(t => h("p", {}, t)));
   return [
     silent && tell("interrupted", "No news for a while", `This page was last rewritten at ${when(run.written)} and said that the run goes on ` +
       `(process ${run.pid} on ${run.host}). If that is long ago the run has died or hangs; "python -m log report ${run.folder}" there tells.`),
@@ -347,7 +351,8 @@ function notices(run) {
       "Checkpoints are intact; the command below goes on from the newest."),
     run.state === "interrupted" && tell("interrupted", "The run was interrupted", `${run.reason || ""}, after iteration ${count(run.iteration)}; ` +
       "the command below goes on, bit for bit as if it had never stopped."),
-    run.checkpoints.some(c => c.fault) && tell("failed", "A checkpoint is damaged", "See the table of checkpoints; resuming falls back to the newest good one."),
+    run.checkpoints.some(c => c.fault) && tell("failed", "A checkpoint is damaged",
+      "See the table of checkpoints; resuming falls back to the newest good one."),
   ];
 }
 function pictureSection(run) {
@@ -387,9 +392,12 @@ function launchSection(run) {
   if (!run.launches.length) return null;
   return [h("h2", {}, "Launches"), table("Launches of the run",
     [["Began", "nowrap"], ["From iteration", "number"], ["To", "number"], ["Ended", "nowrap"], ["How", "value"], ["Where", "nowrap"]],
-    run.launches.map((l, i) => [when(l.began), count(l.iteration), count(l.until ?? (i === run.launches.length - 1 ? run.iteration : null)) + (l.state === "killed" ? " or later" : ""),
-      when(l.ended), [l.state || (i === run.launches.length - 1 ? run.state : "unknown"), l.reason].filter(Boolean).join(" "),
-      l.host ? `${l.host}, process ${l.pid}` : null]))];
+    run.launches.map((l, i) => {
+      const last = i === run.launches.length - 1, until = count(l.until ?? (last ? run.iteration : null));
+      return [when(l.began), count(l.iteration), l.state === "killed" ? `${until} or later` : until, when(l.ended),
+        [l.state || (last ? run.state : "unknown"), l.reason].filter(Boolean).join(" "),
+        l.host ? `${l.host}, process ${l.pid}` : null];
+    }))];
 }
 function optionSection(run) {
   if (!run.options.length) return null;
@@ -401,7 +409,8 @@ function optionSection(run) {
   const show = () => holder.replaceChildren(table("Options", [["Key", "key"], ["Value", "value"], ["Set by", "nowrap"]],
     run.options.map(([key, value, origin], i) => ({key, least: kinds[i], kind: kinds[i] === 2 ? "said" : null,
       cells: [h("code", {}, key), h("code", {}, shown(value)), known ? origin || words[0] : null]}))
-      .sort((a, b) => (b.least === 2) - (a.least === 2)).filter(row => row.least >= Number(pick.value) && row.key.toLowerCase().includes(search.value.trim().toLowerCase()))));
+      .sort((a, b) => (b.least === 2) - (a.least === 2))
+      .filter(row => row.least >= Number(pick.value) && row.key.toLowerCase().includes(search.value.trim().toLowerCase()))));
   pick.addEventListener("change", show);
   search.addEventListener("input", show);
   pick.value = known ? "1" : "0";
