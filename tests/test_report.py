@@ -173,7 +173,10 @@ def test_a_folder_of_an_earlier_version_tells_by_its_log(tmp_path):
 
 @pytest.mark.usefixtures("tiny_tables")
 def test_status_tells_how_a_run_ended_and_what_was_set(tmp_path, monkeypatch):
+    written, real = [], report.RunReport.write
+    monkeypatch.setattr(report.RunReport, "write", lambda self: real(self) or written.append(self.now()["iteration"]))
     folder = resumed_run(tmp_path, monkeypatch)
+    assert written == [0, 3, 5, 5, 6, 9, 9]  # at the start, each validation and the end of both launches
     (found,) = facts_in(folder / "log/report.html")["runs"]
     assert (found["state"], found["iteration"], found["total"]) == ("finished", 9, 9)
     assert [(one["iteration"], one["state"], one["until"]) for one in found["launches"]] == [
@@ -236,24 +239,28 @@ def test_a_killed_run_is_not_shown_as_running(tmp_path):
         assert after.status["launches"][0]["state"] == "killed" and after.status["launches"][0]["until"] == 7
 
 
-def test_killed_while_writing_leaves_the_old_page_or_the_new(tmp_path):
-    page, seen, dice = tmp_path / "report.html", set(), random.Random(0)
-    facts = RunFolder(written_run(tmp_path / "run", 3000)).facts()
-    report.write_page(page, [{**facts, "mark": -1}])
-    for i in range(8):
+def test_killed_while_writing_leaves_the_old_page_or_the_new(tmp_path, monkeypatch):
+    page = tmp_path / "report.html"
+    facts = RunFolder(written_run(tmp_path / "run", 300)).facts()
+    report.write_page(page, [{**facts, "mark": 0}])
+
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def die_halfway(path, text, **settings):
+        path.write_bytes(text.encode()[: len(text) // 2])
+        die()
+
+    for mark, (owner, name, deadly) in enumerate([(Path, "write_text", die_halfway), (os, "replace", die)], 1):
         child = os.fork()
         if not child:
-            mark = 1000 * i
-            while True:
-                report.write_page(page, [{**facts, "mark": (mark := mark + 1)}])
-        until, old = time.monotonic() + 10, page.stat().st_mtime_ns
-        while page.stat().st_mtime_ns == old and time.monotonic() < until:
-            time.sleep(0.002)
-        time.sleep(dice.uniform(0, 0.05))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        seen.add(facts_in(page)["runs"][0]["mark"])
-    assert len(seen) == 8 and -1 not in seen
+            monkeypatch.setattr(owner, name, deadly)
+            report.write_page(page, [{**facts, "mark": mark}])
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        assert facts_in(page)["runs"][0]["mark"] == 0
+    report.write_page(page, [{**facts, "mark": 3}])
+    assert facts_in(page)["runs"][0]["mark"] == 3 and sorted(os.listdir(tmp_path)) == ["report.html", "run"]
 
 
 def test_a_rewriting_of_100_000_rows_costs_little(tmp_path, long_run):
