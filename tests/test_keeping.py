@@ -272,12 +272,12 @@ class Died(BaseException):
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Runs of prove.py as calls."""
-    def call(folder, name, option_file, overrides, steps, kill_after, look):
+    def call(folder, name, option_file, overrides, stage, steps, kill_after, look):
         with monkeypatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
             patch.setattr(train, "Run", train.Run)
             patch.setattr(os, "kill", lambda *_: (_ for _ in ()).throw(Died()))
             with contextlib.suppress(Died):
-                prove._child(option_file, overrides, folder, name, steps, kill_after, look)
+                prove._child(option_file, overrides, stage, folder, name, steps, kill_after, look)
                 assert kill_after is None
         torch.use_deterministic_algorithms(False)
         return said.getvalue()
