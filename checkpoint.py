@@ -13,6 +13,8 @@ Folders that KAIR wrote (no record) and single files that others wrote are read 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import random
 import re
@@ -621,6 +623,15 @@ def num_bytes(tree: Any) -> int:
     if isinstance(tree, Mapping):
         tree = [*tree.keys(), *tree.values()]
     return sum(num_bytes(value) for value in tree) + 64 if isinstance(tree, (list, tuple)) else 64
+
+
+def fingerprint(weights: Mapping[str, torch.Tensor], *settings: Any) -> str:
+    """A digest of weights, their names, and plain values that matter as well."""
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name, value in weights.items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- what else makes the next step

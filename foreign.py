@@ -90,14 +90,22 @@ def unpack(payload: Any, path: Path | str) -> dict[str, Any]:
         parts |= _taming(parts.pop("G"))
     iteration = next((payload[key] for key in STEP_KEYS if isinstance(payload.get(key), int)), None)
     if isinstance(payload.get("epoch"), int) or iteration is not None:
-        # An epoch in such a file is the one that was just finished, counted from 0, except beside a step count.
-        epoch = payload.get("epoch", 0) + (iteration is None)
+        epoch = payload.get("epoch", 0) + (iteration is None and not _counts_from_1(payload))
         parts["state"] = {"version": VERSION, "iteration": iteration, "epoch": epoch}
         kept = ("config", "metadata", "scheduler_state_dict")
         parts["state"] |= {key: payload[key] for key in kept if isinstance(payload.get(key), Mapping)}
         if metric := next((payload[key] for key in ("metric", "loss") if key in payload), None):
             parts["state"]["metric"] = metric
     return parts
+
+
+def _counts_from_1(payload: Mapping[str, Any]) -> bool:
+    """Whether the epoch that was just finished is its own number, as LGT's; of others, that begin with 0, one less.
+
+    A scheduler that is stepped once an epoch counts the finished ones.
+    """
+    scheduler = payload.get("scheduler_state_dict")
+    return isinstance(scheduler, Mapping) and scheduler.get("last_epoch") == payload["epoch"]
 
 
 def _taming(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import os
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import checkpoint
 import options
 from checkpoint import CheckpointError
 from data import DATASETS
-from log import RunLog, write_picture
+from log import RunLog, write_picture, write_table
 from models import MODELS
 from models.model_base import ModelBase
 from train import StopRequest, describe_losses, evaluate, prepare_machine
@@ -85,8 +85,10 @@ def work(model: ModelBase, opt: options.Section, source: str, output: Path, trut
     """Results of everything in `source` that `output` does not hold yet."""
     if Path(source).resolve() == output.resolve():
         raise options.OptionError(f"--output {output}: is the input; name another folder")
-    mine = {"task": opt["task"], "weights_crc32": fingerprint(model), "source": os.path.realpath(source),
-            "truth": truth and os.path.realpath(truth)}
+    weights = {f"{label}.{key}": value for label, network in model.networks.items()
+               for key, value in network.state_dict().items()}
+    mine = {"task": opt["task"], "weights": checkpoint.fingerprint(weights), "source": os.path.realpath(source),
+            "truth": truth and os.path.realpath(truth), **{key: opt["val"][key] for key in model.result_options}}
     rows = Rows(output / "metrics.csv")
     try:
         results = model.results(source, truth, lambda name: not (output / name).exists() or
@@ -119,19 +121,9 @@ def write_result(path: Path, content: Any) -> None:
     if not isinstance(content, Mapping):
         write_picture(path, content)
         return
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        np.savez(file, **{key: np.asarray(value) for key, value in content.items()})
-    os.replace(temporary, path)
-
-
-def fingerprint(model: ModelBase) -> int:
-    """A checksum of the weights that are used."""
-    crc = 0
-    for network in model.networks.values():
-        for value in network.state_dict().values():
-            crc = zlib.crc32(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
-    return crc
+    file = io.BytesIO()
+    np.savez(file, **{key: np.asarray(value) for key, value in content.items()})
+    checkpoint.save_file(path, file.getvalue())
 
 
 def claim(output: Path, mine: Mapping[str, Any]) -> None:
@@ -177,10 +169,5 @@ class Rows:
         if not self.rows:
             return {}
         columns = list(next(iter(self.rows.values())))
-        temporary = self.path.with_suffix(".csv.tmp")
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["name", *columns])
-            writer.writeheader()
-            writer.writerows({"name": name, **self.rows[name]} for name in sorted(self.rows))
-        os.replace(temporary, self.path)
+        write_table(self.path, ["name", *columns], ({"name": name, **self.rows[name]} for name in sorted(self.rows)))
         return {key: sum(row[key] for row in self.rows.values()) / len(self.rows) for key in columns}

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torchvision.io import write_png
+from torchvision.io import encode_jpeg, encode_png
 from torchvision.utils import make_grid
+
+from durable import save_file
 
 
 class RunLog:
@@ -106,12 +107,16 @@ class CsvTable:
             csv.DictWriter(file, self.columns, restval="").writerow(values)
 
     def _rewrite(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        temporary = self.path.with_suffix(".csv.tmp")
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, self.path)
+        write_table(self.path, self.columns, rows)
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a whole CSV file, complete or not at all; what a row lacks stays empty."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    save_file(path, text.getvalue().encode())
 
 
 class Pace:
@@ -153,10 +158,10 @@ def save_pictures(path: Path, pictures: list[Tensor]) -> None:
 
 
 def write_picture(path: Path, picture: Tensor) -> None:
-    """Write an image (C, H, W) in [0, 1] as a PNG that is complete or not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write_png((picture.detach().float().cpu().clamp(0, 1) * 255).round().byte(), str(temporary))
-    os.replace(temporary, path)
+    """Write an image (C, H, W) in [0, 1] as a PNG, or a JPEG by its name, that is complete or not there."""
+    image = (picture.detach().float().cpu().clamp(0, 1) * 255).round().byte()
+    encoded = encode_jpeg(image, quality=95) if path.suffix == ".jpg" else encode_png(image)
+    save_file(path, encoded.numpy().tobytes())
 
 
 if __name__ == "__main__":

@@ -129,7 +129,8 @@ def _child(option_file: str, overrides: list[Override], stage: str | None, folde
     opt["task"] = name
     opt["path"] |= {"root": folder, "models": None, "init_from": None}
     opt["datasets"] = {"train": opt["datasets"]["train"]}
-    opt["train"] |= {"total_iter": steps, "total_epochs": None, "checkpoint_save": steps // 2, "save_interval": None}
+    opt["train"] |= {"total_iter": steps, "total_epochs": None, "checkpoint_save": steps // 2, "save_interval": None,
+                     "resume_checkpoint": None}
     opt["checkpoint"] |= {"layout": "split", "keep_last_n": None, "on_save_error": "stop"}
     if kill_after:
         Killed.kill_after = kill_after

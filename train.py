@@ -147,21 +147,27 @@ class Run:
     def find_source(self, resume: str | None, init_from: str | None, fresh: bool) -> CheckpointSet | None:
         """The set to go on from: the one named, else the newest good one of this run, else none.
 
+        `train.resume_checkpoint` counts as named until this run has a set that was made with it.
+
         Raises: CheckpointError when there are checkpoints and none of them can be used.
         """
         if resume:
             return checkpoint.locate(resume, self.log.line)
+        if (named := self.opt["train"]["resume_checkpoint"]) and (init_from or fresh):
+            raise CheckpointError(f"{'--fresh' if fresh else '--init-from'} starts at iteration 0, but "
+                                  f"train.resume_checkpoint is {named}; leave one of them out")
         if fresh:
             return None
         source = checkpoint.find_newest(self.models, self.log.line)
         if source is None and checkpoint.has_traces(self.models):
             raise CheckpointError(f"{self.models}: there are checkpoints, but none is usable; name another one with "
                                   "--resume, or begin anew with --fresh")
-        if source and init_from:
-            config = source.load().get("state", {}).get("config", {})
-            if config.get("path", {}).get("init_from") != init_from:
-                raise CheckpointError(f"--init-from starts a new run, but {self.models} holds iteration "
-                                      f"{source.iteration}, not begun from it; leave it out to go on, or add --fresh")
+        config = source.load().get("state", {}).get("config", {}) if source and (init_from or named) else {}
+        if source and init_from and config.get("path", {}).get("init_from") != init_from:
+            raise CheckpointError(f"--init-from starts a new run, but {self.models} holds iteration "
+                                  f"{source.iteration}, not begun from it; leave it out to go on, or add --fresh")
+        if named and config.get("train", {}).get("resume_checkpoint") != named:
+            return checkpoint.locate(named, self.log.line)
         return source
 
     def restore(self, source: CheckpointSet | None) -> None:
@@ -521,11 +527,13 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, when: 
             log.progress(f"validating {name}: {len(clips)} of {len(dataset)}")
             clips.append(model.validate(sample))
             most = model.opt["val"]["num_img"]
-            if pictures and (most is None or len(clips) <= most):
+            if pictures and model.shown and (most is None or len(clips) <= most):
                 clip = clip_name(sample).replace(os.sep, "_")
                 save_pictures(pictures.with_name(f"{pictures.name}_{name}_{clip}.png"), model.shown)
-        means |= {f"{name}.{key}": value for key, value in model.summarize(name, clips).items()}
-        log.line(f"test     {when} {name}: {describe_metrics(name, means, model.baseline_name)} "
+        metrics = model.summarize(name, clips)
+        means |= {f"{name}.{key}": value for key, value in metrics.items()}
+        printed = {key: value for key, value in metrics.items() if model.is_printed(key)}
+        log.line(f"test     {when} {name}: {describe_metrics(printed, model.baseline_name)} "
                  f"({duration(time.monotonic() - began)})")
     return means
 
@@ -538,13 +546,12 @@ def describe_losses(losses: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {number(value)}" for name, value in losses.items())
 
 
-def describe_metrics(test: str, means: Mapping[str, float], baseline: str) -> str:
+def describe_metrics(metrics: Mapping[str, float], baseline: str) -> str:
     """'psnr 31.20 (bicubic 30.80), ssim ...' of one test set; the baseline's are called <metric>_<baseline>."""
-    own = {k.removeprefix(f"{test}."): v for k, v in means.items() if k.startswith(f"{test}.")}
     words = []
-    for key, value in own.items():
+    for key, value in metrics.items():
         if not (baseline and key.endswith(f"_{baseline}")):
-            base = own.get(f"{key}_{baseline}")
+            base = metrics.get(f"{key}_{baseline}")
             words.append(f"{key} {value:.4f}" + (f" ({baseline} {base:.4f})" if base is not None else ""))
     return ", ".join(words)
 

@@ -166,7 +166,7 @@ class VideoSequenceDataset(ImageTrainDataset):
 # Files -------------------------------------------------------------------------------------------------------------
 
 def list_images(dataroot: str) -> list[str]:
-    """The paths of all pictures below a folder, sorted, or in the lines of a text file."""
+    """The paths of all pictures below a folder, sorted, or in the lines of a text file; or of this one picture."""
     if os.path.isfile(dataroot) and dataroot.endswith(".txt"):
         with open(dataroot, encoding="utf-8") as file:
             paths = [os.path.join(os.path.dirname(dataroot), line.strip()) for line in file if line.strip()]
@@ -176,11 +176,26 @@ def list_images(dataroot: str) -> list[str]:
     elif os.path.isdir(dataroot):
         paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(dataroot, followlinks=True)
                        for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+    elif os.path.isfile(dataroot) and dataroot.lower().endswith(EXTENSIONS):
+        return [dataroot]
     else:
         raise FileNotFoundError(f"dataroot: {dataroot} is neither a folder of pictures nor a .txt file that names some")
     if not paths:
         raise ValueError(f"dataroot {dataroot} holds no pictures; png, jpg or jpeg files are needed, in folders of any "
                          "depth")
+    return paths
+
+
+def images_by_name(source: str) -> dict[str, str]:
+    """The pictures of `list_images` by their paths below the source, without endings.
+
+    Raises: FileNotFoundError, ValueError: as `list_images`, and where two pictures would have one name.
+    """
+    root = source if os.path.isdir(source) else os.path.dirname(source) or "."
+    found = list_images(source)
+    paths = {os.path.splitext(os.path.relpath(path, root))[0]: path for path in found}
+    if len(paths) < len(found):
+        raise ValueError(f"{source}: two pictures differ in nothing but the ending of their names; rename one")
     return paths
 
 

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from data.frames import EXTENSIONS, check_folder, read_frame
+from data.frames import EXTENSIONS, check_folder
+from data.images import read_image
 from data.sampler import Key, sample_rng
 from data.synthetic_styles import DrawnStyles
 from data.video import split_key
@@ -43,7 +44,7 @@ class StyleLatents:
         codec: section of a latent codec, see `models.codecs`; None: pixels.
         cache_dir: where latents of codecs with weights are kept, under a digest of weights, file and size; None:
             in memory only.
-        allow_empty: pass over style folders without pictures, see `empty`.
+        allow_empty: pass over style folders without pictures.
     Raises:
         FileNotFoundError, ValueError: one line; an empty style folder is named.
     """
@@ -59,7 +60,6 @@ class StyleLatents:
                              f"{self.codec.factor}")
         self.drawn = None if dataroot else drawn_styles(generated, image_size, seed)
         self.files: dict[str, list[str]] = {}  # style -> paths, sorted; of drawn ones numbers
-        self.empty: list[str] = []
         for style in style_names(dataroot, style_subdirs, generated):
             files = [""] * self.drawn.num_images if self.drawn else pictures_in(os.path.join(dataroot, style))
             if not files and not allow_empty:
@@ -67,8 +67,6 @@ class StyleLatents:
                                  "needed")
             if files:
                 self.files[style] = files
-            else:
-                self.empty.append(style)
         self.kept: dict[tuple[str, int], Tensor] = {}
 
     def __call__(self, style: str, number: int) -> Tensor:
@@ -82,7 +80,7 @@ class StyleLatents:
         """(3,image_size,image_size) float32 in [-1,1]."""
         if self.drawn:
             return torch.from_numpy(self.drawn(style, number)).float() / 127.5 - 1
-        return fitted(read_frame(self.files[style][number]), self.image_size, self.crop)
+        return fitted(read_image(self.files[style][number]), self.image_size, self.crop)
 
     def _latent(self, style: str, number: int) -> Tensor:
         if not (self.codec.fingerprint and self.cache_dir and not self.drawn):
@@ -150,10 +148,10 @@ class StyleDataset(Dataset):
 
 
 class StyleTestDataset(Dataset):
-    """One item: the first picture of each style folder, and pictures to measure the distance to each style by.
+    """An item for each style folder: its first picture, and pictures to measure the distance to every style by.
 
-    Item -> {"source": (S,c,h,w), "reference": (S,R,c,h,w) latents, "style": S names, "empty": names of folders
-    without pictures, "folder": "styles"}; the same in every epoch.
+    Item -> {"source": (c,h,w) latent, "style" and "folder": its style, "reference": (S,R,c,h,w), "styles": their S
+    names}; the same in every epoch. Folders without pictures are passed over.
 
     Args:
         dataroot: folder of style folders (`test_image_dir`); None draws pictures instead.
@@ -176,14 +174,14 @@ class StyleTestDataset(Dataset):
         self.num_references = num_references
 
     def __len__(self) -> int:
-        return 1
+        return len(self.latents.files)
 
     def __getitem__(self, key: Key | int) -> dict[str, Tensor | str | list[str]]:
-        split_key(key, 1)
+        _, index = split_key(key, len(self))
         styles = list(self.latents.files)
         references = [torch.stack([self.latents(style, i) for i in range(self.num_references)]) for style in styles]
-        return {"source": torch.stack([latents[0] for latents in references]), "reference": torch.stack(references),
-                "style": styles, "empty": self.latents.empty, "folder": "styles"}
+        return {"source": references[index][0], "reference": torch.stack(references), "styles": styles,
+                "style": styles[index], "folder": styles[index]}
 
 
 def style_names(dataroot: str | None, style_subdirs: Sequence[str] | None, generated: dict | None) -> list[str]:

@@ -8,9 +8,7 @@ Legend: B images, H W pixels, c channels, h w latent pixels (H / factor, W / fac
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,7 +93,7 @@ class VQGANCodec(nn.Module):
             raise ValueError(f"{path}: is no VQGAN of this network: {' '.join(str(error).split())[:160]}") from None
         self.scale = float(1 / codes.detach().std()) if scale is None else scale
         self.quantize, self.channels, self.factor = quantize, codes.shape[1], self.net.factor
-        self.fingerprint = fingerprint(self.net, ["vqgan", self.scale])
+        self.fingerprint = checkpoint.fingerprint(self.net.state_dict(), "vqgan", self.scale)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -135,7 +133,7 @@ class SDVAECodec(nn.Module):
             raise ValueError(f"{path}: no autoencoder of diffusers: {reason}") from None
         self.scale, self.posterior, self.channels = scale, posterior, self.net.config.latent_channels
         self.factor = 2 ** (len(self.net.config.block_out_channels) - 1)
-        self.fingerprint = fingerprint(self.net, ["sd-vae", scale, posterior])
+        self.fingerprint = checkpoint.fingerprint(self.net.state_dict(), "sd-vae", scale, posterior)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -172,14 +170,3 @@ def trained(path: str, net: dict | None) -> tuple[dict[str, Tensor], dict[str, A
 
 def crc32(tensor: Tensor) -> int:
     return zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes())
-
-
-def fingerprint(net: nn.Module, settings: list) -> str:
-    """A digest of weights and of what else makes the latents."""
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for name, tensor in net.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-

@@ -36,6 +36,7 @@ class ModelBase:
         checkpoint_test: int = 5000
         save_interval: int | None = None  # the same in epochs; if given, they count instead
         eval_interval: int | None = None
+        resume_checkpoint: str | None = None  # go on from this once, as --resume does; then from the run's own newest
         manual_seed: int = 0  # fixed, so that a run killed before its first checkpoint is repeated as it was
         on_nan: Literal["stop", "skip"] = "stop"  # skip: leave such a step out and count it
         amp: Literal["bf16", "fp16"] | None = None  # forward passes in half precision; weights and loss stay in float32
@@ -97,6 +98,10 @@ class ModelBase:
         """Metrics of the test set of this name from those of its samples: their means, unless a recipe counts."""
         return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
+    def is_printed(self, metric: str) -> bool:
+        """Whether a metric stands in the line about a test set, too, not only in `test.csv`."""
+        return True
+
     def pictures(self) -> list[Tensor]:
         """Of what `test` left: (C, H, W) images in [0, 1], shown side by side."""
         raise NotImplementedError
@@ -120,6 +125,7 @@ class ModelBase:
         """
         raise ValueError(f"model {self.opt['model']!r} can't be used on files of one's own yet; leave --input out")
 
+    result_options: Sequence[str] = ()  # keys of `val` that results depend on: with others they are kept apart
     best_metric = "psnr", "max"  # which test metric says that a checkpoint is the best, and which way
 
     # ------------------------------------------------ networks

@@ -14,7 +14,8 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,21 +24,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
-from torchvision.io import encode_jpeg, encode_png
 from torchvision.utils import make_grid
 
-from checkpoint import CheckpointError, save_file
-from data.frames import read_frame
+import schedules
+from checkpoint import CheckpointError
+from data.images import images_by_name, read_image
 from data.sampler import sample_rng
-from data.styles import pictures_in, style_names
+from data.styles import style_names
+from foreign import unpack
+from log import write_picture
 from losses import LOSSES
 from losses.energy import CosineSSMLoss, PatchSlicedWassersteinLoss
 from models.codecs import build_codec
 from models.model_plain import ModelPlain
-from options import Section, build
-from schedules import Schedule
+from options import OptionError, Section, build
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x (B,c,h,w), t (B,)) -> (B,c,h,w)
+UNNAMED = "unnamed"  # stands for the styles until a checkpoint is read
 COLUMNS = ("epoch", "loss_total", "loss_style_swd", "loss_content_ssm", "learning_rate", "epoch_time")
 
 
@@ -45,6 +48,8 @@ class ModelLGT(ModelPlain):
     """A velocity field trained through the ODE it defines; batches are those of `data.styles`."""
 
     best_metric = "swd", "min"
+    result_options = ("source_style", "num_steps", "temperature_lambda", "temperature_threshold", "use_cfg",
+                      "cfg_scale", "cfg_decay", "sample_seed")
 
     @dataclass
     class TrainOptions(ModelPlain.TrainOptions):
@@ -74,7 +79,7 @@ class ModelLGT(ModelPlain):
 
     @dataclass
     class ValOptions(ModelPlain.ValOptions):
-        save_img: bool = False  # the contact sheet once more, in images/
+        save_img: bool = False  # each source's row of the contact sheet once more, in images/
         num_steps: int = 15  # Euler steps of the inversion and of the generation
         temperature_lambda: float = 0.1  # Langevin noise
         temperature_threshold: float = 0.5  # from this time on
@@ -83,12 +88,13 @@ class ModelLGT(ModelPlain):
         cfg_decay: bool = True  # falling towards 1 on the way
         sample_seed: int = 0  # of the noise
         batch: int = 8  # pictures generated at once
+        style: str | None = None  # --test --input: which one to translate to
+        source_style: str | None = None  # and from; null: the average of all
 
     def __init__(self, opt: Mapping[str, Any]):
         data, net, where = opt["datasets"]["train"], opt["netG"], opt["opt_path"]
         self.codec = build_codec(data.get("codec"), f"{where}: datasets.train.codec").to(opt["device"])
-        self.styles = list(data.get("style_subdirs")  # enough to use what was trained where its data is not
-                           or style_names(data.get("dataroot"), None, data.get("generated")))
+        self.styles = list(data.get("style_subdirs") or style_names(data.get("dataroot"), None, data.get("generated")))
         for name, section in opt["datasets"].items():
             if (section.get("codec") or {"type": "pixel"}) != (data.get("codec") or {"type": "pixel"}):
                 raise ValueError(f"{where}: datasets.{name}.codec: {section.get('codec')} must be the one of "
@@ -97,6 +103,11 @@ class ModelLGT(ModelPlain):
                                   ("num_styles", len(self.styles), f"styles: {', '.join(self.styles)}")):
             if net.setdefault(key, count) != count:
                 raise ValueError(f"{where}: netG.{key}: {net[key]} does not fit the {count} {whose}")
+            if section["phase"] == "test" and os.path.isdir(section.get("dataroot") or "") and self.styles != [UNNAMED]:
+                there = style_names(section["dataroot"], section.get("style_subdirs"), None)
+                if not set(there) & set(self.styles):
+                    raise ValueError(f"{where}: datasets.{name}.dataroot: none of its folders {', '.join(there)} is a "
+                                     f"style of {', '.join(self.styles)}")
         t, v = opt["train"], opt["val"]
         for name, value, least in (("train.ode_integration_steps", t["ode_integration_steps"], 1),
                                    ("train.epsilon_warmup_epochs", t["epsilon_warmup_epochs"], 0),
@@ -110,6 +121,9 @@ class ModelLGT(ModelPlain):
                 raise ValueError(f"{where}: train.{name}: {t[name]} must be from 0 to 1")
         super().__init__(opt)
         self.baseline_name = "source"
+        self.made: dict[str, Tensor] = {}  # of this evaluation: style -> its row of the sheet, (S,3,H,W)
+        self.measured: dict[tuple[str, str], dict[str, float]] = {}  # source, target -> metrics
+        self.using = False
         self.epoch = 0  # the one in progress or just finished, from 1
         self.sums: dict[str, Tensor] = {}  # of the epoch's losses
         self.count, self.began = 0, time.monotonic()
@@ -125,7 +139,9 @@ class ModelLGT(ModelPlain):
     def define_scheduler(self) -> None:
         t = self.opt_train
         if t["G_scheduler_type"] == "CosineAnnealingLR":
-            self.schedules["optimizerG"] = cosine(t["total_iter"], t["total_epochs"], t["G_scheduler_eta_min"])
+            periods = t["total_epochs"] or t["total_iter"]
+            by_period = schedules.cosine(periods, t["G_scheduler_eta_min"])
+            self.schedules["optimizerG"] = lambda base, step: by_period(base, step * periods // t["total_iter"])
         else:
             super().define_scheduler()
 
@@ -133,15 +149,23 @@ class ModelLGT(ModelPlain):
 
     def extra_state(self, finished: int) -> dict[str, Any]:
         return super().extra_state(finished) | {
-            "styles": self.styles, "epoch_log": {"epoch": self.epoch, "count": self.count, "sums": dict(self.sums)}}
+            "styles": self.styles, "codec": self.codec.fingerprint,
+            "epoch_log": {"epoch": self.epoch, "count": self.count, "sums": dict(self.sums)}}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         super().load_extra_state(state)
         if state.get("styles", self.styles) != self.styles:
             raise CheckpointError(f"{self.opt['opt_path']}: the styles are {', '.join(self.styles)}; the checkpoint "
                                   f"was trained on {', '.join(state['styles'])}, in this order")
+        self.check_codec(state)
         kept = state.get("epoch_log", {"epoch": state.get("epoch", 0), "count": 0, "sums": {}})
         self.epoch, self.count, self.sums = kept["epoch"], kept["count"], dict(kept["sums"])
+
+    def check_codec(self, state: Mapping[str, Any]) -> None:
+        """That latents mean what they meant in training."""
+        if state.get("codec", self.codec.fingerprint) != self.codec.fingerprint:
+            raise CheckpointError(f"{self.opt['opt_path']}: datasets.train.codec: is not the one that the checkpoint "
+                                  "was trained with, or was trained on since; name that one, or add --fresh")
 
     # ------------------------------------------------ training
 
@@ -155,18 +179,9 @@ class ModelLGT(ModelPlain):
             self.target_style = data["target_style"]  # stays on the CPU, where groups are made
             self.source, self.reference = (data[k].to(self.device, non_blocking=True) for k in ("source", "reference"))
             return
-        names, empty = ([name for (name,) in data[key]] for key in ("style", "empty"))
-        if unknown := [name for name in names if name not in self.styles]:
-            warnings.warn(f"test folder {unknown[0]!r} is no trained style and is passed over", stacklevel=2)
-        if missing := [name for name in self.styles if name not in names]:
-            why = "empty" if missing[0] in empty else "missing"
-            warnings.warn(f"style {missing[0]!r} is {why} in the test folder: nothing is made from it", stacklevel=2)
-        known = [i for i, name in enumerate(names) if name in self.styles]
-        if not known:
-            raise ValueError(f"none of the test folders {', '.join(names)} is a style of {', '.join(self.styles)}")
-        self.source_names = [names[i] for i in known]
-        self.source = data["source"][0][known].to(self.device)  # (S,c,h,w)
-        self.references = {names[i]: data["reference"][0][i].to(self.device) for i in known}  # (R,c,h,w)
+        there = [name for (name,) in data["styles"]]
+        (self.source_name,), self.source = data["style"], data["source"].to(self.device)  # (1,c,h,w)
+        self.references = dict(zip(there, data["reference"][0].to(self.device)))  # style -> (R,c,h,w)
 
     def optimize_parameters(self, current_step: int) -> None:
         t = self.opt_train
@@ -244,23 +259,27 @@ class ModelLGT(ModelPlain):
 
     # ------------------------------------------------ testing
 
+    def validate(self, sample: Any) -> dict[str, float]:
+        (name,) = sample["style"]
+        if name in self.styles:
+            return super().validate(sample)
+        warnings.warn(f"test folder {name!r} is no trained style and is passed over", stacklevel=2)
+        self.shown = []
+        return {}
+
     def test(self) -> None:
-        """Carry each source to all other styles and write the pictures."""
-        network = self.netE if self.netE is not None else self.netG
-        training = network.training
-        network.eval()
-        with torch.no_grad():
-            ids = [self.styles.index(name) for name in self.source_names]
-            noises = self.invert(network, self.source, torch.tensor(ids, device=self.device))
-            pairs = [(i, j) for i, source in enumerate(ids) for j in range(len(self.styles)) if j != source]
-            ends = []
-            for first in range(0, len(pairs), self.opt["val"]["batch"]):
-                chosen = pairs[first : first + self.opt["val"]["batch"]]
-                seeds = [(self.opt["val"]["sample_seed"], ids[i], j) for i, j in chosen]
-                ends += self.generate(network, noises[[i for i, _ in chosen]], [j for _, j in chosen], seeds)
-            self.results = {(self.source_names[i], self.styles[j]): end for (i, j), end in zip(pairs, ends)}
-            self.sheet = self.write_pictures(self.save_dir.parent / "inference" / f"epoch_{self.epoch:04d}")
-        network.train(training)
+        """Carry the source to all other styles and write the pictures."""
+        v, source = self.opt["val"], self.styles.index(self.source_name)
+        others = [style for style in range(len(self.styles)) if style != source]
+        with self.testing() as network:
+            noise = self.invert(network, self.source, torch.tensor([source], device=self.device))
+            ends: list[Tensor] = []
+            for first in range(0, len(others), v["batch"]):
+                chosen = others[first : first + v["batch"]]
+                seeds = [(v["sample_seed"], source, style) for style in chosen]
+                ends += self.generate(network, noise.expand(len(chosen), -1, -1, -1), chosen, seeds)
+            self.ends = {self.styles[style]: end for style, end in zip(others, ends)}
+            self.write_pictures()
 
     def invert(self, network: nn.Module, x: Tensor, style: Tensor, average: bool = False) -> Tensor:
         """Latents (B,c,h,w) of these styles -> the noise they come from."""
@@ -280,50 +299,102 @@ class ModelLGT(ModelPlain):
         """(B,c,h,w) -> pictures (B,3,H,W) in [0,1]."""
         return (self.codec.decode(latents.float()).float() / 2 + 0.5).clamp(0, 1)
 
-    def write_pictures(self, folder: Path) -> Tensor:
-        """Each pair's picture and the contact sheet, whole or not at all. Returns the sheet (3,H,W) in [0,1]."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for rest in folder.glob("*.tmp"):  # of a kill
+    @property
+    def pictures_folder(self) -> Path:
+        return self.save_dir.parent / "inference" / ("use" if self.using else f"epoch_{self.epoch:04d}")
+
+    def write_pictures(self) -> None:
+        """Each translation, whole or not at all."""
+        self.pictures_folder.mkdir(parents=True, exist_ok=True)
+        for rest in self.pictures_folder.glob("*.tmp"):  # of a kill
             rest.unlink()
-        rows = []
-        for i, source in enumerate(self.source_names):
-            latents = [self.results.get((source, target), self.source[i]) for target in self.styles]
-            pictures = torch.cat([self.decode(part) for part in torch.stack(latents).split(self.opt["val"]["batch"])])
-            rows += pictures
-            for target, picture in zip(self.styles, pictures):
-                if target != source:
-                    save_jpeg(folder / f"{source}_to_{target}.jpg", picture)
-        sheet = make_grid(torch.stack(rows), nrow=len(self.styles), padding=4, pad_value=1).cpu()
-        save_jpeg(folder / "sheet.jpg", sheet)  # a row for each source; on the diagonal what the codec makes of it
-        return sheet
+        latents = torch.stack([self.ends.get(style, self.source[0]) for style in self.styles])
+        row = torch.cat([self.decode(part) for part in latents.split(self.opt["val"]["batch"])]).cpu()
+        for style, picture in zip(self.styles, row):
+            if style in self.ends:
+                write_picture(self.pictures_folder / f"{self.source_name}_to_{style}.jpg", picture)
+        self.made[self.source_name] = row
 
     def metrics(self) -> dict[str, float]:
-        """Means over all pairs, then of each pair: SWD to the target style's pictures (lower is better; `_source`:
-        of the untranslated source), SSM to the source."""
-        t, per_pair = self.opt_train, {}
+        """Of each pair: SWD to the target style's pictures (lower is better; `_source`: of the untranslated source),
+        SSM to the source."""
+        t, row = self.opt_train, {}
         swd = PatchSlicedWassersteinLoss(t["patch_size"], t["num_projections"], max_samples=None)
-        for (source, target), end in self.results.items():
-            start = self.source[self.source_names.index(source)]
-            values = {"ssm": float(CosineSSMLoss()(end[None], start[None]))}
+        for target, end in self.ends.items():
+            values = {"ssm": float(CosineSSMLoss()(end[None], self.source))}
             if (references := self.references.get(target)) is not None:
-                for key, latent in (("swd", end), ("swd_source", start)):
+                for key, latent in (("swd", end), ("swd_source", self.source[0])):
                     generator = step_generator(self.opt["val"]["sample_seed"], 0)
                     values[key] = float(swd(latent.expand_as(references), references, generator))
-            per_pair[f"{source}_to_{target}"] = values
+            self.measured[self.source_name, target] = values
+            row |= {f"{key}_{self.source_name}_to_{target}": value for key, value in values.items()}
+        return row
+
+    def summarize(self, name: str, rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Means over all pairs, then each pair's; writes the contact sheet: a row for each source, a column for each
+        style, on the diagonal what the codec makes of the source."""
+        made, measured, self.made, self.measured = self.made, list(self.measured.values()), {}, {}
+        if not made:
+            raise OptionError(f"none of the test folders is a style of {', '.join(self.styles)}")
+        for style in self.styles:
+            if style not in made:
+                warnings.warn(f"style {style!r} has no picture in the test folder: nothing is made from it",
+                              stacklevel=2)
+        sheet = make_grid(torch.cat(list(made.values())), nrow=len(self.styles), padding=4, pad_value=1)
+        write_picture(self.pictures_folder / "sheet.jpg", sheet)
         means = {}
         for key in ("swd", "swd_source", "ssm"):
-            values = [pair[key] for pair in per_pair.values() if key in pair]
+            values = [pair[key] for pair in measured if key in pair]
             means[key] = sum(values) / len(values) if values else math.nan
-        return means | {f"{key}_{name}": value for name, pair in per_pair.items() for key, value in pair.items()}
+        return means | {key: value for row in rows for key, value in row.items()}
+
+    def is_printed(self, metric: str) -> bool:
+        return "_to_" not in metric
 
     def pictures(self) -> list[Tensor]:
-        return [self.sheet]
+        """The source's row of the contact sheet."""
+        return list(self.made[self.source_name])
 
     def current_visuals(self, need_H: bool = True) -> dict[str, Tensor]:
-        """The contact sheet: a row for each source, a column for each style, (3,H,W)."""
-        return {"E": self.sheet}
+        """KAIR's keys: L the source, E its first translation; (3,H,W) in [0, 1] on the CPU."""
+        row, source = self.made[self.source_name], self.styles.index(self.source_name)
+        return {"L": row[source], "E": row[int(source == 0)]}
 
     # ------------------------------------------------ use
+
+    @staticmethod
+    def prepare_use(opt: Mapping[str, Any]) -> None:
+        """A checkpoint says what its styles are; for bare weights `style_subdirs` has to."""
+        data = opt["datasets"]["train"]
+        data["style_subdirs"] = data.get("style_subdirs") or [UNNAMED]
+        opt["netG"].pop("num_styles", None)
+
+    def load_use(self, payload: Mapping[str, Any], source: str) -> str:
+        state = (payload if "state" in payload else unpack(payload, source)).get("state") or {}
+        self.check_codec(state)
+        self.using, self.styles = True, list(state.get("styles") or self.styles)
+        if self.styles == [UNNAMED]:
+            raise CheckpointError(f"{source}: does not name the styles it was trained on; give them, in order, as "
+                                  "datasets.train.style_subdirs")
+        self.opt["netG"]["num_styles"] = len(self.styles)
+        self.netG = self.define_network("G")
+        return super().load_use(payload, source)
+
+    def results(self, source: str, truth: str | None, wanted: Callable[[str], bool]) -> Iterator[Any]:
+        """Pictures in `val.style`, NAME_to_STYLE.png; see `ModelBase`. Noise depends on the name, not on the others."""
+        v = self.opt["val"]
+        if truth:
+            raise ValueError("--truth: nobody knows what a translation should be; leave it out")
+        for flag, style in (("style", v["style"] or ""), ("source_style", v["source_style"])):
+            if style is not None and style not in self.styles:
+                raise ValueError(f"--{flag}: {f'{style!r} was not trained' if style else 'missing'}; valid: "
+                                 f"{', '.join(self.styles)}")
+        paths = images_by_name(source)
+        yield len(paths)
+        for name, path in paths.items():
+            if wanted(file := f"{name}_to_{v['style']}.png"):
+                picture = read_image(path).float() / 255
+                yield file, self.translate(picture, v["style"], v["source_style"], zlib.crc32(name.encode())), None
 
     def translate(self, picture: Tensor, target: str, source: str | None = None, seed: int = 0) -> Tensor:
         """A picture in another style, at its own size.
@@ -334,40 +405,15 @@ class ModelLGT(ModelPlain):
 
         Returns:
             (3,H,W) in [0,1].
-
-        Raises:
-            ValueError: an unknown style.
         """
-        for name in (target, source or target):
-            if name not in self.styles:
-                raise ValueError(f"style {name!r} was not trained; valid: {', '.join(self.styles)}")
-        network = self.netE if self.netE is not None else self.netG
         height, width = picture.shape[1:]
         side = 4 * self.codec.factor
         image = F.pad(picture[None].to(self.device), (0, -width % side, 0, -height % side), mode="replicate")
         style = torch.tensor([self.styles.index(source or target)], device=self.device)
-        network.eval()
-        with torch.no_grad():
+        with self.testing() as network:
             noise = self.invert(network, self.codec.encode(image * 2 - 1), style, average=source is None)
-            end = self.generate(network, noise, [self.styles.index(target)],
-                                [(self.opt["val"]["sample_seed"], seed)])
+            end = self.generate(network, noise, [self.styles.index(target)], [(self.opt["val"]["sample_seed"], seed)])
             return self.decode(end)[0, :, :height, :width].cpu()
-
-    def translate_files(self, input: str, style: str, output: str, source: str | None = None) -> list[Path]:
-        """Translate a picture, or all pictures of a folder, into `{output}/{name}.png`. Returns their paths.
-
-        Raises: FileNotFoundError, ValueError: one line: nothing to read, an unreadable picture, an unknown style.
-        """
-        paths = pictures_in(input) if os.path.isdir(input) else [input]
-        if not paths:
-            raise ValueError(f"{input}: holds no pictures; png, jpg or jpeg files are needed")
-        written = []
-        for number, path in enumerate(paths):
-            picture = self.translate(read_frame(path).float() / 255, style, source, number)
-            os.makedirs(output, exist_ok=True)
-            written.append(Path(output) / f"{Path(path).stem}.png")
-            save_file(written[-1], to_bytes(picture, encode_png))
-        return written
 
 
 # The ODE ----------------------------------------------------------------------------------------------------------
@@ -426,28 +472,6 @@ def generate(velocity: Velocity, average: Velocity | None, x: Tensor, steps: int
     return x
 
 
-def cosine(total_iter: int, total_epochs: int | None, eta_min: float) -> Schedule:
-    """`torch.optim.lr_scheduler.CosineAnnealingLR`, which steps once an epoch; without epochs, every step."""
-    periods = total_epochs or total_iter
-
-    def schedule(base: float, step: int) -> float:
-        done = min(step * periods // total_iter, periods)
-        return eta_min + (base - eta_min) * (1 + math.cos(math.pi * done / periods)) / 2
-
-    return schedule
-
-
 def step_generator(seed: int, *numbers: int) -> torch.Generator:
     """A generator of the CPU that depends on these numbers (>= 0) alone."""
     return torch.Generator().manual_seed(int(sample_rng(seed, 0, 0, *numbers).integers(2**63)))
-
-
-# Pictures ---------------------------------------------------------------------------------------------------------
-
-def to_bytes(picture: Tensor, encode: Callable[[Tensor], Tensor]) -> bytes:
-    """(3,H,W) in [0,1] -> a picture file."""
-    return encode((picture * 255).round().to(torch.uint8).cpu()).numpy().tobytes()
-
-
-def save_jpeg(path: Path, picture: Tensor) -> None:
-    save_file(path, to_bytes(picture, lambda image: encode_jpeg(image, quality=95)))

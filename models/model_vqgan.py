@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import checkpoint
 from data import DATASETS
-from data.images import list_images, read_image
+from data.images import images_by_name, read_image
 from data.synthetic import as_channels
 from losses import LOSSES
 from losses.calculator import LossCalculator
@@ -265,11 +265,7 @@ class ModelVQGAN(ModelPlain):
         """Reconstructions of pictures at their own sizes, NAME.png, and their codes, NAME.npz; see `ModelBase`."""
         if truth:
             raise ValueError("--truth: a reconstruction is compared with its input; leave it out")
-        root = source if os.path.isdir(source) else os.path.dirname(source)
-        found = list_images(source)
-        paths = {os.path.splitext(os.path.relpath(path, root))[0]: path for path in found}
-        if len(paths) < len(found):
-            raise ValueError(f"{source}: two pictures differ in nothing but the ending of their names; rename one")
+        paths = images_by_name(source)
         yield 2 * len(paths)
         for name, path in paths.items():
             if wanted(f"{name}.png") or wanted(f"{name}.npz"):

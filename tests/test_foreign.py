@@ -42,8 +42,9 @@ def files_of_others(state):
                                    "scheduler_state_dict": None, "metric": 0.5, "config": {"model": {}},
                                    "metadata": {"stage": "dense"}, "timestamp": "x"}, None,
                                   "E, rng_state, sampler_state"),
-        "epoch_0003.pt": ({"epoch": 2, "model_state_dict": prefixed(g, "_orig_mod."), "optimizer_state_dict": adam,
-                           "scheduler_state_dict": {}, "scaler_state_dict": {}, "config": {}, "metrics": {"loss": 1.0}},
+        "epoch_0003.pt": ({"epoch": 3, "model_state_dict": prefixed(g, "_orig_mod."), "optimizer_state_dict": adam,
+                           "scheduler_state_dict": {"T_max": 100, "last_epoch": 3}, "scaler_state_dict": {},
+                           "config": {}, "metrics": {"loss": 1.0}},  # LGT counts from 1
                           None, "E, rng_state, sampler_state"),
         "vqgan_7.pth": ({"steps": 7, "state_dict": g, "optimizer": adam, "optimizer_disc": adam, "scheduler": {}},
                         7, "E, rng_state, sampler_state"),
@@ -84,7 +85,7 @@ def test_a_folder_of_others_goes_on_from_the_newest(tmp_path, state, capsys):
     models.mkdir(parents=True)
     payload = files_of_others(state)["epoch_0003.pt"][0]
     for epoch in (9, 10):
-        torch.save(payload | {"epoch": epoch}, models / f"epoch_{epoch + 1}.pt")
+        torch.save(payload | {"epoch": epoch, "scheduler_state_dict": {}}, models / f"epoch_{epoch + 1}.pt")
     torch.save({"some": torch.ones(1)}, models / "vgg16.pth")
     tree = tiny.options(tmp_path, "two", train={"total_iter": 23})
     assert run("-opt", write_json(tmp_path / "two.json", tree)) == 0

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import signal
 import sys
 import types
 
@@ -13,13 +15,15 @@ from torch import nn
 from torchvision.io import decode_image, write_png
 
 import checkpoint
+import durable
 import options
 from data import DATASETS
 from data.styles import StyleDataset, StyleTestDataset, shared_codec
 from models import MODELS, NETWORKS
 from models.codecs import PixelCodec, build_codec
-from models.model_lgt import ModelLGT, cosine
+from models.model_lgt import ModelLGT
 from models.network_vqgan import VQModel
+from tests import tiny
 from tests.conftest import ROOT, write_json
 from tests.test_exact import stopped_at
 from tests.test_resume import differing, run
@@ -169,10 +173,11 @@ def test_the_saved_average_is_the_one_of_the_rows(tmp_path):
         torch.testing.assert_close(state["style_embed.avg_embedding"], state["style_embed.embeddings.weight"].mean(0))
 
 
-def test_learning_rate_is_torchs_cosine_by_epoch():
+def test_learning_rate_is_torchs_cosine_by_epoch(tmp_path):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5, eta_min=1e-3)
-    ours = cosine(15, 5, 1e-3)
+    ours = model_of(recipe(tmp_path, "one"), ("train.total_epochs", 5), ("train.total_iter", 15),
+                    ("train.G_scheduler_eta_min", 1e-3)).schedules["optimizerG"]
     for step in range(16):
         assert ours(0.1, step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
         if step % 3 == 2:
@@ -292,7 +297,7 @@ def test_sd_vae_through_diffusers(monkeypatch):
 
 # Evaluation and use -----------------------------------------------------------------------------------------------
 
-def test_evaluation_goes_on_without_a_style_and_says_which(tmp_path, vqgan):
+def test_evaluation_goes_on_without_a_style_and_says_which(tmp_path, vqgan, capsys):
     codec = {"codec": {"type": "vqgan", "path": str(vqgan)}, "cache_dir": str(tmp_path / "latents")}
     data = folders(tmp_path / "data", {"a": 2, "b": 2, "c": 2})
     tests = folders(tmp_path / "test", {"a": 1, "b": 0, "d": 1, "c": 2})
@@ -300,12 +305,13 @@ def test_evaluation_goes_on_without_a_style_and_says_which(tmp_path, vqgan):
     with pytest.warns(UserWarning) as said:
         assert run("-opt", path) == 0
     said = " | ".join(str(w.message) for w in said)
-    assert "'b' is empty in the test folder" in said and "'d' is no trained style" in said
+    assert "'b' has no picture in the test folder" in said and "'d' is no trained style" in said
     made = {p.name for p in (tmp_path / "one/inference/epoch_0001").iterdir()}
     assert made == {"a_to_b.jpg", "a_to_c.jpg", "c_to_a.jpg", "c_to_b.jpg", "sheet.jpg"}
     (row,) = csv.DictReader((tmp_path / "one/log/test.csv").open())
     assert {"test.swd", "test.swd_source", "test.swd_a_to_c", "test.ssm_a_to_b"} <= set(row)
     assert "test.swd_a_to_b" not in row  # nothing to compare with
+    assert re.search(r"test: swd [\d.]+ \(source [\d.]+\), ssm [\d.]+ \(", capsys.readouterr().out)  # no pairs
 
 
 def test_evaluation_is_the_same_in_any_batch_and_leaves_the_generator_alone(tmp_path):
@@ -320,23 +326,101 @@ def test_evaluation_is_the_same_in_any_batch_and_leaves_the_generator_alone(tmp_
             weights = model.netG.state_dict()
         model.netG.load_state_dict(weights)
         before = torch.get_rng_state()
-        model.feed_data(next(iter(torch.utils.data.DataLoader(test, generator=torch.Generator()))))
-        model.test()
-        results.append(model.metrics())
-        assert torch.equal(torch.get_rng_state(), before) and model.pictures()[0].shape[0] == 3
+        rows = [model.validate(item) for item in torch.utils.data.DataLoader(test, generator=torch.Generator())]
+        assert [picture.shape for picture in model.shown] == [(3, 16, 16)] * 3
+        results.append(model.summarize("test", rows))
+        assert torch.equal(torch.get_rng_state(), before)
     assert results[0] == pytest.approx(results[1], rel=1e-4) and len(results[0]) == 3 + 3 * 6
 
 
-def test_translation_keeps_the_pictures_size(tmp_path):
-    model = model_of(recipe(tmp_path, "one"))
-    root = folders(tmp_path / "data", {"a": 2})
-    written = model.translate_files(f"{root}/a", "dusk", str(tmp_path / "out"))
-    assert [p.name for p in written] == ["0.png", "1.png"]
-    assert all(decode_image(str(p)).shape == (3, 40, 36) for p in written)
-    with pytest.raises(ValueError, match="valid: plain, dusk, print"):
-        model.translate_files(f"{root}/a/0.png", "sunset", str(tmp_path / "out"))
-    with pytest.raises(FileNotFoundError, match="missing"):
-        model.translate_files(f"{root}/a/9.png", "dusk", str(tmp_path / "out"))
+def test_a_stop_is_obeyed_between_sources_and_the_evaluation_repeated(tmp_path, monkeypatch):
+    path, real, tested = recipe(tmp_path, "one", {"eval_interval": 1, "total_epochs": 2}), ModelLGT.test, []
+
+    def test(self):
+        real(self)
+        tested.append(self.source_name)
+        if len(tested) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ModelLGT, "test", test)
+    assert run("-opt", path) == 143 and tested == ["plain"]
+    assert not (tmp_path / "one/log/test.csv").exists()
+    assert run("-opt", path) == 0 and tested[1:] == ["plain", "dusk", "print"] * 2
+    assert len(list((tmp_path / "one/inference/epoch_0001").iterdir())) == 7
+
+
+def test_use_on_files_of_ones_own(tmp_path, monkeypatch, capsys):
+    """Of the checkpoint alone, at each picture's size; gone on with, it ends the same to the byte."""
+    data = folders(tmp_path / "data", {"a": 2, "b": 2})
+    path = recipe(tmp_path, "one", {"total_epochs": 1}, {"dataroot": data, "dataloader_batch_size": 2},
+                  {"dataroot": data}, val={"num_steps": 2, "temperature_lambda": 0.5})
+    assert run("-opt", path) == 0
+    os.rename(data, tmp_path / "mine")
+    write_png(torch.randint(0, 256, (3, 21, 50), dtype=torch.uint8), str(tmp_path / "mine/wide.png"))
+    use = ("-opt", path, "--test", "--input", tmp_path / "mine", "--style", "b", "--output")
+    assert run(*use, tmp_path / "out") == 0
+    made = {p.relative_to(tmp_path / "out"): p.read_bytes() for p in (tmp_path / "out").rglob("*.png")}
+    assert {str(p) for p in made} == {"wide_to_b.png", *(f"{s}/{i}_to_b.png" for s in "ab" for i in range(2))}
+    shapes = [tuple(decode_image(str(tmp_path / "out" / name)).shape) for name in ("a/0_to_b.png", "wide_to_b.png")]
+    assert shapes == [(3, 40, 36), (3, 21, 50)]
+
+    real = durable.save_file
+    with monkeypatch.context() as patch:
+        patch.setattr("log.save_file", lambda path, *rest: real(path, *rest) if path.stem < "1" else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*use, tmp_path / "half")
+    half = [p.name for p in (tmp_path / "half").rglob("*.png")]
+    assert half == ["0_to_b.png"]
+    assert run(*use, tmp_path / "half") == 0
+    assert {p.relative_to(tmp_path / "half"): p.read_bytes() for p in (tmp_path / "half").rglob("*.png")} == made
+
+    one = ("-opt", path, "--test", "--input", tmp_path / "mine/a/1.png", "--output")
+    assert run(*one, tmp_path / "single", "--style", "b", "--source_style", "a") == 0
+    assert [p.name for p in (tmp_path / "single").glob("*.png")] == ["1_to_b.png"]
+    for flags, said in ((("--style", "c"), "--style: 'c' was not trained; valid: a, b"),
+                        ((), "--style: missing; valid: a, b"),
+                        (("--style", "b", "--source_style", "c"), "--source_style: 'c' was not trained; valid: a, b"),
+                        (("--style", "b", "--set", "val.num_steps=3"), None)):
+        with pytest.raises(options.OptionError, match=said or "holds results of another source_style, num_steps"):
+            run(*one, tmp_path / ("new" if said else "single"), *flags)
+        assert not (tmp_path / "new").exists()
+    torch.save(checkpoint.locate(tmp_path / "one").load()["G"], tmp_path / "bare.pth")
+    bare = (*one, tmp_path / "named", "--style", "b", "--resume", tmp_path / "bare.pth")
+    with pytest.raises(checkpoint.CheckpointError, match="does not name the styles"):
+        run(*bare)
+    assert run(*bare, "--set", 'datasets.train.style_subdirs=["a", "b"]') == 0
+
+    (tmp_path / "mine/b/0.png").write_bytes(b"not a picture")
+    with pytest.raises(options.OptionError, match="b/0.png: not a readable picture"):
+        run(*use, tmp_path / "third")
+    with pytest.raises(options.OptionError, match="nowhere is neither a folder"):
+        run("-opt", path, "--test", "--input", tmp_path / "nowhere", "--style", "b", "--output", tmp_path / "new")
+
+
+def test_resume_checkpoint_in_the_options_counts_once(tmp_path, monkeypatch, tiny_tables, capsys):
+    """It is gone on from by the first launch; the next ones go on from the run's own newest, never back."""
+    def launch(name, stop=None, **train):
+        tree = tiny.options(tmp_path, name, train=train)
+        with monkeypatch.context() as patch:
+            stopped_at(patch, stop)
+            code = run("-opt", write_json(tmp_path / f"{name}.json", tree))
+        return code, re.findall(r"^resume   from \S+/(\S+/models/\d+)", capsys.readouterr().out, re.MULTILINE)
+
+    assert launch("one")[0] == 0
+    named = {"resume_checkpoint": str(tmp_path / "one/models/4_G.pth")}
+    assert launch("two", stop=5, **named) == (143, ["one/models/4"])
+    assert launch("two", stop=7, **named) == (143, ["two/models/5"])
+    assert launch("two", **named) == (0, ["two/models/7"])
+    a, b = (checkpoint.locate(tmp_path / name).load() for name in ("one", "two"))
+    assert a["state"]["iteration"] == 9 and differing(a, b) == []
+    assert launch("two", **named) == (0, ["two/models/9"])  # finished: nothing is done
+    back = {"resume_checkpoint": str(tmp_path / "one/models/2.json")}  # a run may also be taken back in this way
+    assert launch("one", stop=3, **back) == (143, ["one/models/2"])
+    assert launch("one", **back) == (0, ["one/models/3"])
+    assert differing(checkpoint.locate(tmp_path / "one").load(), b) == []
+    for flags in (["--fresh"], ["--init-from", named["resume_checkpoint"]]):
+        with pytest.raises(checkpoint.CheckpointError, match="leave one of them out"):
+            run("-opt", tmp_path / "two.json", *flags)
 
 
 # Mistakes ---------------------------------------------------------------------------------------------------------
@@ -361,7 +445,7 @@ def test_bad_folders(tmp_path):
 def test_an_unreadable_picture_is_named(tmp_path):
     root = folders(tmp_path / "data", {"a": 1, "b": 1})
     (tmp_path / "data/b/0.png").write_bytes(b"not a picture")
-    with pytest.raises(options.OptionError, match="b/0.png: not a readable image"):
+    with pytest.raises(options.OptionError, match="b/0.png: not a readable picture"):
         run("-opt", recipe(tmp_path, "one", data={"dataroot": root, "dataloader_batch_size": 2}))
 
 
@@ -384,6 +468,23 @@ def test_other_styles_than_the_checkpoints(tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="was trained on plain, dusk, print, in this order"):
         run("-opt", recipe(tmp_path, "one", {"total_epochs": 2},
                            {"generated": {"num_images": 4, "styles": ["dusk", "plain", "print"]}}))
+
+
+def test_another_codec_than_the_checkpoints(tmp_path, vqgan):
+    data = folders(tmp_path / "data", {"a": 2, "b": 2})
+    for scale in (1.0, 2.0):
+        codec = {"codec": {"type": "vqgan", "path": str(vqgan), "scale": scale}, "cache_dir": None, "dataroot": data}
+        path = recipe(tmp_path, "one", {"total_epochs": scale}, {**codec, "dataloader_batch_size": 4}, codec)
+        if scale == 1:
+            assert run("-opt", path) == 0
+    for use in ((), ("--test",)):
+        with pytest.raises(checkpoint.CheckpointError, match="datasets.train.codec: is not the one"):
+            run("-opt", path, *use)
+    tests = folders(tmp_path / "tests", {"d": 1})
+    path = recipe(tmp_path, "two", data={"dataroot": data, "dataloader_batch_size": 4}, test={"dataroot": tests})
+    with pytest.raises(options.OptionError, match="none of its folders d is a style of a, b"):
+        run("-opt", path)
+    assert not (tmp_path / "two").exists()
 
 
 def test_the_shipped_options_are_built():
