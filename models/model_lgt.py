@@ -165,7 +165,7 @@ class ModelLGT(ModelPlain):
         """That latents mean what they meant in training."""
         if state.get("codec", self.codec.fingerprint) != self.codec.fingerprint:
             raise CheckpointError(f"{self.opt['opt_path']}: datasets.train.codec: is not the one that the checkpoint "
-                                  "was trained with, or was trained on since; name that one, or add --fresh")
+                                  "was trained with, or has learnt more since; name that one")
 
     # ------------------------------------------------ training
 

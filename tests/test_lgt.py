@@ -123,6 +123,9 @@ def test_stopped_and_resumed_equals_straight(tmp_path, monkeypatch, train):
     steps = list(csv.DictReader((tmp_path / "one/log/train.csv").open()))
     means = [np.mean([float(row["loss_total"]) for row in steps[i : i + 2]]) for i in (0, 2, 4)]
     assert [row["loss_total"] for row in rows] == [f"{mean:.6f}" for mean in means]
+    launches = sorted((tmp_path / "two/logs").glob("training_*.csv"))  # an epoch's row has all of it, also after a stop
+    rows = [row for log in launches for row in csv.DictReader(log.open()) if row["epoch"] != "epoch"]
+    assert [row["loss_total"] for row in rows] == [f"{mean:.6f}" for mean in means]
 
 
 def test_evaluation_killed_in_the_middle_leaves_no_half_picture(tmp_path, monkeypatch):
