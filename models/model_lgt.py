@@ -306,8 +306,6 @@ class ModelLGT(ModelPlain):
     def write_pictures(self) -> None:
         """Each translation, whole or not at all."""
         self.pictures_folder.mkdir(parents=True, exist_ok=True)
-        for rest in self.pictures_folder.glob("*.tmp"):  # of a kill
-            rest.unlink()
         latents = torch.stack([self.ends.get(style, self.source[0]) for style in self.styles])
         row = torch.cat([self.decode(part) for part in latents.split(self.opt["val"]["batch"])]).cpu()
         for style, picture in zip(self.styles, row):

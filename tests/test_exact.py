@@ -1,9 +1,11 @@
 """The final state of an interrupted run equals a straight run's, for every layout, way to save and kind of step."""
 
 import os
+import random
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,6 +91,15 @@ def test_compiled_steps(tmp_path, monkeypatch):
 @pytest.mark.parametrize("workers", [(0, 1, 2), (2, 0, 1), (1, 2, 0)], ids=str)
 def test_workers_changed_at_each_resume(tmp_path, monkeypatch, workers):
     assert_equal(*straight_and_stopped(tmp_path, monkeypatch, [3, 6], workers))
+
+
+def test_what_a_validation_draws_leaves_the_training_alone(tmp_path, monkeypatch):
+    real = ModelPlain.test
+    for name in ("one", "two"):
+        assert run("-opt", write_json(tmp_path / f"{name}.json", tiny.options(tmp_path, name))) == 0
+        monkeypatch.setattr(ModelPlain, "test", lambda self: (real(self), torch.rand(1), random.random(),
+                                                              np.random.random()))
+    assert_equal(tmp_path / "one", tmp_path / "two")
 
 
 def test_the_layout_may_change_at_a_resume(tmp_path, monkeypatch):

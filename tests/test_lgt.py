@@ -142,7 +142,8 @@ def test_evaluation_killed_in_the_middle_leaves_no_half_picture(tmp_path, monkey
             run("-opt", path)
     folder = tmp_path / "one/inference/epoch_0003"
     assert {p.name for p in folder.iterdir()} == {"plain_to_dusk.jpg", "plain_to_print.jpg", "dusk_to_plain.jpg"}
-    (folder / "sheet.jpg.tmp").write_bytes(b"half")  # what SIGKILL leaves
+    for name in ("sheet", "dusk_to_print"):
+        (folder / f"{name}.jpg.tmp").write_bytes(b"half")  # what SIGKILL leaves
     assert run("-opt", path) == 0
     assert len(list(folder.iterdir())) == 7 and all(p.suffix == ".jpg" for p in folder.iterdir())
     assert decode_image(str(folder / "sheet.jpg")).shape[0] == 3
