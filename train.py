@@ -162,7 +162,8 @@ class Run:
         if source is None and checkpoint.has_traces(self.models):
             raise CheckpointError(f"{self.models}: there are checkpoints, but none is usable; name another one with "
                                   "--resume, or begin anew with --fresh")
-        config = source.load().get("state", {}).get("config", {}) if source and (init_from or named) else {}
+        config = source.load().get("state", {}).get("config") if source and (init_from or named) else None
+        config = config if options.is_ours(config or {}) else {}
         if source and init_from and config.get("path", {}).get("init_from") != init_from:
             raise CheckpointError(f"--init-from starts a new run, but {self.models} holds iteration "
                                   f"{source.iteration}, not begun from it; leave it out to go on, or add --fresh")

@@ -108,6 +108,9 @@ class ModelLGT(ModelPlain):
                 if not set(there) & set(self.styles):
                     raise ValueError(f"{where}: datasets.{name}.dataroot: none of its folders {', '.join(there)} is a "
                                      f"style of {', '.join(self.styles)}")
+        if sum(section["phase"] == "test" for section in opt["datasets"].values()) > 1:
+            raise ValueError(f"{where}: datasets: one test set at most; a second would replace the pictures of "
+                             "the first")
         t, v = opt["train"], opt["val"]
         for name, value, least in (("train.ode_integration_steps", t["ode_integration_steps"], 1),
                                    ("train.epsilon_warmup_epochs", t["epsilon_warmup_epochs"], 0),

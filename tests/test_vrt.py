@@ -310,7 +310,7 @@ def test_results_of_other_weights_are_kept_apart(trained, tmp_path):
     path, folder = trained
     words = ("--input", folder / "lq", "--output", tmp_path / "out")
     assert use(path, *words, "--resume", folder / "run/models/2_E.pth") == 0
-    with pytest.raises(options.OptionError, match="holds results of another weights_crc32 .made_by.json.; name"):
+    with pytest.raises(options.OptionError, match="holds results of another weights .made_by.json.; name"):
         use(path, *words, "--resume", folder / "run/models/2_G.pth")
 
 
