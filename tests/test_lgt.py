@@ -491,8 +491,12 @@ def test_another_codec_than_the_checkpoints(tmp_path, vqgan):
     assert not (tmp_path / "two").exists()
 
 
-def test_the_shipped_options_are_built():
+def test_the_shipped_options_are_built(vqgan):
     opt, notices = options.parse(str(ROOT / "options/train_lgt.json"), [], MODELS, NETWORKS, DATASETS)
     assert not notices and json.loads(json.dumps(opt["cli"]))["test_image_dir"] == "datasets.test.dataroot"
     opt["device"] = "cpu"
     assert ModelLGT(opt).netG.latent_channels == 48
+    latent = ROOT / "options/lgt/latent.json"
+    codec = [(key, str(vqgan), "--codec") for key in options.cli_table(str(latent))["codec"]]
+    opt, notices = options.parse(str(latent), codec, MODELS, NETWORKS, DATASETS)
+    assert not notices and ModelLGT({**opt, "device": "cpu"}).netG.latent_channels == 4
