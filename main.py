@@ -4,16 +4,20 @@
     python main.py -opt FILE --resume PATH                goes on from the checkpoint you name
     python main.py --resume PATH                          the same with the options in the checkpoint
     python main.py -opt FILE --set train.total_iter=1000  any option from the command line
+    torchrun --nproc_per_node=2 main.py -opt FILE         several processes; scripts/train.slurm: several nodes
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
+import traceback
 from pathlib import Path
 
 import checkpoint
+import distributed
 import options
 from checkpoint import CheckpointError
 from data import DATASETS
@@ -24,9 +28,14 @@ from stages import train_stages
 from train import NonFiniteLoss, train
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise options.OptionError(f"{message}; see --help")
+
+
 def parser_for(flags: dict[str, str], **settings) -> argparse.ArgumentParser:
     """The command line: what every run has, and the flags of an option file's `cli` table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, **settings)
     parser.add_argument("-opt", "--opt", metavar="FILE", help="option file, e.g. options/train_vrt.json")
     start = parser.add_mutually_exclusive_group()
@@ -45,6 +54,8 @@ def parser_for(flags: dict[str, str], **settings) -> argparse.ArgumentParser:
     parser.add_argument("--prove-resume", type=int, nargs="?", const=6, metavar="N",
                         help="only run N steps straight and N steps with a kill, and say whether they end equal")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set any option")
+    for name in ("--dist", "--launcher", "--local-rank", "--local_rank"):  # KAIR's: torchrun says it all
+        parser.add_argument(name, nargs="?", const=True, help=argparse.SUPPRESS)
     for flag, keys in flags.items():
         names = dict.fromkeys([f"--{flag}", f"--{flag.replace('_', '-')}"])
         said = f"sets {', '.join(options.as_list(keys))}"
@@ -81,7 +92,7 @@ def resume_command(argv: list[str], saved: bool) -> str:
             skip = True
         elif not word.startswith(("--resume=", "--init-from=", "--init_from=")):
             kept.append(word)
-    return shlex.join(["python", "main.py", *kept])
+    return shlex.join([*distributed.launcher(), "main.py", *kept])
 
 
 def saved_options(path: str) -> dict:
@@ -111,6 +122,11 @@ def main(argv: list[str]) -> int:
     source = first.opt or args.resume
     if not source:
         raise options.OptionError("which run? give an option file: python main.py -opt options/train_vrt.json")
+    if (args.dist or args.launcher) and not distributed.launched() and "WORLD_SIZE" not in os.environ:
+        raise options.OptionError("--dist and --launcher: torchrun starts several processes: torchrun "
+                                  "--nproc_per_node=2 main.py ..., or sbatch scripts/train.slurm ...")
+    if distributed.world_size() > 1 and (args.prove_resume is not None or args.input):
+        raise options.OptionError("--prove-resume and --input are the work of one process: leave torchrun out")
     stages = [] if tree else options.stage_names(source)
     if (args.stage or args.run_all_stages) and not stages:
         raise options.OptionError(f"{source}: has no stages; leave --stage and --run-all-stages out")
@@ -132,16 +148,26 @@ def main(argv: list[str]) -> int:
     opt, notices = options.parse(source, overrides, MODELS, NETWORKS, DATASETS, stage, tree)
     if args.test:
         return infer(opt, notices, resume=args.resume, source=args.input, output=args.output, truth=args.truth,
-                     command=shlex.join(["python", "main.py", *argv]))
+                     command=shlex.join([*distributed.launcher(), "main.py", *argv]))
     return train(opt, notices, resume=args.resume, init_from=args.init_from, fresh=args.fresh, command=command)
 
 
-if __name__ == "__main__":
+def program(argv: list[str]) -> None:
+    """`main` as a process of its own, or one of several: a failure of any ends all, and is told once."""
     try:
-        sys.exit(main(sys.argv[1:]))
-    except (options.OptionError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except NonFiniteLoss as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        distributed.start()
+        code = main(argv)
+        distributed.finish()
+    except (options.OptionError, CheckpointError, NonFiniteLoss) as error:
+        if distributed.fail(f"error: {error}"):
+            print(f"error: {error}", file=sys.stderr)
+        code = 1 if isinstance(error, NonFiniteLoss) else 2
+    except Exception as error:
+        if distributed.fail(f"{type(error).__name__}: {error}"):
+            traceback.print_exc()
+        code = 1
+    distributed.leave(code)
+
+
+if __name__ == "__main__":
+    program(sys.argv[1:])

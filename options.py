@@ -86,9 +86,10 @@ class Top:
     stages: list[dict] = field(default_factory=list)  # {"name", "init_from", keys of this file to override} each
     stage: str | None = None  # which of them this run is
     gpu_ids: list[int] | None = None  # KAIR: the first one is used
-    dist: bool = False
-    find_unused_parameters: bool = False
-    use_static_graph: bool = False
+    dist: bool = False  # KAIR; torchrun says it
+    find_unused_parameters: bool = True  # DistributedDataParallel's; false: faster, exact only up to two processes
+    use_static_graph: bool = False  # likewise
+    sync_batchnorm: bool = False  # batch norm over the rows of all processes instead of each process's own
 
 
 @dataclass

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import numpy as np
 import torch
 
 import checkpoint
+import distributed
 import options
 from checkpoint import CheckpointError, CheckpointSet, Layout, Saver
 from data import DATASETS
 from data.loader import STOP_SIGNALS, clip_name, clips_of, endless
-from data.sampler import EndlessBatches
+from data.sampler import EndlessBatches, sample_rng
 from durable import FolderLock
 from log import Pace, RunLog, duration, number, save_pictures
 from models import MODELS
@@ -34,11 +36,22 @@ class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite; the last checkpoint is from before."""
 
 
+class Silence:
+    """Stands for a `RunLog` in all processes but the one that writes."""
+
+    live = False
+
+    def __getattr__(self, name: str) -> Callable:
+        return lambda *args, **kwargs: None
+
+
 class StopRequest:
     """Signals set a flag and nothing else; the loop looks at it between steps. A second Ctrl+C leaves at once."""
 
     def __init__(self):
-        self.signal: signal.Signals | None = None
+        self.signal: signal.Signals | None = None  # that this process got
+        self.agreed: signal.Signals | None = None  # that all processes stop for, after the same step
+        self.vote = distributed.Vote()
         self.process = os.getpid()
 
     def __enter__(self) -> StopRequest:
@@ -56,9 +69,22 @@ class StopRequest:
         for sig, handler in self.before.items():
             signal.signal(sig, handler)
 
+    def asked(self) -> bool:
+        """Whether to stop now; all processes ask equally often."""
+        if self.agreed is None and (number := self.vote(self.signal or 0)):
+            self.agreed = signal.Signals(number)
+        return self.agreed is not None
+
+    def settle(self) -> None:
+        """Agree now, where another step would be one too many."""
+        if number := max(distributed.gather(self.signal or 0)):
+            self.agreed = signal.Signals(number)
+
     @property
     def exit_code(self) -> int:
-        return 128 + self.signal if self.signal else 0
+        """To torchrun, which starts again what fails, a stop that was asked for is no failure."""
+        reason = self.agreed or self.signal
+        return 128 + reason if reason and not distributed.launched() else 0
 
 
 # ---------------------------------------------------------------- before the first step
@@ -69,8 +95,10 @@ def prepare_machine(opt: dict) -> None:
     if opt["num_threads"]:
         torch.set_num_threads(opt["num_threads"])
     if opt["device"] == "auto":
-        first = opt["gpu_ids"][0] if opt["gpu_ids"] else 0
-        opt["device"] = f"cuda:{first}" if torch.cuda.is_available() else "cpu"
+        opt["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if opt["device"] == "cuda":
+        here = distributed.local_rank()
+        opt["device"] = f"cuda:{opt['gpu_ids'][here] if opt['gpu_ids'] and here < len(opt['gpu_ids']) else here}"
     try:
         device = torch.device(opt["device"])
     except RuntimeError:
@@ -78,7 +106,11 @@ def prepare_machine(opt: dict) -> None:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise options.OptionError(f"device: {device}: torch sees no CUDA device here; use --device cpu")
+        if device.index >= torch.cuda.device_count():
+            raise options.OptionError(f"device: {device}: there are {torch.cuda.device_count()} CUDA devices here, and "
+                                      "each process needs its own; lower --nproc_per_node")
         torch.cuda.set_device(device)
+    distributed.use_device(device)
     if opt["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -88,6 +120,10 @@ def prepare_machine(opt: dict) -> None:
     seed = opt["train"]["manual_seed"]
     if seed < 0:
         raise options.OptionError(f"train.manual_seed: {seed} must be >= 0")
+    seed_generators(seed)
+
+
+def seed_generators(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -120,6 +156,7 @@ class Run:
         except ValueError as error:
             raise options.OptionError(f"{opt['opt_path']}: checkpoint: {error}") from None
         self.saver = Saver(self.models, layout, keep["keep_last_n"], background)
+        self.launch_file = self.folder / ".launch"  # which launch began here last
         self.lock: FolderLock | None = None
         self.source: CheckpointSet | None = None  # what this launch goes on from, if it is this run's own
 
@@ -133,7 +170,7 @@ class Run:
 
     def claim(self) -> None:
         """Keep other processes out of the run's folder, once there is one."""
-        if self.lock is None and self.folder.is_dir():
+        if self.lock is None and self.folder.is_dir() and distributed.is_main():
             self.lock = FolderLock(self.folder)
 
     def close(self) -> None:
@@ -149,8 +186,14 @@ class Run:
 
         `train.resume_checkpoint` counts as named until this run has a set that was made with it.
 
+        A launcher that repeats the command must not begin anew, or go back, once more.
+
         Raises: CheckpointError when there are checkpoints and none of them can be used.
         """
+        again = distributed.restarted() and self.launch_file.exists()
+        if again and self.launch_file.read_text() == distributed.launch():
+            source = checkpoint.find_newest(self.models, self.log.line)
+            return checkpoint.locate(resume, self.log.line) if resume and not source else source
         if resume:
             return checkpoint.locate(resume, self.log.line)
         if (named := self.opt["train"]["resume_checkpoint"]) and (init_from or fresh):
@@ -184,14 +227,15 @@ class Run:
             self.iteration = state["epoch"] * per_epoch
         self.started_at = self.iteration
         self.history = state.get("history", [])
+        seed, rank = train["manual_seed"], distributed.rank()
         position = state.get("sampler_state") or {"epoch": self.iteration // per_epoch, "offset": 0}
         if position.get("length", length) != length:
             self.log.line(f"data     {position['length']} -> {length} samples: the epoch is begun anew")
             position = {"epoch": position["epoch"], "offset": 0}
         try:
-            self.batches = EndlessBatches(length, size, seed=train["manual_seed"],
-                                          shuffle=loader["dataloader_shuffle"],
-                                          position=(position["epoch"], position["offset"]))
+            self.batches = EndlessBatches(length, size, seed=seed, shuffle=loader["dataloader_shuffle"],
+                                          position=(position["epoch"], position["offset"]), rank=rank,
+                                          world_size=distributed.world_size())
         except ValueError as error:
             raise options.OptionError(f"{loader.where}: {error}") from None
         if train["total_epochs"] is not None:
@@ -200,10 +244,15 @@ class Run:
             raise options.OptionError(f"{opt['opt_path']}: train: total_iter (or total_epochs) must be >= 1")
         self.reports = self.model.init_train(parts, str(source.path) if source else "")
         self.model.load_extra_state(state)
+        if "ranks" in state:
+            self.model.load_local_state(state["ranks"])
         self.banner(source, parts or {})
         # Restored last: nothing after this line may draw from a global generator but the training itself.
-        if "rng_state" in state:
-            checkpoint.set_rng_state(state["rng_state"][0])
+        generators = state.get("rng_state", [])
+        if rank < len(generators):
+            checkpoint.set_rng_state(generators[rank])
+        elif rank:  # each process draws for itself
+            seed_generators(int(sample_rng(seed, self.iteration, rank).integers(2**63)))
 
     def banner(self, source: CheckpointSet | None, parts: Mapping[str, Any]) -> None:
         """What runs, on what data, restored from where, and what is different or absent."""
@@ -211,8 +260,12 @@ class Run:
         say, opt, train = self.log.line, self.opt, self.opt["train"]
         names = ", ".join(f"{label} {self.model.describe_network(net).splitlines()[0]}"
                           for label, net in self.model.networks.items())
-        say(f"Perdure  {opt['task']} in {self.folder} | {names} | {opt['device']}, {torch.get_num_threads()} threads, "
-            f"torch {torch.__version__}")
+        world = distributed.world_size()
+        say(f"Perdure  {opt['task']} in {self.folder} | {names} | {f'{world} processes, ' if world > 1 else ''}"
+            f"{opt['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+        if world > 2 and (opt["use_static_graph"] or not opt["find_unused_parameters"]):
+            say("note     find_unused_parameters false and use_static_graph sum the first step's gradients in another "
+                "order: a resumed run may differ in the last bits")
         tests = "; ".join(f"{name}: {len(dataset)} clips" for name, dataset in self.test_sets.items()) or "no test set"
         loader = opt["datasets"]["train"]
         say(f"data     {loader['dataset_type']}, {len(self.train_set)} samples, "
@@ -237,12 +290,15 @@ class Run:
         if not source.committed and torch.__version__ < (2, 10):  # CVE-2026-24747
             say(f"note     torch {torch.__version__} can be harmed by files made to harm; before 2.10, read only those "
                 "you trust")
-        then, now = state.get("environment", {}), checkpoint.environment()
+        then, now = state.get("environment", {}), self.environment()
         changed = [f"{key} {then[key]} -> {now[key]}" for key in now if key in then and then[key] != now[key]]
         if changed:
             say(f"machine  changed, so results may differ in the last bits: {', '.join(changed)}")
         for line in differences(state.get("config", {}), opt):
             say(f"options  {line}")
+
+    def environment(self) -> dict[str, Any]:
+        return {**checkpoint.environment(), "processes": distributed.world_size()}
 
     def rate(self, finished: int) -> float:
         self.model.update_learning_rate(finished)
@@ -273,27 +329,32 @@ class Run:
         return choose(rows, key=self.metric)["iteration"] if rows else None
 
     def state(self) -> dict[str, Any]:
-        """Everything but networks and optimizers that makes the next step."""
+        """Everything but networks and optimizers that makes the next step. All processes ask together."""
         epoch, offset = self.position
         validated = self.history and self.history[-1]["iteration"] == self.iteration
+        several = {"ranks": distributed.gather(self.model.local_state())} if distributed.world_size() > 1 else {}
         return {"version": checkpoint.VERSION, "iteration": self.iteration, "epoch": self.epochs_done,
                 "sampler_state": {"epoch": epoch, "offset": offset, "length": len(self.train_set)},
-                "rng_state": [checkpoint.rng_state()], "history": self.history, "best": self.best,
+                "rng_state": distributed.gather(checkpoint.rng_state()), "history": self.history, "best": self.best,
                 "metric": self.metric(self.history[-1]) if validated else None,
                 "metadata": {"model": self.opt["model"], "stage": self.opt["stage"],
                              "best_metric": list(self.best_metric)},
-                "config": plain(self.opt), "environment": checkpoint.environment(),
-                "timestamp": checkpoint.timestamp(), **self.model.extra_state(self.iteration)}
+                "config": plain(self.opt), "environment": self.environment(), "timestamp": checkpoint.timestamp(),
+                **self.model.extra_state(self.iteration), **several}
 
     def save(self, reason: str = "regular") -> None:
-        """Commit a checkpoint of this iteration, then drop what it supersedes."""
-        if self.saved_at == self.iteration or self.iteration == 0:
+        """Commit a checkpoint of this iteration, then drop what it supersedes. All processes come together for it."""
+        if self.iteration == 0 or distributed.from_main(lambda: self.saved_at == self.iteration):
             return
         if self.save_due():
             reason = "regular"  # whatever else it is
         self.finish_save()
         self.check_finite()
         state, self.saved_at = self.state(), self.iteration
+        distributed.from_main(lambda: self.write(state, reason))
+
+    def write(self, state: dict[str, Any], reason: str) -> None:
+        """Begin to write a checkpoint, or do it, as the options say."""
         try:
             self.saver.save(self.iteration, {**self.model.parts(), "state": state}, best=state["best"], reason=reason,
                             epoch=state["epoch"], metric=state["metric"])
@@ -337,7 +398,7 @@ class Run:
 
     def record(self) -> None:
         """A log line and a CSV row of this iteration."""
-        losses, rate = self.model.current_log(), self.model.current_learning_rate()
+        losses, rate = distributed.means(self.model.current_log()), self.model.current_learning_rate()
         epoch = self.position[0]
         self.log.row("train", {"iteration": self.iteration, "epoch": epoch, "lr": rate, **losses})
         terms = describe_losses(losses)
@@ -376,11 +437,14 @@ class Run:
         """
         began = time.monotonic()
         last = self.iteration == self.opt["train"]["total_iter"]
+        for network in self.model.networks.values():
+            distributed.share_buffers(network)
         with checkpoint.rng_untouched():
             means = evaluate(self.model, self.test_sets, self.log, f"{self.iteration:,}",
                              lambda: bool(stop.signal) and not last,
                              self.folder / "images" / f"{self.iteration:06d}" if self.opt["val"]["save_img"] else None)
         if means is None:
+            stop.settle()
             return
         self.pace.paused += time.monotonic() - began
         self.history.append({"iteration": self.iteration, **means})
@@ -404,6 +468,8 @@ class Run:
                 raise CheckpointError(f"{self.folder}: another process began this run just now; run the same command "
                                       "again to go on from there")
         own = resumed_from is not None and resumed_from.folder.resolve() == self.models.resolve()
+        if launch := distributed.launch():
+            self.launch_file.write_text(launch)
         archive = checkpoint.put_away(self.models, after=self.iteration if own else -1)
         if archive:
             self.log.line(f"archived {'all' if fresh else 'other' if not own else 'newer'} checkpoints: {archive}")
@@ -416,14 +482,14 @@ class Run:
         record.parent.mkdir(exist_ok=True)
         record.write_text(json.dumps(plain(self.opt), indent=2) + "\n", encoding="utf-8")
         self.saved_at = self.iteration if own else None
-        self.shown = 0.0
-        self.pace = Pace(self.iteration, self.opt["train"]["total_iter"])
 
     def loop(self, stop: StopRequest) -> None:
         """Steps until the run is finished or a signal asked to stop."""
+        self.shown = 0.0
+        self.pace = Pace(self.iteration, self.opt["train"]["total_iter"])
         if self.validation_due() and self.iteration not in [row["iteration"] for row in self.history]:
             self.validate(stop)  # the interrupted run had not come to it
-            if self.best == self.iteration and self.saved_at == self.iteration:
+            if self.best == self.iteration and self.saved_at == self.iteration and distributed.is_main():
                 self.saver.mark_best(self.source)
         samples = endless(self.train_set, self.batches, self.opt["datasets"]["train"]["dataloader_num_workers"],
                           pinned=self.opt["device"] != "cpu")
@@ -432,11 +498,12 @@ class Run:
 
     def steps(self, samples: Iterator[Mapping[str, Any]], stop: StopRequest) -> None:
         model, train, total = self.model, self.opt["train"], self.opt["train"]["total_iter"]
-        while self.iteration < total and not stop.signal:
+        while self.iteration < total and not stop.asked():
             try:
                 data = next(samples)
             except options.OptionError:
-                self.save(reason="interrupted")  # the data is at fault: what was learnt so far is kept
+                if distributed.world_size() == 1:  # else the others are not here
+                    self.save(reason="interrupted")  # the data is at fault: what was learnt so far is kept
                 raise
             self.iteration += 1
             model.update_learning_rate(self.iteration - 1)
@@ -476,24 +543,24 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
     Raises: OptionError, CheckpointError (a user's mistake or a bad file, one line), NonFiniteLoss.
     """
     prepare_machine(opt)
-    log = RunLog()
+    log = RunLog() if distributed.is_main() else Silence()
     with contextlib.closing(log), StopRequest() as stop, contextlib.ExitStack() as stack:
         for text in (*preface, *(f"note     {notice}" for notice in notices)):
             log.line(text)
         run = stack.enter_context(contextlib.closing(Run(opt, log)))
         run.claim()
-        source = run.find_source(resume, init_from, fresh)
+        source = distributed.from_main(lambda: run.find_source(resume, init_from, fresh))
         run.restore(source)
         if source and run.iteration >= opt["train"]["total_iter"] and not resume:
             log.line(f"finished at iteration {run.iteration} of {opt['train']['total_iter']}: nothing left to do; "
                      "raise train.total_iter to go on")
             return 0
-        run.begin(source, fresh)
+        distributed.from_main(lambda: run.begin(source, fresh))
         run.report = stack.enter_context(RunReport(
             run.folder, run.models, log.line,
             lambda: {"iteration": run.iteration, "baseline": run.model.baseline_name},
             task=opt["task"], total=opt["train"]["total_iter"], command=command, metric=run.best_metric,
-            origins=opt.origins))
+            origins=opt.origins)) if distributed.is_main() else Silence()
         try:
             run.loop(stop)
         except RuntimeError as error:
@@ -501,11 +568,11 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
                 raise
             raise options.OptionError(f"deterministic: {str(error).split()[0]} has no deterministic kernel on "
                                       f"{opt['device']}; set deterministic to false, or use --device cpu") from None
-        if stop.signal and run.iteration < opt["train"]["total_iter"]:
+        if stop.agreed and run.iteration < opt["train"]["total_iter"]:
             run.save(reason="interrupted")
             run.finish_save()
-            log.line(f"stopped  by {stop.signal.name} after iteration {run.iteration}; go on with: {command}")
-            run.report.end("interrupted", f"by {stop.signal.name}")
+            log.line(f"stopped  by {stop.agreed.name} after iteration {run.iteration}; go on with: {command}")
+            run.report.end("interrupted", f"by {stop.agreed.name}")
             return stop.exit_code
         run.finish_save()
         log.line(f"finished {opt['train']['total_iter']} iterations in {run.folder}")
@@ -517,20 +584,28 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, when: 
              pictures: Path | None) -> dict[str, float] | None:
     """Metrics of every test set as {"<set>.<metric>": mean over its clips}; None when `stopped` says so.
 
+    Several processes share the clips, and each writes the pictures of its own.
+
     Args: when: of the log line. pictures: beginning of the pictures' paths; None: no pictures.
     """
     means: dict[str, float] = {}
     for name, dataset in test_sets.items():
         began, clips = time.monotonic(), []
-        for sample in clips_of(dataset):
-            if stopped():
-                return None
-            log.progress(f"validating {name}: {len(clips)} of {len(dataset)}")
-            clips.append(model.validate(sample))
-            most = model.opt["val"]["num_img"]
-            if pictures and model.shown and (most is None or len(clips) <= most):
-                clip = clip_name(sample).replace(os.sep, "_")
-                save_pictures(pictures.with_name(f"{pictures.name}_{name}_{clip}.png"), model.shown)
+        indices, most = range(distributed.rank(), len(dataset), distributed.world_size()), model.opt["val"]["num_img"]
+        with distributed.apart():
+            for index, sample in zip(indices, clips_of(dataset, indices)):
+                if stopped():
+                    clips = None
+                    break
+                log.progress(f"validating {name}: {index} of {len(dataset)}")
+                clips.append(model.validate(sample))
+                if pictures and model.shown and (most is None or index < most):
+                    clip = clip_name(sample).replace(os.sep, "_")
+                    save_pictures(pictures.with_name(f"{pictures.name}_{name}_{clip}.png"), model.shown)
+        everyones = distributed.gather(clips)
+        if None in everyones:
+            return None
+        clips = [row for rows in zip_longest(*everyones) for row in rows if row is not None]  # in the set's order
         metrics = model.summarize(name, clips)
         means |= {f"{name}.{key}": value for key, value in metrics.items()}
         printed = {key: value for key, value in metrics.items() if model.is_printed(key)}

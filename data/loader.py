@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,11 +70,16 @@ def endless(dataset, batches: EndlessBatches, workers: int, pinned: bool) -> Ite
                                      worker_init_fn=_ignore_signals, generator=torch.Generator().manual_seed(0))))
 
 
-def clips_of(dataset) -> Iterator[Any]:
-    """The samples of a test set in order: clips to be read piece by piece where it has them, else batches of one."""
+def clips_of(dataset, indices: Sequence[int] | None = None) -> Iterator[Any]:
+    """The samples of a test set in order: clips to be read piece by piece where it has them, else batches of one.
+
+    Args: indices: of the samples; None: all.
+    """
+    indices = range(len(dataset)) if indices is None else indices
     if hasattr(dataset, "clip"):
-        return _one_line(dataset.clip(index) for index in range(len(dataset)))
-    return _one_line(iter(DataLoader(_OneThread(dataset), batch_size=1, generator=torch.Generator().manual_seed(0))))
+        return _one_line(dataset.clip(index) for index in indices)
+    return _one_line(iter(DataLoader(_OneThread(dataset), sampler=indices,
+                                     generator=torch.Generator().manual_seed(0))))
 
 
 def clip_name(sample: Any) -> str:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distributed import average, world_size
+
 EPSILON = 1e-6  # how close to 0 and 1 a probability may come
 Maps = Mapping[str, Tensor]
 
@@ -95,7 +97,7 @@ def on_skeleton(name: str, predicted: Maps, true: Maps, measure) -> Tensor:
     """The mean error of a map on the true skeleton: everywhere else it means nothing."""
     mask = (true["skeleton"] > 0.5).to(predicted[name])  # (B, 1, H, W)
     error = measure(predicted[name] - true[name]) * mask
-    return error.sum() / mask.sum().clamp(min=1) / error.shape[1]
+    return error.sum() / count_at_least_1(mask) / error.shape[1]
 
 
 def focal_loss(predicted: Tensor, true: Tensor) -> Tensor:
@@ -104,7 +106,12 @@ def focal_loss(predicted: Tensor, true: Tensor) -> Tensor:
     found = (1 - predicted).square() * predicted.log()
     silent = (1 - true).pow(4) * predicted.square() * (1 - predicted).log()
     positive = true == 1
-    return -torch.where(positive, found, silent).sum() / positive.sum().clamp(min=1)
+    return -torch.where(positive, found, silent).sum() / count_at_least_1(positive)
+
+
+def count_at_least_1(mask: Tensor) -> Tensor:
+    """How many are 1 in the batch, a mean over the processes that share it."""
+    return average(mask.sum().float()).clamp(min=1 / world_size())
 
 
 def gaussian_heatmap(points: Tensor, sigma: float = 1.5, radius: int = 5) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distributed import average, total, world_size
+
 
 class TanimotoLoss(nn.Module):
     """The authors' form: squares, each image by itself, classes weighted by their volume in the batch.
@@ -44,7 +46,7 @@ class TanimotoLoss(nn.Module):
     def _tanimoto(self, p: Tensor, labels: Tensor) -> Tensor:
         both = (p * labels).sum((2, 3))  # (B,K)
         either = (p.square() + labels.square()).sum((2, 3)) - both
-        volume = labels.sum((2, 3)).mean(0)  # (K,)
+        volume = average(labels.sum((2, 3)).mean(0))  # (K,)
         present = volume > 0
         weight = torch.where(present, volume, 1).pow(-2) * present
         weight = torch.where(present, weight, weight.max())  # an absent class weighs as the rarest; all absent: 0
@@ -78,7 +80,7 @@ class PooledTanimotoLoss(nn.Module):
         return loss.mean()
 
     def _tanimoto(self, p: Tensor, labels: Tensor) -> Tensor:
-        both, either = (p * labels).sum((0, 2, 3)), (p + labels).sum((0, 2, 3))
+        both, either = total((p * labels).sum((0, 2, 3))), total((p + labels).sum((0, 2, 3)))
         return (both + self.smooth) / (either - both + self.smooth)
 
 
@@ -93,7 +95,7 @@ class DiceLoss(nn.Module):
                 activation: str | None = None) -> Tensor:
         valid = 1 if valid is None else valid
         p, labels = foreground(activate(logits, activation)) * valid, foreground(labels) * valid
-        both, either = (p * labels).sum((0, 2, 3)), (p + labels).sum((0, 2, 3))
+        both, either = total((p * labels).sum((0, 2, 3))), total((p + labels).sum((0, 2, 3)))
         return (1 - (2 * both + self.smooth) / (either + self.smooth)).mean()
 
 
@@ -111,7 +113,7 @@ class CrossEntropyLoss(nn.Module):
             loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1, keepdim=True)
         if valid is None:
             return loss.mean()
-        return (loss * valid).sum() / valid.sum().clamp(min=1)
+        return (loss * valid).sum() / average(valid.sum()).clamp(min=1 / world_size())
 
 
 def activation_of(logits: Tensor, activation: str | None = None) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
+import distributed
 from models import NETWORKS
 from options import build, models_folder
 from schedules import Schedule
@@ -95,7 +96,10 @@ class ModelBase:
         raise NotImplementedError
 
     def summarize(self, name: str, rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """Metrics of the test set of this name from those of its samples: their means, unless a recipe counts."""
+        """Metrics of the test set of this name from those of its samples: their means, unless a recipe counts.
+
+        Each process has tested some of the samples, but here are the rows of all.
+        """
         return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
     def is_printed(self, metric: str) -> bool:
@@ -133,6 +137,12 @@ class ModelBase:
     def define_network(self, label: str) -> nn.Module:
         """Build `net{label}` from its option section and put it on the device."""
         return build(NETWORKS, self.opt[f"net{label}"], "net_type").to(self.device)
+
+    def share(self, network: nn.Module) -> nn.Module:
+        """What to call in training instead of the network, so that several processes learn as one."""
+        if self.opt["sync_batchnorm"]:
+            distributed.synchronize_batchnorm(network)
+        return distributed.wrap(network, self.opt["find_unused_parameters"], self.opt["use_static_graph"])
 
     @staticmethod
     def get_bare_model(network: nn.Module) -> nn.Module:
@@ -178,6 +188,13 @@ class ModelBase:
         self.skipped = state.get("skipped", 0)
         if self.scaler and state.get("scaler_state_dict"):
             self.scaler.load_state_dict(state["scaler_state_dict"])
+
+    def local_state(self) -> dict[str, Any]:
+        """Of `extra_state` what each process has of its own, besides generators; it is saved of each."""
+        return {}
+
+    def load_local_state(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """The same back, from all processes that there were; how many there are now may differ."""
 
     def save_network(self, save_dir: str, network: nn.Module, network_label: str, iter_label: int | str) -> None:
         """Write one network's weights as `{iter}_{label}.pth`."""
@@ -316,7 +333,10 @@ class ModelBase:
         asked for ("skip"); else the loop looks at the losses later, all at once.
         """
         skip = self.opt_train["on_nan"] == "skip"
-        if not (skip or loss.device.type == "cpu") or torch.isfinite(loss):
+        if not (skip or loss.device.type == "cpu"):
+            return False
+        bad = not torch.isfinite(loss)
+        if not (distributed.any_of(bad) if skip else bad):  # all processes leave a step out, or none
             return False
         self.skipped += skip
         return True

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+import distributed
 import schedules
 from data.sampler import sample_rng
 from losses import LOSSES
@@ -73,7 +74,7 @@ class ModelInkTrace(ModelPlain):
         if not 0 <= t["mask_ratio"] < 1 or t["mask_block"] < 1 or SIZE % t["mask_block"]:
             raise ValueError(f"{opt['opt_path']}: train: mask_ratio {t['mask_ratio']} must lie in [0, 1), mask_block "
                              f"{t['mask_block']} must divide {SIZE}")
-        batch = opt["datasets"]["train"]["dataloader_batch_size"]
+        batch = opt["datasets"]["train"]["dataloader_batch_size"] // distributed.world_size()
         if full and min(len(part) for part in torch.empty(batch).chunk(t["accumulate"])) < 2:
             raise ValueError(f"{opt['opt_path']}: a batch of {batch} in {t['accumulate']} parts leaves a single image, "
                              "whose statistics full_heads can't take; use a larger dataloader_batch_size")
@@ -129,12 +130,13 @@ class ModelInkTrace(ModelPlain):
         if not self.dense:
             t = self.opt_train
             seed = int(sample_rng(t["manual_seed"], *key, 1).integers(2**63))
-            mask = hidden_blocks(len(self.image), t["mask_ratio"], torch.Generator().manual_seed(seed), t["mask_block"])
-            self.mask = mask.to(self.device)
+            count = len(self.image) * distributed.world_size()
+            mask = hidden_blocks(count, t["mask_ratio"], torch.Generator().manual_seed(seed), t["mask_block"])
+            self.mask = distributed.mine(mask).to(self.device)
             self.degraded = self.image * (1 - self.mask)
 
     def netG_forward(self) -> None:
-        self.restored = self.restore(self.netG, self.degraded)
+        self.restored = self.restore(self.forward_G, self.degraded)
 
     def optimize_parameters(self, current_step: int) -> None:
         self.hide(0, current_step)

@@ -9,6 +9,7 @@ Legend: B images, c channels, h w latent pixels, S styles, R references; t = 0 i
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import os
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 from torchvision.utils import make_grid
 
+import distributed
 import schedules
 from checkpoint import CheckpointError
 from data.images import images_by_name, read_image
@@ -189,9 +191,10 @@ class ModelLGT(ModelPlain):
     def optimize_parameters(self, current_step: int) -> None:
         t = self.opt_train
         generator = step_generator(t["manual_seed"], current_step)
-        x0 = torch.randn(self.source.shape, generator=generator).to(self.device)
+        count = len(self.source) * distributed.world_size()  # drawn for the whole batch
+        x0 = distributed.mine(torch.randn((count, *self.source.shape[1:]), generator=generator)).to(self.device)
         least = t["epsilon"] * min(self.epoch / max(t["epsilon_warmup_epochs"], 1), 1)
-        start = (torch.rand(len(x0), generator=generator) * (1 - least) + least).to(self.device)
+        start = distributed.mine(torch.rand(count, generator=generator) * (1 - least) + least).to(self.device)
         dropped = bool(torch.rand((), generator=generator) < t["label_drop_prob"])
         style = self.target_style.to(self.device, non_blocking=True)
         x_t = torch.lerp(x0, self.source, start[:, None, None, None])
@@ -202,18 +205,26 @@ class ModelLGT(ModelPlain):
             x_1 = self.integrate(*parts[0], dropped)
         else:  # the energy is of the whole batch: first its gradient where the ways end, then one way at a time
             with torch.no_grad():
-                x_1 = torch.cat([self.integrate(*part, dropped) for part in parts]).requires_grad_()
-        groups = self.target_style.tolist() if t["swd_groups"] == "style" and not dropped else None
-        losses = self.G_lossfn(x_1, self.reference, self.source, generator, groups)
+                x_1 = torch.cat([self.integrate(*part, dropped) for part in parts])
+        at_once = len(parts) == distributed.world_size() == 1
+        ends = x_1 if at_once else distributed.whole(x_1.detach()).requires_grad_()
+        styles = distributed.whole(self.target_style).tolist() if t["swd_groups"] == "style" and not dropped else None
+        losses = self.G_lossfn(ends, distributed.whole(self.reference), distributed.whole(self.source), generator,
+                               styles)
         if not self.unusable(losses["total"]):
-            if len(parts) == 1:
+            if at_once:
                 self.backward(t["G_lossfn_weight"] * losses["total"])
             else:
-                (slope,) = torch.autograd.grad(losses["total"], x_1)
-                for part, pull in zip(parts, slope.chunk(t["accumulate"])):
-                    self.backward(t["G_lossfn_weight"] * (self.integrate(*part, dropped) * pull).sum())
+                (slope,) = torch.autograd.grad(losses["total"], ends)
+                # every process has the gradient of the whole, of which theirs will be averaged
+                pulls = (distributed.mine(slope) * distributed.world_size()).chunk(t["accumulate"])
+                for number, (part, pull) in enumerate(zip(parts, pulls), start=1):
+                    with distributed.unreduced(self.forward_G, last=number == len(parts)):
+                        way = x_1 if len(parts) == 1 else self.integrate(*part, dropped)
+                        self.backward(t["G_lossfn_weight"] * (way * pull).sum())
             if t["use_velocity_reg"]:
-                losses["vel_reg"] = sum(self.regularise(part, len(x_t), dropped) for part in parts)
+                losses["vel_reg"] = sum(self.regularise(part, len(x_t), dropped, last=part is parts[-1])
+                                        for part in parts)
                 losses["total"] = losses["total"] + losses["vel_reg"]
             self.step(self.G_optimizer, t["G_optimizer_clipgrad"])
             self.get_bare_model(self.netG).style_embed.refresh()
@@ -238,19 +249,21 @@ class ModelLGT(ModelPlain):
     def integrate(self, x: Tensor, t: Tensor, style: Tensor, average: bool) -> Tensor:
         """x (B,c,h,w) at times t (B,) -> where its way ends."""
         o = self.opt_train
-        return euler(self.velocity(self.netG, style, average), x, t, o["ode_integration_steps"], o["ode_step"],
-                     o["gradient_checkpointing"])[0]
+        return euler(self.velocity(self.forward_G, style, average), x, t, o["ode_integration_steps"], o["ode_step"],
+                     o["gradient_checkpointing"], lambda: distributed.unreduced(self.forward_G, last=False))[0]
 
-    def regularise(self, part: tuple[Tensor, Tensor, Tensor], whole: int, average: bool) -> Tensor:
+    def regularise(self, part: tuple[Tensor, Tensor, Tensor], whole: int, average: bool, last: bool = True) -> Tensor:
         """Add the gradient of a part's share of the velocity's price; returns that share."""
         x, t, style = part
-        price = len(x) / whole * self.G_lossfn.regularisation(self.velocity(self.netG, style, average)(x, t))
-        self.backward(self.opt_train["G_lossfn_weight"] * price)
+        with distributed.unreduced(self.forward_G, last):
+            velocity = self.velocity(self.forward_G, style, average)(x, t)
+            price = len(x) / whole * self.G_lossfn.regularisation(velocity)
+            self.backward(self.opt_train["G_lossfn_weight"] * price)
         return price.detach()
 
     def close_epoch(self, next_rate: float) -> None:
         """Write the finished epoch's row into this launch's CSV. Its time is what this launch spent on it."""
-        if self.count:
+        if self.count and distributed.is_main():
             means = {f"loss_{name}": float(total) / self.count for name, total in self.sums.items()}
             row = [self.epoch, *(f"{means[name]:.6f}" for name in COLUMNS[1:4]),
                    f"{next_rate:.2e}", f"{time.monotonic() - self.began:.2f}"]
@@ -420,13 +433,13 @@ class ModelLGT(ModelPlain):
 # The ODE ----------------------------------------------------------------------------------------------------------
 
 def euler(velocity: Velocity, x: Tensor, t: Tensor, steps: int, kind: Literal["constant", "shrinking"] = "constant",
-          recompute: bool = False) -> tuple[Tensor, Tensor]:
+          recompute: bool = False, around: Callable[[], Any] = contextlib.nullcontext) -> tuple[Tensor, Tensor]:
     """Follow the velocity from x (B,c,h,w) at times t (B,) towards 1.
 
     Args:
         kind: constant: each step a share of the way, so that it ends at 1. shrinking: each a share of what is left,
             as published, so that it ends before.
-        recompute: hold only x of each step in memory and compute the rest again for the gradient.
+        recompute: hold only x of each step in memory and compute the rest again for the gradient, inside `around`.
 
     Returns: x and t at the end.
     """
@@ -435,7 +448,8 @@ def euler(velocity: Velocity, x: Tensor, t: Tensor, steps: int, kind: Literal["c
         if kind == "shrinking":
             length = (1 - t) / steps
         if recompute and torch.is_grad_enabled():
-            v = recomputed(velocity, x, t, use_reentrant=False, preserve_rng_state=False)  # it draws nothing
+            v = recomputed(velocity, x, t, use_reentrant=False, preserve_rng_state=False,  # it draws nothing
+                           context_fn=lambda: (contextlib.nullcontext(), around()))
         else:
             v = velocity(x, t)
         x, t = x + v * length[:, None, None, None], t + length

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
+import distributed
 import schedules
 from data.resize import imresize
 from foreign import unpack, weights_in
@@ -52,7 +53,6 @@ class ModelPlain(ModelBase):
     def __init__(self, opt: Mapping[str, Any]):
         super().__init__(opt)
         self.netG = self.networks["G"] = self.define_network("G")
-        self.forward_G = torch.compile(self.netG) if self.opt_train["compile"] else self.netG
         if self.opt_train["E_decay"] > 0:
             self.netE = self.networks["E"] = copy.deepcopy(self.netG).eval().requires_grad_(False)
         else:
@@ -61,6 +61,8 @@ class ModelPlain(ModelBase):
     def init_train(self, parts: Mapping[str, Any] | None = None, source: str = "checkpoint") -> list[str]:
         reports = self.load(parts, source)
         self.netG.train()
+        shared = self.share(self.netG)
+        self.forward_G = torch.compile(shared) if self.opt_train["compile"] else shared
         self.define_loss()
         self.define_optimizer()
         self.load_optimizers(parts, source)
@@ -142,16 +144,17 @@ class ModelPlain(ModelBase):
     def optimize_parameters(self, current_step: int) -> None:
         t, whole = self.opt_train, (self.degraded, self.target)
         self.G_optimizer.zero_grad(set_to_none=True)
-        losses = []
-        for self.degraded, self.target in zip(*(tensor.chunk(t["accumulate"]) for tensor in whole)):
-            with self.autocast():
-                self.netG_forward()
-            share = len(self.degraded) / len(whole[0])
-            loss = t["G_lossfn_weight"] * share * self.G_lossfn(self.restored.to(self.target.dtype), self.target)
-            losses.append(loss.detach())
-            if self.unusable(loss):
-                break
-            self.backward(loss)
+        losses, parts = [], list(zip(*(tensor.chunk(t["accumulate"]) for tensor in whole)))
+        for number, (self.degraded, self.target) in enumerate(parts, start=1):
+            with distributed.unreduced(self.forward_G, last=number == len(parts)):
+                with self.autocast():
+                    self.netG_forward()
+                share = len(self.degraded) / len(whole[0])
+                loss = t["G_lossfn_weight"] * share * self.G_lossfn(self.restored.to(self.target.dtype), self.target)
+                losses.append(loss.detach())
+                if self.unusable(loss):
+                    break
+                self.backward(loss)
         else:
             self.step(self.G_optimizer, t["G_optimizer_clipgrad"])
             if self.netE is not None:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import distributed
 from data.masks import ImageFolderDataset, by_stem, read_mask
 from losses import LOSSES
 from losses.tanimoto import activate
@@ -71,7 +72,6 @@ class ModelSegmentation(ModelPlain):
                              f"{v['tile']}")
         self.history: dict[str, list] = {name: [] for name in HISTORIES}
         self.validated: list[str] = []  # stems of the validation set, for the record
-        self.tested: list[str] = []  # of those tested since the last summary
         self.begin_epoch(0, 0)
 
     def define_network(self, label: str) -> nn.Module:
@@ -142,14 +142,15 @@ class ModelSegmentation(ModelPlain):
         if self.skipped == skipped:
             self.epoch["loss"] += self.log_dict["G_loss"].double() * len(self.degraded)
             self.epoch["counts"] += sum(self.counts)
-        self.epoch["seen"] += len(self.degraded)
+        self.epoch["seen"] += len(self.degraded) * distributed.world_size()
         if self.epoch["seen"] + self.opt["datasets"]["train"]["dataloader_batch_size"] > self.epoch["place"][1]:
             self.end_epoch()
 
     def end_epoch(self) -> None:
         """The epoch's means join the history; the device is waited for once."""
-        self.history["train_losses"].append(float(self.epoch["loss"]) / self.epoch["seen"])
-        self.history["train_metrics_history"].append(segmentation_metrics(self.epoch["counts"]))
+        loss, counts = (distributed.total(self.epoch[name]) for name in ("loss", "counts"))
+        self.history["train_losses"].append(float(loss) / self.epoch["seen"])
+        self.history["train_metrics_history"].append(segmentation_metrics(counts))
         self.begin_epoch(self.epoch["place"][0] + 1, self.epoch["place"][1])
 
     def loss_and_counts(self, restored: Tensor, target: Tensor) -> Tensor:
@@ -182,14 +183,13 @@ class ModelSegmentation(ModelPlain):
 
     # ------------------------------------------------ testing
 
-    def metrics(self) -> dict[str, float]:
-        """Of one image: its loss, and the counts that `summarize` adds up, as `tp_<class>` and so on."""
+    def metrics(self) -> dict[str, Any]:
+        """Of one image: its name and loss, and the counts that `summarize` adds up, as `tp_<class>` and so on."""
         counts = self.confusion(self.restored, self.target).tolist()
-        self.tested.append(self.names[0])
-        row = {"loss": float(self.loss(self.restored.float(), self.target))}
+        row = {"name": self.names[0], "loss": float(self.loss(self.restored.float(), self.target))}
         return row | {f"{kind}_{c}": float(n) for c, row in enumerate(counts) for kind, n in zip(COUNTS, row)}
 
-    def summarize(self, name: str, rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    def summarize(self, name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Metrics of a whole test set from those of its images; the set called "test" makes the history."""
         counts = torch.tensor([[sum(row[f"{kind}_{c}"] for row in rows) for kind in COUNTS]
                                for c in range(max(2, self.num_classes))])
@@ -197,8 +197,7 @@ class ModelSegmentation(ModelPlain):
         if name == "test":
             self.history["val_losses"].append(loss)
             self.history["val_metrics_history"].append(scores)
-            self.validated = self.tested[-len(rows):]
-        self.tested.clear()
+            self.validated = [row["name"] for row in rows]
         return {"loss": loss, **scores}
 
     def pictures(self) -> list[Tensor]:
@@ -269,16 +268,29 @@ class ModelSegmentation(ModelPlain):
     def extra_state(self, finished: int) -> dict[str, Any]:
         losses = [loss for loss in self.history["val_losses"] if math.isfinite(loss)]
         return {**super().extra_state(finished), **{name: list(rows) for name, rows in self.history.items()},
-                "best_loss": min(losses, default=None), "validation_names": self.validated,
-                "current_epoch": {**self.epoch, "place": list(self.epoch["place"])}}
+                "best_loss": min(losses, default=None), "validation_names": self.validated, **self.local_state()}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         super().load_extra_state(state)
         self.history = {name: list(state.get(name, [])) for name in HISTORIES}
         self.validated = list(state.get("validation_names", []))
-        if now := state.get("current_epoch"):
-            self.epoch = {"place": tuple(now["place"]), "seen": now["seen"],
-                          **{name: now[name].to(self.device).clone() for name in ("loss", "counts")}}
+        self.load_local_state([state])
+
+    def local_state(self) -> dict[str, Any]:
+        return {"current_epoch": {**self.epoch, "place": list(self.epoch["place"])}}
+
+    def load_local_state(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Each process goes on with its own counts; as many as there were before, else the first has them all."""
+        found = [state["current_epoch"] for state in states if "current_epoch" in state]
+        if not found:
+            return
+        rank = distributed.rank()
+        own = found[rank : rank + 1] if len(found) == distributed.world_size() else found if rank == 0 else []
+        self.begin_epoch(*found[0]["place"])
+        self.epoch["seen"] = found[0]["seen"]
+        for now in own:
+            for name in ("loss", "counts"):
+                self.epoch[name] += now[name].to(self.device)
 
 
 def blended(predict, image: Tensor, tile: int, overlap: int) -> Tensor:

@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
+import distributed
 from data import DATASETS
 from data.images import images_by_name, read_image
 from data.synthetic import as_channels
@@ -120,6 +121,7 @@ class ModelVQGAN(ModelPlain):
     def init_train(self, parts: Mapping[str, Any] | None = None, source: str = "checkpoint") -> list[str]:
         reports = super().init_train(parts, source)
         self.loss.train()
+        self.loss.discriminator = self.share(self.netD)
         self.find_lpips()
         return reports
 
@@ -195,24 +197,25 @@ class ModelVQGAN(ModelPlain):
         terms: dict[str, Tensor] = defaultdict(float)
         self.lower_temperature(current_step)
         self.G_optimizer.zero_grad(set_to_none=True)
-        found = []
-        for images in self.images.chunk(t["accumulate"]):
-            with self.autocast():
-                vq_loss, restored, _, indices = self.netG(images)
-            losses = self.calculator.compute_total_loss(images, restored.float(), vq_loss.float(), current_step)
-            loss, share = losses.pop("total_loss"), len(images) / total
-            for name, value in {"G_loss": loss.detach(), **losses}.items():
-                terms[name] += share * value
-            found.append(as_levels(indices))
-            if self.unusable(loss):
-                break
-            self.backward(share * loss)
+        found, parts = [], self.images.chunk(t["accumulate"])
+        for number, images in enumerate(parts, start=1):
+            with distributed.unreduced(self.forward_G, last=number == len(parts)):
+                with self.autocast():
+                    vq_loss, restored, _, indices = self.forward_G(images)
+                losses = self.calculator.compute_total_loss(images, restored.float(), vq_loss.float(), current_step)
+                loss, share = losses.pop("total_loss"), len(images) / total
+                for name, value in {"G_loss": loss.detach(), **losses}.items():
+                    terms[name] += share * value
+                found.append(as_levels(indices))
+                if self.unusable(loss):
+                    break
+                self.backward(share * loss)
         else:
             self.step(self.G_optimizer, t["G_optimizer_clipgrad"])
             if not self.unusable(terms["gan_loss"]):
                 self.calculator.step_discriminator(terms["gan_loss"], current_step)
         # also after a step left out: what was counted before that was noticed must not wait for the next one
-        self.get_bare_model(self.netG).update_codebook(current_step)
+        self.get_bare_model(self.netG).update_codebook(current_step, distributed.add_up, distributed.whole)
         if self.netE is not None:
             self.update_E(t["E_decay"])
         self.log_terms(terms, [torch.cat([index.flatten() for index in level]) for level in zip(*found)])
@@ -240,8 +243,14 @@ class ModelVQGAN(ModelPlain):
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         super().load_extra_state(state)
-        self.discriminator_log = {name: value.to(self.device)
-                                  for name, value in state.get("discriminator_log", {}).items()}
+        self.load_local_state([state])
+
+    def local_state(self) -> dict[str, Any]:
+        return {"discriminator_log": dict(self.discriminator_log)}
+
+    def load_local_state(self, states: Sequence[Mapping[str, Any]]) -> None:
+        log = states[distributed.rank() % len(states)].get("discriminator_log", {})
+        self.discriminator_log = {name: value.to(self.device) for name, value in log.items()}
 
     # ------------------------------------------------ testing
 

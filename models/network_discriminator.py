@@ -8,6 +8,8 @@ arXiv:1807.03039, section 3.1.
 import torch
 from torch import Tensor, nn
 
+from distributed import whole
+
 
 class ActNorm(nn.Module):
     """scale * (x + loc) for each channel; the first batch in training sets both so that it comes out normalised."""
@@ -21,8 +23,9 @@ class ActNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training and not self.initialized:
             with torch.no_grad():
-                self.loc.copy_(-x.mean(dim=(0, 2, 3), keepdim=True))
-                self.scale.copy_(1 / (x.std(dim=(0, 2, 3), keepdim=True) + 1e-6))
+                batch = whole(x)
+                self.loc.copy_(-batch.mean(dim=(0, 2, 3), keepdim=True))
+                self.scale.copy_(1 / (batch.std(dim=(0, 2, 3), keepdim=True) + 1e-6))
                 self.initialized.fill_(1)
         return self.scale * (x + self.loc)
 

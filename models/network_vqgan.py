@@ -22,6 +22,7 @@ GROUPS = 32
 MAX_DISTANCES = 2**24  # distances held at once in a lookup, 64 MiB
 Encoded = tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]
 Reduce = Callable[[Tensor], object]  # sums a tensor over all processes, in place
+Join = Callable[[Tensor], Tensor]  # the rows of all processes
 
 
 def require(condition: bool, message: str) -> None:
@@ -409,24 +410,24 @@ class EMAVectorQuantizer(VectorQuantizer):
     def _observe(self, output: Tensor, flat: Tensor, indices: Tensor) -> None:
         if not self.training or self.frozen or not output.requires_grad:
             return
-        batch = [(flat, indices)]
+        batch = [(flat.view(len(output), -1, flat.shape[1]), indices)]
         output.register_hook(lambda _: self._count(*batch.pop()) if batch else None)  # once, if ever
 
     @torch.no_grad()
     def _count(self, flat: Tensor, indices: Tensor) -> None:
         if self._seen is None:
-            self._seen = flat.new_zeros(self.n_embed, 1 + flat.shape[1])  # hits | sum of latents, of each code
-        self._seen.index_add_(0, indices, F.pad(flat, (1, 0), value=1.0))
+            self._seen = flat.new_zeros(self.n_embed, 1 + flat.shape[2])  # hits | sum of latents, of each code
+        self._seen.index_add_(0, indices, F.pad(flat.flatten(0, 1), (1, 0), value=1.0))
         self._latest = flat
 
     @torch.no_grad()
-    def update(self, step: int = 0, reduce: Reduce | None = None) -> None:
+    def update(self, step: int = 0, reduce: Reduce | None = None, join: Join | None = None) -> None:
         """Move the codes by all that was counted since the last update; nothing counted, nothing moved.
 
         Args:
             step: iteration, which decides where in the batch restarted codes come from.
-            reduce: sum over processes, so that all have the same codes. With restart_below their broadcast
-                (DistributedDataParallel's of buffers) must follow.
+            reduce, join: of several processes, so that all have the same codes; join, of latents by image (B, h*w, C),
+                is called with restart_below only.
         """
         if self._seen is None:
             return
@@ -437,6 +438,7 @@ class EMAVectorQuantizer(VectorQuantizer):
         book.cluster_size.lerp_(seen[:, 0], 1 - self.decay)
         book.embed_avg.lerp_(seen[:, 1:], 1 - self.decay)
         if self.restart_below:
+            flat = (flat if join is None else join(flat)).flatten(0, 1)
             even = book.cluster_size.mean()
             dead = book.cluster_size < self.restart_below * even
             generator = torch.Generator().manual_seed(step)  # of its own: nothing to restore
@@ -527,14 +529,14 @@ class VQNetwork(nn.Module):
         require(ok, f"images must be (batch, {self.in_channels}, height, width), both sides multiples of "
                     f"{self.factor}, got {tuple(images.shape)}")
 
-    def update_codebook(self, step: int = 0, reduce: Reduce | None = None) -> None:
+    def update_codebook(self, step: int = 0, reduce: Reduce | None = None, join: Join | None = None) -> None:
         """Once an iteration, after the optimizer's step: let codebooks that average catch up.
 
         Args: as EMAVectorQuantizer.update. Without such a codebook nothing happens.
         """
         for module in self.modules():
             if isinstance(module, EMAVectorQuantizer):
-                module.update(step, reduce)
+                module.update(step, reduce, join)
 
 
 def autoencoder_weights(state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:

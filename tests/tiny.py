@@ -82,4 +82,4 @@ if __name__ == "__main__":
         arguments = arguments[2:]
     for table, name, row in ROWS:
         table[name] = row
-    sys.exit(door.main(arguments))
+    door.program(arguments)
