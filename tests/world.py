@@ -1,0 +1,164 @@
+"""Several processes of one run, forked from a process that has imported everything: a world starts in a second."""
+
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+import time
+
+import options
+from tests.conftest import ROOT, write_json
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.world", "tests.tiny"])
+BATCH = 12  # of all recipes: shared by 1, 2, 3, 4
+DDCONFIG = {"in_channels": 3, "out_ch": 3, "resolution": 16, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
+            "attn_resolutions": [], "z_channels": 4}
+
+
+def member(rank, size, port, arguments, output, acts):
+    """A process of the world, as torchrun would start it; `acts` are (rank, step, what) that happen in it."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout = open(1, "w", closefd=False)
+    sys.stderr = open(2, "w", closefd=False)
+    import torch
+
+    from tests import tiny
+
+    multiprocessing.set_start_method("fork", force=True)  # of data workers, as everywhere else
+    torch.set_num_threads(1)
+    for table, name, row in tiny.ROWS:
+        table[name] = row
+    arrange({(step, what) for who, step, what in acts if who == rank})
+    tiny.door.program(arguments)
+
+
+def arrange(acts):
+    """Let things happen after a step: a signal's name, "raise", "sleep"; "nan" in the next batch's loss."""
+    import train
+    from models.model_base import ModelBase
+
+    shown, unusable = train.Run.show_progress, ModelBase.unusable
+
+    def show_progress(self):
+        shown(self)
+        for step, what in acts:
+            if step == self.iteration and what.startswith("SIG"):
+                os.kill(os.getpid(), signal.Signals[what])
+            elif step == self.iteration and what == "raise":
+                raise ZeroDivisionError("on purpose")
+            elif step == self.iteration and what == "sleep":
+                time.sleep(600)
+            elif step == self.iteration and what == "nan":
+                ModelBase.unusable = lambda model, loss: unusable(model, loss.mul_(float("nan")))
+            elif step + 1 == self.iteration and what == "nan":
+                ModelBase.unusable = unusable
+
+    train.Run.show_progress = show_progress
+
+
+class World:
+    """The processes; `finish` waits for them and never longer than asked."""
+
+    def __init__(self, folder, size, *arguments, acts=()):
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        folder.mkdir(exist_ok=True)
+        stem = f"{time.monotonic_ns()}"
+        self.outputs = [folder / f"{stem}_{rank}.txt" for rank in range(size)]
+        words = [str(argument) for argument in arguments]
+        self.processes = [CONTEXT.Process(target=member, args=(rank, size, port, words, str(path), tuple(acts)))
+                          for rank, path in enumerate(self.outputs)]
+        for process in self.processes:
+            process.start()
+
+    def said(self, rank):
+        return self.outputs[rank].read_text() if self.outputs[rank].exists() else ""
+
+    def wait_for(self, text, rank=0, seconds=60):
+        """Until the process has printed this."""
+        end = time.monotonic() + seconds
+        while text not in self.said(rank):
+            assert time.monotonic() < end and self.processes[rank].is_alive(), self.report()
+            time.sleep(0.02)
+
+    def finish(self, seconds=120):
+        """Exit codes; a process that is left is ended, and that is an error."""
+        end = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0, end - time.monotonic()))
+        hung = [process for process in self.processes if process.is_alive()]
+        for process in hung:
+            process.kill()
+            process.join()
+        assert not hung, f"{len(hung)} processes hung\n{self.report()}"
+        return [process.exitcode for process in self.processes]
+
+    def report(self):
+        return "\n".join(f"--- {rank}, exit code {self.processes[rank].exitcode}\n{self.said(rank)}"
+                         for rank in range(len(self.processes)))
+
+
+def run(folder, size, *arguments, acts=(), seconds=120):
+    """A world from beginning to end -> (exit codes, what each process said)."""
+    world = World(folder, size, *arguments, acts=acts)
+    codes = world.finish(seconds)
+    return codes, [world.said(rank) for rank in range(size)]
+
+
+def losses(folder):
+    """Loss terms of each step."""
+    import csv
+
+    with open(folder / "log/train.csv", newline="") as file:
+        return [{key: float(value) for key, value in row.items() if re.search("loss", key, re.IGNORECASE) and value}
+                for row in csv.DictReader(file)]
+
+
+# ---------------------------------------------------------------- small options of every recipe
+
+
+def recipe(kind, folder, name, train=None, **over):
+    """An option file of a recipe, small: 6 steps, a checkpoint every 2, a validation every 3."""
+    tree = {"extends": str(ROOT / f"options/train_{kind.split()[0]}.json"), "task": name, "num_threads": 1,
+            "path": {"root": str(folder)}, "val": {"save_img": False}, "checkpoint": {"layout": "split"}, "train": {}}
+    tree = options.merge(tree, RECIPES[kind], {}, "")
+    data = {"train": {"dataloader_batch_size": BATCH}}
+    steps = {"total_epochs": None, "total_iter": 6, "save_interval": None, "eval_interval": None,
+             "checkpoint_save": 2, "checkpoint_test": 3, "checkpoint_print": 1, **(train or {})}
+    tree = options.merge(tree, {"datasets": data, "train": steps, **over}, {}, "")
+    return write_json(folder / f"{name}.json", tree)
+
+
+RECIPES = {
+    "vrt": {"datasets": {"train": {"num_frame": 2, "gt_size": 32, "generated": {"num_clips": 25}},
+                         "test": {"generated": {"num_clips": 3, "num_frame": 2, "gt_size": [32, 32]}}},
+            "netG": {"img_size": [2, 8, 8], "embed_dims": [8] * 8, "num_heads": [2] * 8, "deformable_groups": 2},
+            "train": {"fix_iter": 3, "fix_keys": ["spynet", "deform"], "fix_lr_mul": 0.5}},
+    "vqgan": {"datasets": {"train": {"size": 16, "generated": {"num_samples": 25}},
+                           "test": {"size": 16, "generated": {"num_images": 3}}},
+              "netG": {"n_embed": 8, "ddconfig": DDCONFIG, "restart_below": 0.1},
+              "train": {"lossconfig": {"disc_start": 2, "disc_ndf": 4, "disc_num_layers": 1}, "disc_every": 2}},
+    "vqvae": {"datasets": {"train": {"size": 16, "generated": {"num_samples": 25}},
+                           "test": {"size": 16, "generated": {"num_images": 3}}},
+              "netG": {"n_embed": 8, "num_hiddens": 8, "num_res_hiddens": 4}},
+    "inktrace": {"datasets": {"train": {"num_samples": 25}, "test": {"num_samples": 3}},
+                 "netG": {"embed_dim": 16, "num_layers": 1, "num_heads": 2, "dropout": 0.0}},
+    "inktrace dense": {"datasets": {"train": {"num_samples": 25}, "test": {"num_samples": 3}},
+                       "netG": {"embed_dim": 16, "num_layers": 1, "num_heads": 2, "dropout": 0.0, "full_heads": True},
+                       "train": {"G_lossfn_type": "dense"}},
+    "lgt": {"datasets": {"train": {"image_size": 16, "generated": {"num_images": 10}},
+                         "test": {"image_size": 16}},
+            "netG": {"base_channels": 32, "style_dim": 8, "time_dim": 8},
+            "val": {"num_steps": 2}, "train": {"ode_integration_steps": 2, "use_velocity_reg": True}},
+    "segmentation": {"datasets": {"train": {"image_size": 16, "generated": {"num_images": 25}},
+                                  "test": {"image_size": 16, "generated": {"num_images": 3}}},
+                     "netG": {"depth": 2, "width": 4}},
+}
