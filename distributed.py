@@ -91,6 +91,8 @@ def start() -> None:
     global _watch
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("gloo", timeout=PATIENCE)
+        if not is_main():
+            warnings.simplefilter("ignore")  # the main process says them
         _watch = _Watch()
 
 
@@ -269,11 +271,21 @@ def apart() -> Iterator[None]:
 
 def total(x: Tensor) -> Tensor:
     """The sum over the processes; gradients pass."""
-    if world_size() == 1:
-        return x
-    from torch.distributed.nn.functional import all_reduce
+    return x if world_size() == 1 else _Total.apply(x)
 
-    return all_reduce(x, group=_group(x) or dist.group.WORLD)
+
+class _Total(torch.autograd.Function):
+    """Everyone's sum has everyone's gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=_group(x))
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _Total.forward(ctx, gradient)
 
 
 def average(x: Tensor) -> Tensor:
@@ -317,6 +329,7 @@ def wrap(network: nn.Module, find_unused_parameters: bool = True, static_graph: 
     """
     if world_size() == 1 or not any(p.requires_grad for p in network.parameters()):
         return network
+    warnings.filterwarnings("ignore", "Grad strides")  # of gradients that lie otherwise than in their bucket
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has another name from torch 2.15 on
         return DistributedDataParallel(network, process_group=_data, broadcast_buffers=False,
