@@ -99,7 +99,7 @@ def start() -> None:
 def use_device(device: torch.device) -> None:
     """From now on, batches and gradients lie there."""
     global _data
-    if dist.is_initialized() and device.type == "cuda":
+    if dist.is_initialized() and device.type == "cuda" and _data is None:
         _data = dist.new_group(backend="nccl")
 
 

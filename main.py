@@ -158,6 +158,8 @@ def program(argv: list[str]) -> None:
         distributed.start()
         code = main(argv)
         distributed.finish()
+        if code > 128 and distributed.launched():
+            code = 0  # torchrun starts again what fails, and a stop that was asked for is no failure
     except (options.OptionError, CheckpointError, NonFiniteLoss) as error:
         if distributed.fail(f"error: {error}"):
             print(f"error: {error}", file=sys.stderr)

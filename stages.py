@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint
+import distributed
 import options
 from checkpoint import CheckpointError
 from data import DATASETS
@@ -47,8 +48,9 @@ def train_stages(option_file: str, overrides: Iterable[Override], only: str | No
             check_origin(name, names, chain, opts)
     with StopRequest() as stop:
         for name in names:
-            if stop.signal:
-                print(f"stopped  by {stop.signal.name} before stage {name}; go on with: {command}")
+            stop.settle()
+            if stop.agreed:
+                say(f"stopped  by {stop.agreed.name} before stage {name}; go on with: {command}")
                 return stop.exit_code
             opt, notices = parsed[name]
             said = resolve_origin(name, chain, opts)
@@ -59,6 +61,11 @@ def train_stages(option_file: str, overrides: Iterable[Override], only: str | No
             if code:
                 return code
     return 0
+
+
+def say(text: str) -> None:
+    if distributed.is_main():
+        print(text)
 
 
 def stage_of(path: str, chain: Iterable[str]) -> str:
@@ -113,7 +120,7 @@ def check_origin(name: str, names: list[str], chain: list[str], opts: Mapping[st
 def resolve_origin(name: str, chain: list[str], opts: Mapping[str, Mapping]) -> str:
     """Put the file that a stage begins with in its options. Returns words for the log."""
     earlier, path = origin_of(name, chain, opts)
-    if earlier and (found := checkpoint.find_best(folder_of(opts[earlier]), print)):
+    if earlier and (found := checkpoint.find_best(folder_of(opts[earlier]), say)):
         opts[name]["path"]["init_from"] = str(found.path)
         return f", from the best of {earlier}: {found.path}"
     return f", from {path}" if path else ""

@@ -82,9 +82,8 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """To torchrun, which starts again what fails, a stop that was asked for is no failure."""
         reason = self.agreed or self.signal
-        return 128 + reason if reason and not distributed.launched() else 0
+        return 128 + reason if reason else 0
 
 
 # ---------------------------------------------------------------- before the first step
@@ -570,11 +569,11 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
                                       f"{opt['device']}; set deterministic to false, or use --device cpu") from None
         if stop.agreed and run.iteration < opt["train"]["total_iter"]:
             run.save(reason="interrupted")
-            run.finish_save()
+            distributed.from_main(run.finish_save)
             log.line(f"stopped  by {stop.agreed.name} after iteration {run.iteration}; go on with: {command}")
             run.report.end("interrupted", f"by {stop.agreed.name}")
             return stop.exit_code
-        run.finish_save()
+        distributed.from_main(run.finish_save)
         log.line(f"finished {opt['train']['total_iter']} iterations in {run.folder}")
         run.report.end("finished")
         return 0
