@@ -1,0 +1,126 @@
+"""How much faster several processes train, measured on this machine and modelled for many nodes.
+
+    python benchmarks/scaling.py options/train_vrt.json [--processes 1 2] [--steps 20] [--set KEY=VALUE ...]
+    python benchmarks/scaling.py options/train_vrt.json --bandwidth 25 --latency 20 --nodes 1 2 4 8 16
+
+Measured: steps of the recipe's own model on its own data, without logging, testing or saving. Each process has the
+batch of the options (weak scaling: the whole batch grows), or with --strong a share of it. Efficiency is samples per
+second per process against one process. On a CPU the processes share its cores, so give each the same number of them
+for all counts (OMP_NUM_THREADS), and no more processes than cores.
+
+Modelled: a step takes the time that one process measured here, and then the all-reduce of its gradients in a ring of N
+nodes, each of which sends and receives 2 (N - 1) / N times the gradients' bytes at the given bandwidth, in 2 (N - 1)
+messages of the given latency. Of that, --hidden is overlapped with the backward pass (0: none, the worst case).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import distributed  # noqa: E402
+import options  # noqa: E402
+import train  # noqa: E402
+from data import DATASETS  # noqa: E402
+from data.loader import endless  # noqa: E402
+from models import MODELS, NETWORKS  # noqa: E402
+
+WARM_UP = 3  # the first steps allocate, choose kernels and connect
+KEY = "datasets.train.dataloader_batch_size"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("opt")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--strong", action="store_true", help="share the options' batch instead of growing it")
+    parser.add_argument("--bandwidth", type=float, default=12.5, help="of a node, gigabytes a second (100 GbE: 12.5)")
+    parser.add_argument("--latency", type=float, default=30.0, help="of a message, microseconds")
+    parser.add_argument("--hidden", type=float, default=0.0, help="share of the all-reduce behind the backward pass")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    args = parser.parse_args()
+    if "WORLD_SIZE" in os.environ:
+        measure(args)
+        return
+    found = {}
+    print(f"{'processes':>9} {'batch':>6} {'step':>10} {'samples/s':>10} {'speedup':>8} {'efficiency':>10}")
+    for count in sorted({1, *args.processes}):
+        found[count] = row = spawn(count)
+        speed, alone = row["batch"] / row["seconds"], found[1]["batch"] / found[1]["seconds"]
+        print(f"{count:>9} {row['batch']:>6} {row['seconds']:>8.4f} s {speed:>10.2f} {speed / alone:>8.2f} "
+              f"{speed / alone / count:>9.0%}", flush=True)
+    one = found[1]
+    print(f"\none process: {one['seconds']:.4f} s a step, {one['bytes'] / 1e6:.1f} MB of gradients; agreeing on a stop "
+          f"takes {1e6 * max(row['vote'] for row in found.values()):.0f} us a step")
+    print(f"modelled at {args.bandwidth:g} GB/s and {args.latency:g} us a message, {args.hidden:.0%} of it hidden:")
+    print(f"{'nodes':>9} {'all-reduce':>12} {'step':>10} {'speedup':>8} {'efficiency':>10}")
+    for nodes in args.nodes:
+        reduce = all_reduce_seconds(nodes, one["bytes"], args.bandwidth * 1e9, args.latency * 1e-6)
+        step = one["seconds"] + (1 - args.hidden) * reduce
+        print(f"{nodes:>9} {reduce:>10.4f} s {step:>8.4f} s {nodes * one['seconds'] / step:>8.2f} "
+              f"{one['seconds'] / step:>9.0%}")
+
+
+def all_reduce_seconds(nodes: int, num_bytes: float, bandwidth: float, latency: float) -> float:
+    """A ring's all-reduce: each node passes on 2 (N - 1) pieces of 1 / N of the bytes. bandwidth: bytes a second."""
+    return 2 * (nodes - 1) * (num_bytes / nodes / bandwidth + latency)
+
+
+def spawn(count: int) -> dict[str, float]:
+    """The measurement of that many processes, in processes of their own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", __file__]
+    environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    done = subprocess.run([*command, *sys.argv[1:]], capture_output=True, text=True, env=environment)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not rows:
+        sys.exit(f"{count} processes failed:\n{done.stderr[-3000:]}")
+    return json.loads(rows[-1])
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Take steps as one of the processes; the main one prints what was found."""
+    distributed.start()
+    pairs = [text.partition("=") for text in args.set]
+    opt, _ = options.parse(args.opt, [(key, options.as_value(value), "--set") for key, _, value in pairs], MODELS,
+                           NETWORKS, DATASETS)
+    if not args.strong:
+        opt["datasets"]["train"]["dataloader_batch_size"] *= distributed.world_size()
+    opt["datasets"] = {"train": opt["datasets"]["train"]}
+    train.prepare_machine(opt)
+    run = train.Run(opt, train.Silence())
+    run.restore(None)
+    samples = endless(run.train_set, run.batches, opt["datasets"]["train"]["dataloader_num_workers"], False)
+    vote, seconds, votes = distributed.Vote(), [], []
+    for step in range(1, WARM_UP + args.steps + 1):
+        began = time.perf_counter()
+        vote(0)
+        votes.append(time.perf_counter() - began)
+        data = next(samples)
+        run.model.update_learning_rate(step - 1)
+        run.model.feed_data(data)
+        run.model.optimize_parameters(step)
+        float(next(iter(run.model.log_dict.values())))  # wait for the device
+        seconds.append(time.perf_counter() - began)
+    vote.result()
+    gradients = [p for network in run.model.networks.values() for p in network.parameters() if p.grad is not None]
+    found = {"seconds": statistics.median(seconds[WARM_UP:]), "vote": statistics.median(votes[WARM_UP:]),
+             "batch": run.batches.batch_size, "bytes": sum(p.numel() * p.element_size() for p in gradients)}
+    if distributed.is_main():
+        print(json.dumps(found), flush=True)
+    samples.close()
+    distributed.finish()
+
+
+if __name__ == "__main__":
+    main()
