@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import checkpoint
+from data.sampler import EndlessBatches
 from tests import tiny, world
 from tests.conftest import ROOT, write_json
 from tests.test_resume import differing
@@ -48,7 +50,7 @@ def resumed(folder, size, make, stops):
     for stop in stops:
         codes, said = world.run(folder / "out", size, "-opt", other, acts=[stop])
         assert all(codes), said
-        if stop[2] == "SIGTERM":
+        if stop[2].startswith("SIGTERM"):
             assert codes == [143] * size, said
             assert re.search(r"stopped  by SIGTERM after iteration", said[0]) and "stopped" not in "".join(said[1:])
     codes, said = world.run(folder / "out", size, "-opt", other)
@@ -70,12 +72,137 @@ def test_killed_and_stopped_runs_end_equal(tmp_path):
     assert len(generators) == 4 and not torch.equal(generators[0], generators[3])
 
 
+def test_another_number_of_processes_goes_on_in_the_same_order(tmp_path):
+    assert world.run(tmp_path / "out", 1, "-opt", world.recipe("segmentation", tmp_path, "one"))[0] == [0]
+    path = world.recipe("segmentation", tmp_path, "run", sync_batchnorm=True)
+    codes, said = world.run(tmp_path / "out", 2, "-opt", path, acts=[(1, 3, "SIGTERM")])
+    assert codes == [143] * 2, said
+    codes, (said, *_) = world.run(tmp_path / "out", 3, "-opt", path)
+    assert codes == [0] * 3 and "processes 2 -> 3" in said, said
+    a, b = (final(tmp_path / name)["state"] for name in ("run", "one"))
+    assert a["sampler_state"] == b["sampler_state"] and len(a["rng_state"]) == 3
+    assert a["train_losses"] == pytest.approx(b["train_losses"], rel=1e-5)  # the second epoch was of both
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", world.RECIPES)
 def test_every_recipe_ends_equal(tmp_path, kind, size):
     stops = [(size - 1, 3, "SIGKILL"), (1, 4, "SIGTERM")]
     assert_equal(*resumed(tmp_path, size, lambda name: world.recipe(kind, tmp_path, name), stops))
+
+
+# ---------------------------------------------------------------- equal to one process
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_samples_do_not_depend_on_the_number_of_processes(size):
+    whole = iter(EndlessBatches(21, 8, seed=3, position=(1, 8)))
+    shares = [iter(EndlessBatches(21, 8, seed=3, position=(1, 8), rank=r, world_size=size)) for r in range(size)]
+    for _ in range(7):
+        batch, parts = next(whole), [next(share) for share in shares]
+        assert batch == [key for row in zip(*parts) for key in row]
+
+
+def assert_equal_losses(folder, kind, sizes, **over):
+    """Of runs of one and of more processes, with batch norm over the whole batch; also what validation finds."""
+    found = {}
+    for size in sizes:
+        name = f"size{size}"
+        path = world.recipe(kind, folder, name, sync_batchnorm=True, **over)
+        codes, said = world.run(folder / "out", size, "-opt", path)
+        assert codes == [0] * size, said
+        found[size] = world.losses(folder / name), final(folder / name)["state"]["history"]
+    (losses, history), *others = found.values()
+    assert len(losses) == TOTAL
+    for other, validated in others:
+        for a, b in zip(losses, other, strict=True):
+            assert a.keys() == b.keys()
+            assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+        for a, b in zip(history, validated, strict=True):
+            assert a == pytest.approx(b, rel=1e-2)  # counts of pixels jump at a threshold
+
+
+def test_losses_do_not_depend_on_the_number_of_processes(tmp_path):
+    """Tanimoto's volumes are of the whole batch, and so is batch norm."""
+    assert_equal_losses(tmp_path, "segmentation", (1, 2, 4), datasets={"train": {"dataloader_batch_size": 8}})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", world.RECIPES)
+def test_losses_of_every_recipe(tmp_path, kind):
+    assert_equal_losses(tmp_path, kind, (1, 2, 4), datasets={"train": {"dataloader_batch_size": 8}})
+
+
+@pytest.mark.parametrize("size", [2])
+def test_parts_of_a_batch_and_recomputed_steps(tmp_path, size):
+    """LGT's energy is of the whole batch, whose ways are followed in parts and twice."""
+    whole, parts = ({"accumulate": n, "gradient_checkpointing": n > 1} for n in (1, 2))
+    for name, train in (("whole", whole), ("parts", parts)):
+        path = world.recipe("lgt", tmp_path, name, train={"total_iter": 2, "checkpoint_test": 9, **train})
+        codes, said = world.run(tmp_path / "out", size, "-opt", path)
+        assert codes == [0] * size, said
+    for a, b in zip(world.losses(tmp_path / "whole"), world.losses(tmp_path / "parts"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+# ---------------------------------------------------------------- one failure ends all
+
+
+def failed(folder, acts, *words, path=None, **over):
+    """What is said when it happens in one of two processes: the cause once, and all are gone in seconds."""
+    began = time.monotonic()
+    codes, said = world.run(folder / "out", 2, "-opt", path or tiny_file(folder, "run", **over), *words, acts=acts,
+                            seconds=30)
+    assert 0 not in codes
+    return codes, "".join(said), time.monotonic() - began
+
+
+def test_an_exception_in_one_process_ends_all_with_its_cause(tmp_path):
+    codes, said, _ = failed(tmp_path, [(1, 3, "raise"), (0, 3, "sleep")])
+    assert codes == [1, 1] and said.count("Traceback") == 1 and "ZeroDivisionError: on purpose" in said
+
+
+def test_a_process_that_is_killed_ends_those_that_do_not_talk_to_it(tmp_path):
+    codes, said, _ = failed(tmp_path, [(1, 3, "SIGKILL"), (0, 3, "sleep")])
+    assert codes == [1, -signal.SIGKILL] and said.count("error:") == 1
+    assert "error: process 1 has ended without a word" in said
+
+
+def test_nan_in_one_process_is_told_once(tmp_path):
+    codes, said, _ = failed(tmp_path, [(1, 3, "nan")])
+    assert 1 in codes and said.count("error:") == 1 and "not finite at iteration 4" in said
+
+
+def test_nan_in_one_process_makes_all_leave_the_step_out(tmp_path):
+    path = tiny_file(tmp_path, "run", train={"on_nan": "skip"})
+    codes, said = world.run(tmp_path / "out", 2, "-opt", path, acts=[(1, 3, "nan")])
+    assert codes == [0, 0] and "1 steps skipped" in said[0], said
+
+
+@pytest.mark.parametrize("words, complaint", [
+    (["--set", "datasets.train.dataloader_batch_size=5"], "a batch of 5 can't be shared by 2 processes"),
+    (["--set", "train.total_iters=5"], "did you mean 'total_iter'?"),
+    (["--frsh"], "unrecognized arguments: --frsh"),
+    (["--prove-resume"], "the work of one process")], ids=lambda x: x[-1] if isinstance(x, list) else "")
+def test_a_mistake_is_one_line(tmp_path, words, complaint):
+    codes, said, _ = failed(tmp_path, [], *words)
+    assert 2 in codes and said.count("error:") == 1 and complaint in said and "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_save_ends_all_or_none(tmp_path):
+    codes, said, _ = failed(tmp_path, [(0, 2, "full disk")])
+    assert codes[0] == 2 and said.count("error:") == 1 and "checkpoint 2 was not saved" in said
+    warn = tiny_file(tmp_path, "run", checkpoint={"on_save_error": "warn"})
+    codes, said = world.run(tmp_path / "out", 2, "-opt", warn, acts=[(0, 2, "full disk")])
+    assert codes == [0, 0] and "the next interval tries again" in said[0], said
+
+
+def test_a_stop_in_validation_is_agreed_there(tmp_path):
+    """The last process to validate is told to stop: nobody may take another step before the validation is repeated."""
+    make = lambda name: tiny_file(tmp_path, name, train={"checkpoint_test": 2})  # noqa: E731
+    assert_equal(*resumed(tmp_path, 2, make, [(1, 4, "SIGTERM at validation")]))
 
 
 # ---------------------------------------------------------------- under torchrun
@@ -86,7 +213,8 @@ TRIALS = int(os.environ.get("PERDURE_TRIALS", 50))
 def torchrun(size, *arguments, mark="", options=()):
     """torchrun with these processes; `mark` is in the environment of each of them and of all that they start."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PERDURE_TRIAL": mark}
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", *options]
+    options = options or ["--standalone"]
+    program = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={size}", *options]
     return subprocess.Popen([*program, *map(str, arguments)], cwd=ROOT, env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -120,6 +248,93 @@ def ended(process, mark, seconds):
             os.kill(pid, signal.SIGKILL)
         raise AssertionError(f"not ended after {seconds} s\n{said or process.communicate()[0]}") from error
     return time.monotonic() - began, said
+
+
+def wait_for(path, text, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not (path.exists() and text in path.read_text()):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_leads_to_a_restart_that_goes_on_exactly(tmp_path):
+    """--fresh and KAIR's flags are on the command line, which torchrun repeats: it may not begin anew once more."""
+    train = {"total_iter": 300, "checkpoint_save": 20, "checkpoint_test": 100}
+    codes, said = world.run(tmp_path / "out", 2, "-opt", tiny_file(tmp_path, "straight", train=train))
+    assert codes == [0, 0], said
+    words = ["-m", "tests.tiny", "-opt", tiny_file(tmp_path, "other", train=train), "--fresh", "--dist", "True",
+             "--launcher", "pytorch"]
+    process = torchrun(2, *words, mark="restart", options=["--standalone", "--max-restarts=2"])
+    wait_for(tmp_path / "other/log/train.log", "40.json", process)
+    (pid,) = (pid for pid, rank in marked("restart").items() if rank == 1)
+    os.kill(pid, signal.SIGKILL)
+    seconds, said = ended(process, "restart", 120)
+    assert process.returncode == 0 and said.count("resume   from") == 1 and "archived" not in said, said
+    assert_equal(tmp_path / "straight", tmp_path / "other", 300)
+
+
+@pytest.mark.slow
+def test_a_failing_process_is_torchruns_root_cause(tmp_path):
+    broken = tiny_file(tmp_path, "run", train={"total_iter": 300, "G_optimizer_lr": 1e30})
+    process = torchrun(2, "-m", "tests.tiny", "-opt", broken, mark="cause")
+    seconds, said = ended(process, "cause", 60)
+    assert process.returncode == 1 and said.count("\nerror: the loss is not finite") == 1, said
+    assert "error: the loss is not finite" in said[said.index("Root Cause"):]
+
+
+@pytest.mark.slow
+def test_two_nodes(tmp_path):
+    """Two torchruns that meet on loopback; a stop asked of one of them stops both, and together they go on."""
+    train = {"total_iter": 300, "checkpoint_save": 100, "checkpoint_test": 100}
+    codes, said = world.run(tmp_path / "out", 2, "-opt", tiny_file(tmp_path, "straight", train=train))
+    assert codes == [0, 0], said
+    path = tiny_file(tmp_path, "other", train=train)
+    for stop in (True, False):
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        nodes = [torchrun(1, "-m", "tests.tiny", "-opt", path, mark=f"node{n}", options=[
+            "--nnodes=2", f"--node_rank={n}", "--master_addr=127.0.0.1", f"--master_port={port}"]) for n in (0, 1)]
+        if stop:
+            wait_for(tmp_path / "other/log/train.log", "iter      30", nodes[0])
+            (pid,) = (pid for pid, rank in marked("node1").items() if rank == 1)
+            os.kill(pid, signal.SIGUSR1)
+        said = [ended(node, f"node{n}", 120)[1] for n, node in enumerate(nodes)]
+        assert [node.returncode for node in nodes] == [0, 0], said
+        assert ("stopped  by SIGUSR1" if stop else "finished 300") in said[0] and not said[1].count("saved")
+    assert_equal(tmp_path / "straight", tmp_path / "other", 300)
+
+
+@pytest.mark.slow
+def test_the_slurm_script_goes_back_into_the_queue_and_goes_on(tmp_path):
+    """With a Slurm of three shell scripts: one node, whose step gets USR1 before the end."""
+    train = {"total_iter": 300, "checkpoint_save": 100, "checkpoint_test": 100}
+    codes, said = world.run(tmp_path / "out", 2, "-opt", tiny_file(tmp_path, "straight", train=train))
+    assert codes == [0, 0], said
+    path, tools = tiny_file(tmp_path, "other", train=train), tmp_path / "bin"
+    tools.mkdir()
+    torch_run = f'exec {sys.executable} -m torch.distributed.run "${{@:1:$#-3}}" -m tests.tiny "${{@: -2}}"'
+    for name, text in {"srun": 'shift; exec "$@"', "scontrol": '[ $1 = show ] && echo 127.0.0.1 || echo "$@"',
+                       "torchrun": torch_run}.items():
+        (tools / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": str(os.getpid()),
+                   "SLURM_JOB_NODELIST": "x", "SLURM_JOB_NUM_NODES": "1", "PROCESSES": "2", "OMP_NUM_THREADS": "1"}
+    for count in (0, 1):
+        mark = f"slurm{count}"
+        process = subprocess.Popen(["bash", "scripts/train.slurm", str(path), "--fresh"], cwd=ROOT, text=True,
+                                   env={**environment, "PERDURE_TRIAL": mark, "SLURM_RESTART_COUNT": str(count)},
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if count == 0:
+            wait_for(tmp_path / "other/log/train.log", "iter      30", process)
+            for pid in marked(mark):
+                if pid != process.pid:  # all of the step, not the batch shell
+                    os.kill(pid, signal.SIGUSR1)
+        said = ended(process, mark, 120)[1]
+        assert process.returncode == 0, said
+        assert ("requeue" in said) == ("stopped  by SIGUSR1" in said) == (count == 0), said
+    assert_equal(tmp_path / "straight", tmp_path / "other", 300)
 
 
 @pytest.mark.slow

@@ -4,10 +4,12 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import sys
 import time
 
+import torch
+
+import checkpoint
 import options
 from tests.conftest import ROOT, write_json
 
@@ -21,14 +23,13 @@ DDCONFIG = {"in_channels": 3, "out_ch": 3, "resolution": 16, "ch": 32, "ch_mult"
 def member(rank, size, port, arguments, output, acts):
     """A process of the world, as torchrun would start it; `acts` are (rank, step, what) that happen in it."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
+                      MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="", TORCHELASTIC_USE_AGENT_STORE="True",
+                      TORCHELASTIC_RESTART_COUNT="0")
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout = open(1, "w", closefd=False)
     sys.stderr = open(2, "w", closefd=False)
-    import torch
-
     from tests import tiny
 
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as everywhere else
@@ -40,41 +41,52 @@ def member(rank, size, port, arguments, output, acts):
 
 
 def arrange(acts):
-    """Let things happen after a step: a signal's name, "raise", "sleep"; "nan" in the next batch's loss."""
+    """Let things happen after a step: a signal's name, "raise", "sleep", "full disk"; "nan": in the next loss."""
     import train
     from models.model_base import ModelBase
 
-    shown, unusable = train.Run.show_progress, ModelBase.unusable
+    shown, unusable, validate = train.Run.show_progress, ModelBase.unusable, train.Run.validate
+    write = checkpoint.commit
+
+    def no_space(*_, **__):
+        raise OSError(28, "No space left on device")
 
     def show_progress(self):
         shown(self)
         for step, what in acts:
-            if step == self.iteration and what.startswith("SIG"):
+            if step == self.iteration and what in signal.Signals.__members__:
                 os.kill(os.getpid(), signal.Signals[what])
             elif step == self.iteration and what == "raise":
                 raise ZeroDivisionError("on purpose")
             elif step == self.iteration and what == "sleep":
                 time.sleep(600)
+            elif step == self.iteration and what == "full disk":
+                checkpoint.commit = no_space
+            elif step + 1 == self.iteration and what == "full disk":
+                checkpoint.commit = write
             elif step == self.iteration and what == "nan":
                 ModelBase.unusable = lambda model, loss: unusable(model, loss.mul_(float("nan")))
             elif step + 1 == self.iteration and what == "nan":
                 ModelBase.unusable = unusable
 
-    train.Run.show_progress = show_progress
+    def validating(self, stop):
+        if (self.iteration, "SIGTERM at validation") in acts:
+            os.kill(os.getpid(), signal.SIGTERM)
+        validate(self, stop)
+
+    train.Run.show_progress, train.Run.validate = show_progress, validating
 
 
 class World:
     """The processes; `finish` waits for them and never longer than asked."""
 
     def __init__(self, folder, size, *arguments, acts=()):
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
+        self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         folder.mkdir(exist_ok=True)
         stem = f"{time.monotonic_ns()}"
         self.outputs = [folder / f"{stem}_{rank}.txt" for rank in range(size)]
         words = [str(argument) for argument in arguments]
-        self.processes = [CONTEXT.Process(target=member, args=(rank, size, port, words, str(path), tuple(acts)))
+        self.processes = [CONTEXT.Process(target=member, args=(rank, size, self.store.port, words, str(path), acts))
                           for rank, path in enumerate(self.outputs)]
         for process in self.processes:
             process.start()
