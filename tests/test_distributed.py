@@ -276,7 +276,7 @@ def test_a_killed_worker_leads_to_a_restart_that_goes_on_exactly(tmp_path):
 
 @pytest.mark.slow
 def test_a_failing_process_is_torchruns_root_cause(tmp_path):
-    broken = tiny_file(tmp_path, "run", train={"total_iter": 300, "G_optimizer_lr": 1e30})
+    broken = tiny_file(tmp_path, "run", train={"total_iter": 300, "G_optimizer_lr": 1e38})
     process = torchrun(2, "-m", "tests.tiny", "-opt", broken, mark="cause")
     seconds, said = ended(process, "cause", 60)
     assert process.returncode == 1 and said.count("\nerror: the loss is not finite") == 1, said
@@ -314,7 +314,8 @@ def test_the_slurm_script_goes_back_into_the_queue_and_goes_on(tmp_path):
     assert codes == [0, 0], said
     path, tools = tiny_file(tmp_path, "other", train=train), tmp_path / "bin"
     tools.mkdir()
-    torch_run = f'exec {sys.executable} -m torch.distributed.run "${{@:1:$#-3}}" -m tests.tiny "${{@: -2}}"'
+    torch_run = ('for word; do [ $word = main.py ] && words+=(-m tests.tiny) || words+=("$word"); done; '
+                 f'exec {sys.executable} -m torch.distributed.run "${{words[@]}}"')
     for name, text in {"srun": 'shift; exec "$@"', "scontrol": '[ $1 = show ] && echo 127.0.0.1 || echo "$@"',
                        "torchrun": torch_run}.items():
         (tools / name).write_text(f"#!/bin/bash\n{text}\n")
