@@ -260,7 +260,7 @@ def wait_for(path, text, process, seconds=120):
 @pytest.mark.slow
 def test_a_killed_worker_leads_to_a_restart_that_goes_on_exactly(tmp_path):
     """--fresh and KAIR's flags are on the command line, which torchrun repeats: it may not begin anew once more."""
-    train = {"total_iter": 300, "checkpoint_save": 20, "checkpoint_test": 100}
+    train = {"total_iter": 120, "checkpoint_save": 20, "checkpoint_test": 60}
     codes, said = world.run(tmp_path / "out", 2, "-opt", tiny_file(tmp_path, "straight", train=train))
     assert codes == [0, 0], said
     words = ["-m", "tests.tiny", "-opt", tiny_file(tmp_path, "other", train=train), "--fresh", "--dist", "True",
@@ -271,7 +271,7 @@ def test_a_killed_worker_leads_to_a_restart_that_goes_on_exactly(tmp_path):
     os.kill(pid, signal.SIGKILL)
     seconds, said = ended(process, "restart", 120)
     assert process.returncode == 0 and said.count("resume   from") == 1 and "archived" not in said, said
-    assert_equal(tmp_path / "straight", tmp_path / "other", 300)
+    assert_equal(tmp_path / "straight", tmp_path / "other", 120)
 
 
 @pytest.mark.slow
@@ -286,7 +286,7 @@ def test_a_failing_process_is_torchruns_root_cause(tmp_path):
 @pytest.mark.slow
 def test_two_nodes(tmp_path):
     """Two torchruns that meet on loopback; a stop asked of one of them stops both, and together they go on."""
-    train = {"total_iter": 300, "checkpoint_save": 100, "checkpoint_test": 100}
+    train = {"total_iter": 120, "checkpoint_save": 50, "checkpoint_test": 60}
     codes, said = world.run(tmp_path / "out", 2, "-opt", tiny_file(tmp_path, "straight", train=train))
     assert codes == [0, 0], said
     path = tiny_file(tmp_path, "other", train=train)
@@ -302,14 +302,14 @@ def test_two_nodes(tmp_path):
             os.kill(pid, signal.SIGUSR1)
         said = [ended(node, f"node{n}", 120)[1] for n, node in enumerate(nodes)]
         assert [node.returncode for node in nodes] == [0, 0], said
-        assert ("stopped  by SIGUSR1" if stop else "finished 300") in said[0] and not said[1].count("saved")
-    assert_equal(tmp_path / "straight", tmp_path / "other", 300)
+        assert ("stopped  by SIGUSR1" if stop else "finished 120") in said[0] and not said[1].count("saved")
+    assert_equal(tmp_path / "straight", tmp_path / "other", 120)
 
 
 @pytest.mark.slow
 def test_the_slurm_script_goes_back_into_the_queue_and_goes_on(tmp_path):
     """With a Slurm of three shell scripts: one node, whose step gets USR1 before the end."""
-    train = {"total_iter": 300, "checkpoint_save": 100, "checkpoint_test": 100}
+    train = {"total_iter": 120, "checkpoint_save": 50, "checkpoint_test": 60}
     codes, said = world.run(tmp_path / "out", 2, "-opt", tiny_file(tmp_path, "straight", train=train))
     assert codes == [0, 0], said
     path, tools = tiny_file(tmp_path, "other", train=train), tmp_path / "bin"
@@ -335,7 +335,7 @@ def test_the_slurm_script_goes_back_into_the_queue_and_goes_on(tmp_path):
         said = ended(process, mark, 120)[1]
         assert process.returncode == 0, said
         assert ("requeue" in said) == ("stopped  by SIGUSR1" in said) == (count == 0), said
-    assert_equal(tmp_path / "straight", tmp_path / "other", 300)
+    assert_equal(tmp_path / "straight", tmp_path / "other", 120)
 
 
 @pytest.mark.slow
