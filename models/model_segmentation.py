@@ -197,7 +197,7 @@ class ModelSegmentation(ModelPlain):
         if name == "test":
             self.history["val_losses"].append(loss)
             self.history["val_metrics_history"].append(scores)
-            self.validated = [row["name"] for row in rows]
+            self.validated = [row["name"] for row in rows if "name" in row]
         return {"loss": loss, **scores}
 
     def pictures(self) -> list[Tensor]:
