@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -590,7 +591,9 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, when: 
     means: dict[str, float] = {}
     for name, dataset in test_sets.items():
         began, clips = time.monotonic(), []
-        indices, most = range(distributed.rank(), len(dataset), distributed.world_size()), model.opt["val"]["num_img"]
+        most, indices = model.opt["val"]["num_img"], range(distributed.rank(), len(dataset), distributed.world_size())
+        if not model.shares_tests:
+            indices = range(len(dataset) if distributed.is_main() else 0)
         with distributed.apart():
             for index, sample in zip(indices, clips_of(dataset, indices)):
                 if stopped():
@@ -605,7 +608,8 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, when: 
         if None in everyones:
             return None
         clips = [row for rows in zip_longest(*everyones) for row in rows if row is not None]  # in the set's order
-        metrics = model.summarize(name, clips)
+        summarize = partial(model.summarize, name, clips)
+        metrics = summarize() if model.shares_tests else distributed.from_main(summarize)
         means |= {f"{name}.{key}": value for key, value in metrics.items()}
         printed = {key: value for key, value in metrics.items() if model.is_printed(key)}
         log.line(f"test     {when} {name}: {describe_metrics(printed, model.baseline_name)} "

@@ -130,6 +130,7 @@ class ModelBase:
         raise ValueError(f"model {self.opt['model']!r} can't be used on files of one's own yet; leave --input out")
 
     result_options: Sequence[str] = ()  # keys of `val` that results depend on: with others they are kept apart
+    shares_tests = True  # whether each process tests some of a set's samples; else the main one tests all
     best_metric = "psnr", "max"  # which test metric says that a checkpoint is the best, and which way
 
     # ------------------------------------------------ networks

@@ -50,6 +50,7 @@ class ModelLGT(ModelPlain):
     """A velocity field trained through the ODE it defines; batches are those of `data.styles`."""
 
     best_metric = "swd", "min"
+    shares_tests = False  # the contact sheet needs all pictures
     result_options = ("source_style", "num_steps", "temperature_lambda", "temperature_threshold", "use_cfg",
                       "cfg_scale", "cfg_decay", "sample_seed")
 
