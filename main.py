@@ -44,6 +44,8 @@ def parser_for(flags: dict[str, str], **settings) -> argparse.ArgumentParser:
     parser.add_argument("--truth", metavar="PATH", help="... and this is what they should be, for metrics")
     parser.add_argument("--prove-resume", type=int, nargs="?", const=6, metavar="N",
                         help="only run N steps straight and N steps with a kill, and say whether they end equal")
+    parser.add_argument("--quiet", action="store_true", help="print only warnings, errors and how it ended")
+    parser.add_argument("--tensorboard", action="store_true", help="record also for TensorBoard, in log/tensorboard")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set any option")
     for flag, keys in flags.items():
         names = dict.fromkeys([f"--{flag}", f"--{flag.replace('_', '-')}"])
@@ -56,6 +58,7 @@ def overrides_in(args: argparse.Namespace, flags: dict[str, str]) -> list[tuple[
     """What the command line sets, as (key path, value, where it was said)."""
     found = [(key, options.as_value(text), f"--{flag}") for flag, keys in flags.items()
              if (text := getattr(args, f"flag_{flag}")) is not None for key in options.as_list(keys)]
+    found += [(f"log.{key}", True, f"--{key}") for key in ("quiet", "tensorboard") if getattr(args, key)]
     for text in args.set:
         key, equals, value = text.partition("=")
         if not equals:

@@ -65,6 +65,12 @@ class Checkpoint:
 
 
 @dataclass
+class Log:
+    quiet: bool = False  # print only warnings, errors and how it ended; the files get everything
+    tensorboard: bool = False  # also for TensorBoard, in log/tensorboard; needs the extra "tensorboard"
+
+
+@dataclass
 class Top:
     """Top level of an option file; `net*`, `train` and `val` are checked against the classes that they name."""
 
@@ -82,6 +88,7 @@ class Top:
     val: dict = field(default_factory=dict)
     path: dict = field(default_factory=dict)
     checkpoint: dict = field(default_factory=dict)
+    log: dict = field(default_factory=dict)
     cli: dict = field(default_factory=dict)  # {"flag": "key.path"}: short flags of this file
     stages: list[dict] = field(default_factory=list)  # {"name", "init_from", keys of this file to override} each
     stage: str | None = None  # which of them this run is
@@ -415,7 +422,7 @@ def parse(path: str, overrides: Iterable[tuple[str, Any, str]], models: Table, n
     top = schema_of(Top) | {k: (dict, None) for k in tree if k.startswith("net") and isinstance(tree[k], dict)}
     opt = with_defaults(check(tree, top, "", where, notices), top)
     model = resolve(models, opt["model"], f"{where('model')}: model")
-    for name, schema in (("path", schema_of(Path)), ("checkpoint", schema_of(Checkpoint)),
+    for name, schema in (("path", schema_of(Path)), ("checkpoint", schema_of(Checkpoint)), ("log", schema_of(Log)),
                          ("train", schema_of(model.TrainOptions)), ("val", schema_of(model.ValOptions))):
         opt[name] = with_defaults(check(opt[name], schema, name, where, notices), schema)
     for name in [k for k in opt if k.startswith("net") and opt[k] is not None]:

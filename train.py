@@ -24,7 +24,7 @@ from data import DATASETS
 from data.loader import STOP_SIGNALS, clip_name, clips_of, endless
 from data.sampler import EndlessBatches
 from durable import FolderLock
-from log import Pace, RunLog, duration, number, save_pictures
+from log import Pace, RunLog, duration, number
 from models import MODELS
 from models.model_base import ModelBase
 from report import RunReport
@@ -152,13 +152,13 @@ class Run:
         Raises: CheckpointError when there are checkpoints and none of them can be used.
         """
         if resume:
-            return checkpoint.locate(resume, self.log.line)
+            return checkpoint.locate(resume, self.log.warn)
         if (named := self.opt["train"]["resume_checkpoint"]) and (init_from or fresh):
             raise CheckpointError(f"{'--fresh' if fresh else '--init-from'} starts at iteration 0, but "
                                   f"train.resume_checkpoint is {named}; leave one of them out")
         if fresh:
             return None
-        source = checkpoint.find_newest(self.models, self.log.line)
+        source = checkpoint.find_newest(self.models, self.log.warn)
         if source is None and checkpoint.has_traces(self.models):
             raise CheckpointError(f"{self.models}: there are checkpoints, but none is usable; name another one with "
                                   "--resume, or begin anew with --fresh")
@@ -323,7 +323,7 @@ class Run:
         if self.opt["checkpoint"]["on_save_error"] == "stop":
             raise CheckpointError(f"{self.models}: {problem}; older checkpoints are intact") from None
         self.saved_at = None
-        self.log.line(f"warning  {problem}; the next interval tries again")
+        self.log.warn(f"{problem}; the next interval tries again")
 
     def check_finite(self) -> None:
         """Stop at a NaN or infinite loss. Looks at all steps since the last look: the device is waited for rarely."""
@@ -377,7 +377,7 @@ class Run:
         began = time.monotonic()
         last = self.iteration == self.opt["train"]["total_iter"]
         with checkpoint.rng_untouched():
-            means = evaluate(self.model, self.test_sets, self.log, f"{self.iteration:,}",
+            means = evaluate(self.model, self.test_sets, self.log, self.iteration,
                              lambda: bool(stop.signal) and not last,
                              self.folder / "images" / f"{self.iteration:06d}" if self.opt["val"]["save_img"] else None)
         if means is None:
@@ -411,7 +411,7 @@ class Run:
         if own:
             self.source = resumed_from
             self.saver.relink(self.best)  # what a kill or going back left undone
-        self.log.open(self.folder / "log", self.iteration)
+        self.log.open(self.folder / "log", self.iteration, options.flatten(plain(self.opt)))
         record = self.folder / "options" / f"{Path(self.opt['opt_path']).stem}_{time.strftime('%y%m%d_%H%M%S')}.json"
         record.parent.mkdir(exist_ok=True)
         record.write_text(json.dumps(plain(self.opt), indent=2) + "\n", encoding="utf-8")
@@ -476,7 +476,7 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
     Raises: OptionError, CheckpointError (a user's mistake or a bad file, one line), NonFiniteLoss.
     """
     prepare_machine(opt)
-    log = RunLog()
+    log = RunLog(quiet=opt["log"]["quiet"], tensorboard=opt["log"]["tensorboard"])
     with contextlib.closing(log), StopRequest() as stop, contextlib.ExitStack() as stack:
         for text in (*preface, *(f"note     {notice}" for notice in notices)):
             log.line(text)
@@ -513,11 +513,11 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
         return 0
 
 
-def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, when: str, stopped: Callable[[], bool],
-             pictures: Path | None) -> dict[str, float] | None:
+def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, iteration: int | None,
+             stopped: Callable[[], bool], pictures: Path | None) -> dict[str, float] | None:
     """Metrics of every test set as {"<set>.<metric>": mean over its clips}; None when `stopped` says so.
 
-    Args: when: of the log line. pictures: beginning of the pictures' paths; None: no pictures.
+    Args: iteration: None when nothing is trained. pictures: beginning of the pictures' paths; None: no pictures.
     """
     means: dict[str, float] = {}
     for name, dataset in test_sets.items():
@@ -530,11 +530,13 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, when: 
             most = model.opt["val"]["num_img"]
             if pictures and model.shown and (most is None or len(clips) <= most):
                 clip = clip_name(sample).replace(os.sep, "_")
-                save_pictures(pictures.with_name(f"{pictures.name}_{name}_{clip}.png"), model.shown)
+                log.pictures(pictures.with_name(f"{pictures.name}_{name}_{clip}.png"), model.shown, f"{name}/{clip}",
+                             iteration)
         metrics = model.summarize(name, clips)
         means |= {f"{name}.{key}": value for key, value in metrics.items()}
         printed = {key: value for key, value in metrics.items() if model.is_printed(key)}
-        log.line(f"test     {when} {name}: {describe_metrics(printed, model.baseline_name)} "
+        when = "metrics " if iteration is None else f"test     {iteration:,}"
+        log.line(f"{when} {name}: {describe_metrics(printed, model.baseline_name)} "
                  f"({duration(time.monotonic() - began)})")
     return means
 
@@ -569,7 +571,7 @@ def differences(saved: Mapping, now: Mapping, most: int = 12) -> list[str]:
     if not options.is_ours(saved):
         return []
     a, b = options.flatten(saved), options.flatten(plain(now))
-    keys = [k for k in {**a, **b} if a.get(k) != b.get(k) and k != "opt_path" and not k.startswith("path.")]
+    keys = [k for k in {**a, **b} if a.get(k) != b.get(k) and k != "opt_path" and not k.startswith(("path.", "log."))]
     lines = [f"{k}: {json.dumps(a.get(k))} -> {json.dumps(b.get(k))}" for k in keys]
     return lines if len(lines) <= most else [*lines[:most], f"... and {len(lines) - most} more"]
 
