@@ -4,6 +4,7 @@
     python main.py -opt FILE --resume PATH                goes on from the checkpoint you name
     python main.py --resume PATH                          the same with the options in the checkpoint
     python main.py -opt FILE --set train.total_iter=1000  any option from the command line
+    python main.py -opt FILE --dry-run                    tries everything once, trains nothing
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import checkpoint
 import options
+import preflight
 from checkpoint import CheckpointError
 from data import DATASETS
 from infer import infer
@@ -38,12 +41,15 @@ def parser_for(flags: dict[str, str], **settings) -> argparse.ArgumentParser:
     stages.add_argument("--stage", metavar="NAME", help="train only this one of the file's stages")
     stages.add_argument("--run-all-stages", "--run_all_stages", action="store_true",
                         help="train all of them, each from the best of the one before; without either: the same")
-    parser.add_argument("--test", action="store_true", help="train nothing: test on the options' test sets, or with")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true",
+                         help="train nothing: try data, steps, a validation and a save once, and print a table")
+    instead.add_argument("--test", action="store_true", help="train nothing: test on the options' test sets, or with")
     parser.add_argument("--input", metavar="PATH", help="... on files of your own, e.g. a folder of frames")
     parser.add_argument("--output", metavar="FOLDER", help="... into this folder; a half-done one is gone on with")
     parser.add_argument("--truth", metavar="PATH", help="... and this is what they should be, for metrics")
-    parser.add_argument("--prove-resume", type=int, nargs="?", const=6, metavar="N",
-                        help="only run N steps straight and N steps with a kill, and say whether they end equal")
+    instead.add_argument("--prove-resume", type=int, nargs="?", const=6, metavar="N",
+                         help="only run N steps straight and N steps with a kill, and say whether they end equal")
     parser.add_argument("--quiet", action="store_true", help="print only warnings, errors and how it ended")
     parser.add_argument("--tensorboard", action="store_true", help="record also for TensorBoard, in log/tensorboard")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set any option")
@@ -123,12 +129,13 @@ def main(argv: list[str]) -> int:
             raise options.OptionError("--prove-resume needs an option file: -opt FILE")
         return prove(source, overrides, args.prove_resume, args.stage or next(iter(stages), None))
     command = resume_command(argv, saved=bool(tree))
+    launch = preflight.dry_run if args.dry_run else partial(train, check=preflight.look)
     if not args.test:
         if args.input or args.output or args.truth:
             raise options.OptionError("--input, --output and --truth go with --test")
         if stages:
             return train_stages(source, overrides, args.stage, resume=args.resume, init_from=args.init_from,
-                                fresh=args.fresh, command=command)
+                                fresh=args.fresh, command=command, launch=launch)
     if args.init_from:
         overrides.append(("path.init_from", args.init_from, "--init-from"))
     stage = args.stage or (stages[-1] if stages else None)
@@ -136,7 +143,7 @@ def main(argv: list[str]) -> int:
     if args.test:
         return infer(opt, notices, resume=args.resume, source=args.input, output=args.output, truth=args.truth,
                      command=shlex.join(["python", "main.py", *argv]))
-    return train(opt, notices, resume=args.resume, init_from=args.init_from, fresh=args.fresh, command=command)
+    return launch(opt, notices, resume=args.resume, init_from=args.init_from, fresh=args.fresh, command=command)
 
 
 if __name__ == "__main__":

@@ -464,7 +464,8 @@ class Run:
 
 
 def train(opt: options.Section, notices: list[str], *, resume: str | None = None, init_from: str | None = None,
-          fresh: bool = False, command: str = "", preface: Sequence[str] = ()) -> int:
+          fresh: bool = False, command: str = "", preface: Sequence[str] = (),
+          check: Callable[[Run], None] = lambda run: None) -> int:
     """Train as the options say, from where the run stands. Returns the exit code.
 
     Args:
@@ -472,7 +473,7 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
         resume: a checkpoint to go on from instead of the newest. init_from: what path.init_from was set to by hand:
             only a new run, or one that began with it, may go on.
         fresh: put away what the run has and begin anew. command: what resumes this run, to be printed.
-        preface: lines to be said first.
+        preface: lines to be said first. check: called before anything is made; may raise.
     Raises: OptionError, CheckpointError (a user's mistake or a bad file, one line), NonFiniteLoss.
     """
     prepare_machine(opt)
@@ -488,6 +489,7 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
             log.line(f"finished at iteration {run.iteration} of {opt['train']['total_iter']}: nothing left to do; "
                      "raise train.total_iter to go on")
             return 0
+        check(run)
         run.begin(source, fresh)
         run.report = stack.enter_context(RunReport(
             run.folder, run.models, log.line,
