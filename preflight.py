@@ -7,7 +7,6 @@ without it. `dry_run` tries everything once, in a process that trains nothing: s
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import resource
 import shutil
@@ -106,11 +105,13 @@ def times_due(run: Run, what: str) -> int:
 
 
 def nearest(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists. Raises: NotADirectoryError."""
-    path = path.absolute()
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "is no folder", str(path))
-    return path if path.is_dir() else nearest(path.parent)
+    """The path, or the nearest folder above it that exists. Raises: CheckpointError."""
+    for folder in (path.absolute(), *path.absolute().parents):
+        if folder.is_dir():
+            return folder
+        if folder.exists():
+            raise checkpoint.CheckpointError(f"{path}: can't be made: {folder} is no folder; is path.root right?")
+    raise AssertionError("there is a root")
 
 
 # ---------------------------------------------------------------- --dry-run
