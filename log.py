@@ -44,7 +44,7 @@ class RunLog:
         self.stream = stream or sys.stdout or open(os.devnull, "w")  # no stdout at all: closed by who started us
         if hasattr(self.stream, "reconfigure"):
             self.stream.reconfigure(errors="backslashreplace")  # a file's name may be in no encoding of the console
-        self.quiet, self.coloured = quiet, coloured(self.stream)
+        self.quiet = quiet
         self.live = not quiet and is_terminal(self.stream)
         self.drawn = False  # whether the progress line is on the screen
         self.file, self.folder = None, None
@@ -75,8 +75,7 @@ class RunLog:
         text = printable(text)
         word = text.split(" ", 1)[0]
         if not self.quiet or word in LOUD:
-            shown = paint(word, COLOURS[word]) + text[len(word):] if self.coloured and word in COLOURS else text
-            self._print(shown)
+            self._print(status(word, self.stream) + text[len(word):])
         self._record(text)
 
     def warn(self, text: str) -> None:
@@ -162,13 +161,11 @@ def is_terminal(stream) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def coloured(stream) -> bool:
-    """Whether colours help there: a terminal, and nobody who set NO_COLOR (no-color.org)."""
-    return is_terminal(stream) and not os.environ.get("NO_COLOR")
-
-
-def paint(word: str, colour: str) -> str:
-    return f"\x1b[{colour}m{word}\x1b[0m"
+def status(word: str, stream) -> str:
+    """A line's first word, in its colour where that helps: on a terminal, unless NO_COLOR is set (no-color.org)."""
+    if word not in COLOURS or not is_terminal(stream) or os.environ.get("NO_COLOR"):
+        return word
+    return f"\x1b[{COLOURS[word]}m{word}\x1b[0m"
 
 
 def width_of(stream) -> int:

@@ -21,6 +21,7 @@ import preflight
 from checkpoint import CheckpointError
 from data import DATASETS
 from infer import infer
+from log import status
 from models import MODELS, NETWORKS
 from prove import prove
 from stages import train_stages
@@ -149,9 +150,6 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (options.OptionError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except NonFiniteLoss as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except (options.OptionError, CheckpointError, NonFiniteLoss) as error:
+        print(f"{status('error:', sys.stderr)} {error}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, NonFiniteLoss) else 2)

@@ -89,7 +89,7 @@ def weigh(run: Run, size: int) -> Finding:
         saves = min(saves, keep["keep_last_n"] + 2)
     place = nearest(run.models)
     free = shutil.disk_usage(place).free
-    text = f"{saves} checkpoints of {in_units(size)} to come, {in_units(free)} free"
+    text = f"checkpoints to come: {saves} of {in_units(size)}, {in_units(free)} free"
     if free < saves * size:
         return "fail" if free < 2 * size else "warn", f"{text} on the disk of {place}: make room, or set " \
             "checkpoint.keep_last_n, or path.root to another disk"

@@ -124,6 +124,7 @@ def test_colours_only_on_status_words_of_a_terminal(terminal, monkeypatch, tmp_p
     for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
         monkeypatch.setenv(name, value)
         plain = terminal(80)
+        assert log_module.status("error:", plain.stream) == "error:"
         RunLog(plain.stream).line("warning  the disk is full")
         assert plain.read() == "warning  the disk is full\r\n"
         monkeypatch.delenv(name)
