@@ -14,6 +14,7 @@ import textwrap
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
+from functools import cache
 
 import options
 from data import DATASETS
@@ -111,6 +112,7 @@ def arguments_in(docstring: str, keys: Iterable[str]) -> dict[str, str]:
     return {key: text.strip() for names, text in zip(pieces[1::2], pieces[2::2]) for key in names.split(", ")}
 
 
+@cache
 def comments_in(kind: type) -> dict[str, str]:
     """The comment after each field of a dataclass, and after each argument of a constructor."""
     source = textwrap.dedent(inspect.getsource(kind))
