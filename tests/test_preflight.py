@@ -117,6 +117,14 @@ def test_a_dry_run_tries_all_and_leaves_nothing(tmp_path, options_of, capfd, mon
                                                     "train.total_iter")
 
 
+def test_every_stage_of_a_file_is_tried(tmp_path, options_of, capfd):
+    arguments = options_of(stages=[{"name": "one"}, {"name": "two", "train": {"total_iter": 4}}])
+    before = everything_in(tmp_path)
+    assert door.main([*arguments, "--dry-run"]) == 0 and everything_in(tmp_path) == before
+    said = capfd.readouterr().out
+    assert "ok   start      at iteration 0 of 9" in said and "ok   start      at iteration 0 of 4" in said
+
+
 def test_all_that_is_missing_is_told_at_once(tmp_path, options_of, capfd):
     code, table = dry_run(["-opt", str(ROOT / "options/train_vrt.json"), "--set", "datasets.train.dataroot_gt=nowhere",
                            "--set", "netG.spynet_path=none.pth", "--set", f"path.root={tmp_path}"], capfd)
