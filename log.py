@@ -130,9 +130,7 @@ class RunLog:
 
     def pictures(self, path: Path, pictures: Sequence[Tensor], tag: str, iteration: int | None) -> None:
         """Images (C, H, W) in [0, 1] of equal size, side by side: a PNG at `path`, and under `tag` for TensorBoard."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture = side_by_side(pictures)
-        write_picture(path, picture)
+        picture = save_pictures(path, pictures)
         self._draw(lambda board: board.picture(tag, picture, iteration))
 
     def _draw(self, what) -> None:
@@ -335,10 +333,13 @@ def number(value: float) -> str:
     return f"{value:.4e}" if value and (abs(value) < 1e-3 or abs(value) >= 1e5) else f"{value:.4f}"
 
 
-def side_by_side(pictures: Sequence[Tensor]) -> Tensor:
-    """Images (C, H, W) in [0, 1] of equal size as one."""
+def save_pictures(path: Path, pictures: Sequence[Tensor]) -> Tensor:
+    """Write images (C, H, W) in [0, 1] of equal size side by side as one PNG. Returns that (C, H, W)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     images = [picture.detach().float().cpu().clamp(0, 1) for picture in pictures]
-    return make_grid(images, nrow=len(images), padding=4, pad_value=1)
+    picture = make_grid(images, nrow=len(images), padding=4, pad_value=1)
+    write_picture(path, picture)
+    return picture
 
 
 def write_picture(path: Path, picture: Tensor) -> None:
