@@ -48,7 +48,7 @@ def infer(opt: options.Section, notices: list[str], *, resume: str | None = None
         model = kind(opt)
     except ValueError as error:
         raise options.OptionError(str(error)) from error
-    log = RunLog()
+    log = RunLog(quiet=opt["log"]["quiet"])
     with contextlib.closing(log), StopRequest() as stop:
         for notice in notices:
             log.line(f"note     {notice}")
@@ -59,7 +59,7 @@ def infer(opt: options.Section, notices: list[str], *, resume: str | None = None
             if not sets:
                 raise options.OptionError(f"{opt['opt_path']}: datasets.test: missing; or give --input and --output")
             pictures = model.save_dir.parent / "images" / "use" if opt["val"]["save_img"] else None
-            evaluate(model, sets, log, "", lambda: bool(stop.signal), pictures)
+            evaluate(model, sets, log, None, lambda: bool(stop.signal), pictures)
             return stop.exit_code
         return work(model, opt, source, Path(output), truth, log, stop, command)
 
@@ -69,9 +69,9 @@ def load(model: ModelBase, opt: Mapping[str, Any], resume: str | None, log: RunL
     if resume and Path(resume).is_file() and not resume.endswith(".json"):
         return model.load_use(checkpoint.load_file(resume), resume)  # exactly this file
     if resume:
-        found = checkpoint.locate(resume, log.line)
+        found = checkpoint.locate(resume, log.warn)
     else:
-        found = checkpoint.find_best(model.save_dir, log.line)
+        found = checkpoint.find_best(model.save_dir, log.warn)
         if found is None and opt["path"]["pretrained_netG"]:
             path = opt["path"]["pretrained_netG"]
             return model.load_use(checkpoint.load_file(path), path)

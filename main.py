@@ -4,6 +4,7 @@
     python main.py -opt FILE --resume PATH                goes on from the checkpoint you name
     python main.py --resume PATH                          the same with the options in the checkpoint
     python main.py -opt FILE --set train.total_iter=1000  any option from the command line
+    python main.py -opt FILE --dry-run                    tries everything once, trains nothing
     torchrun --nproc_per_node=2 main.py -opt FILE         several processes; scripts/train.slurm: several nodes
 """
 
@@ -14,14 +15,17 @@ import os
 import shlex
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 import checkpoint
 import distributed
 import options
+import preflight
 from checkpoint import CheckpointError
 from data import DATASETS
 from infer import infer
+from log import status
 from models import MODELS, NETWORKS
 from prove import prove
 from stages import train_stages
@@ -47,12 +51,17 @@ def parser_for(flags: dict[str, str], **settings) -> argparse.ArgumentParser:
     stages.add_argument("--stage", metavar="NAME", help="train only this one of the file's stages")
     stages.add_argument("--run-all-stages", "--run_all_stages", action="store_true",
                         help="train all of them, each from the best of the one before; without either: the same")
-    parser.add_argument("--test", action="store_true", help="train nothing: test on the options' test sets, or with")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true",
+                         help="train nothing: try data, steps, a validation and a save once, and print a table")
+    instead.add_argument("--test", action="store_true", help="train nothing: test on the options' test sets, or with")
     parser.add_argument("--input", metavar="PATH", help="... on files of your own, e.g. a folder of frames")
     parser.add_argument("--output", metavar="FOLDER", help="... into this folder; a half-done one is gone on with")
     parser.add_argument("--truth", metavar="PATH", help="... and this is what they should be, for metrics")
-    parser.add_argument("--prove-resume", type=int, nargs="?", const=6, metavar="N",
-                        help="only run N steps straight and N steps with a kill, and say whether they end equal")
+    instead.add_argument("--prove-resume", type=int, nargs="?", const=6, metavar="N",
+                         help="only run N steps straight and N steps with a kill, and say whether they end equal")
+    parser.add_argument("--quiet", action="store_true", help="print only warnings, errors and how it ended")
+    parser.add_argument("--tensorboard", action="store_true", help="record also for TensorBoard, in log/tensorboard")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set any option")
     for name in ("--dist", "--launcher", "--local-rank", "--local_rank"):  # KAIR's: torchrun says it all
         parser.add_argument(name, nargs="?", const=True, help=argparse.SUPPRESS)
@@ -67,6 +76,7 @@ def overrides_in(args: argparse.Namespace, flags: dict[str, str]) -> list[tuple[
     """What the command line sets, as (key path, value, where it was said)."""
     found = [(key, options.as_value(text), f"--{flag}") for flag, keys in flags.items()
              if (text := getattr(args, f"flag_{flag}")) is not None for key in options.as_list(keys)]
+    found += [(f"log.{key}", True, f"--{key}") for key in ("quiet", "tensorboard") if getattr(args, key)]
     for text in args.set:
         key, equals, value = text.partition("=")
         if not equals:
@@ -125,8 +135,8 @@ def main(argv: list[str]) -> int:
     if (args.dist or args.launcher) and not distributed.launched() and "WORLD_SIZE" not in os.environ:
         raise options.OptionError("--dist and --launcher: torchrun starts several processes: torchrun "
                                   "--nproc_per_node=2 main.py ..., or sbatch scripts/train.slurm ...")
-    if distributed.world_size() > 1 and (args.prove_resume is not None or args.input):
-        raise options.OptionError("--prove-resume and --input are the work of one process: leave torchrun out")
+    if distributed.world_size() > 1 and (args.prove_resume is not None or args.dry_run or args.input):
+        raise options.OptionError("--prove-resume, --dry-run and --input are for one process: leave torchrun out")
     stages = [] if tree else options.stage_names(source)
     if (args.stage or args.run_all_stages) and not stages:
         raise options.OptionError(f"{source}: has no stages; leave --stage and --run-all-stages out")
@@ -136,12 +146,13 @@ def main(argv: list[str]) -> int:
             raise options.OptionError("--prove-resume needs an option file: -opt FILE")
         return prove(source, overrides, args.prove_resume, args.stage or next(iter(stages), None))
     command = resume_command(argv, saved=bool(tree))
+    launch = preflight.dry_run if args.dry_run else partial(train, check=preflight.look)
     if not args.test:
         if args.input or args.output or args.truth:
             raise options.OptionError("--input, --output and --truth go with --test")
         if stages:
             return train_stages(source, overrides, args.stage, resume=args.resume, init_from=args.init_from,
-                                fresh=args.fresh, command=command)
+                                fresh=args.fresh, command=command, launch=launch)
     if args.init_from:
         overrides.append(("path.init_from", args.init_from, "--init-from"))
     stage = args.stage or (stages[-1] if stages else None)
@@ -149,7 +160,7 @@ def main(argv: list[str]) -> int:
     if args.test:
         return infer(opt, notices, resume=args.resume, source=args.input, output=args.output, truth=args.truth,
                      command=shlex.join([*distributed.launcher(), "main.py", *argv]))
-    return train(opt, notices, resume=args.resume, init_from=args.init_from, fresh=args.fresh, command=command)
+    return launch(opt, notices, resume=args.resume, init_from=args.init_from, fresh=args.fresh, command=command)
 
 
 def program(argv: list[str]) -> None:
@@ -162,7 +173,7 @@ def program(argv: list[str]) -> None:
             code = 0  # torchrun starts again what fails, and a stop that was asked for is no failure
     except (options.OptionError, CheckpointError, NonFiniteLoss) as error:
         if distributed.fail(f"error: {error}"):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"{status('error:', sys.stderr)} {error}", file=sys.stderr)
         code = 1 if isinstance(error, NonFiniteLoss) else 2
     except Exception as error:
         if distributed.fail(f"{type(error).__name__}: {error}"):

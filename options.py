@@ -15,6 +15,7 @@ import inspect
 import json
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -44,7 +45,7 @@ class Section(dict):
 class Path:
     root: str = "experiments"  # the run's folder is root/task
     pretrained_netG: str | None = None  # weights to start from when there is no checkpoint yet
-    pretrained_netE: str | None = None
+    pretrained_netE: str | None = None  # for its moving average; null: it begins as a copy of G
     init_from: str | None = None  # the same by name, where networks differ; --init-from and stages set it; "none": none
     models: str | None = None  # where checkpoints lie, and images, log and options below; null: in root/task/models
 
@@ -55,13 +56,19 @@ class Checkpoint:
     mode: Literal["epochs", "best"] = "epochs"  # best: of bundles only latest and best, as if name were null
     name: str | None = "epoch_{epoch:04d}.pt"  # of bundles; fields: epoch, iter; null: only the latest is kept
     latest: str | None = "latest.pt"  # names of hard links; in the split layout latest.json and best.json, to records
-    best: str | None = "best.pt"
+    best: str | None = "best.pt"  # null: no such link
     interrupted: str = "interrupted.pt"  # one slot, which the next regular save removes
     keep_last_n: int | None = None  # how many to keep; null keeps all; never the best or the newest are dropped
     best_metric: str | None = None  # a column of test.csv, or its end ("psnr"); null: what the model says
-    best_mode: Literal["max", "min"] | None = None
+    best_mode: Literal["max", "min"] | None = None  # which is better; needed with a best_metric of your own
     on_save_error: Literal["stop", "warn"] = "stop"  # warn: go on and try again at the next interval
     background: Literal["auto"] | bool = field(default="auto", metadata={"key": "async"})  # auto: with CUDA
+
+
+@dataclass
+class Log:
+    quiet: bool = False  # print only warnings, errors and how it ended; the files get everything
+    tensorboard: bool = False  # also for TensorBoard, in log/tensorboard; needs the extra "tensorboard"
 
 
 @dataclass
@@ -71,17 +78,18 @@ class Top:
     task: str  # the run's name
     model: str  # a row of models.MODELS
     datasets: dict  # {"train": {...}, "test": {...}}
-    netG: dict
+    netG: dict  # {"net_type": ..., and its keys}
     train: dict
-    description: str = ""
+    description: str = ""  # for people
     scale: int = 1  # upscaling factor, handed to every dataset
-    n_channels: int = 3
+    n_channels: int = 3  # of an image, handed to every dataset
     device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:N"
     num_threads: int | None = None  # CPU threads; part of what exact means, so pin it where machines differ
     deterministic: bool = False  # CUDA: only deterministic kernels, an error where there is none
     val: dict = field(default_factory=dict)
     path: dict = field(default_factory=dict)
     checkpoint: dict = field(default_factory=dict)
+    log: dict = field(default_factory=dict)
     cli: dict = field(default_factory=dict)  # {"flag": "key.path"}: short flags of this file
     stages: list[dict] = field(default_factory=list)  # {"name", "init_from", keys of this file to override} each
     stage: str | None = None  # which of them this run is
@@ -96,12 +104,12 @@ class Top:
 class Loader:
     """Keys of a `datasets` entry that are the loader's, not the dataset's."""
 
-    dataset_type: str
-    phase: str = ""
-    name: str | None = None
+    dataset_type: str  # a row of data.DATASETS
+    phase: str = ""  # "train" or "test"; the entry's own name says it
+    name: str | None = None  # for people
     dataloader_batch_size: int = 1  # samples per optimizer step over all processes
-    dataloader_num_workers: int = 0
-    dataloader_shuffle: bool = True
+    dataloader_num_workers: int = 0  # processes that read; 0: the training itself; results are the same
+    dataloader_shuffle: bool = True  # another order each epoch, from manual_seed
 
 
 # Flags that every option file has; its own `cli` table adds to them or points them elsewhere.
@@ -264,7 +272,8 @@ def schema_of(component: Callable) -> Schema:
         return {f.metadata.get("key", f.name): (hints[f.name], default_of(f)) for f in fields(component)}
     hints = typing.get_type_hints(component.__init__)
     parameters = list(inspect.signature(component.__init__).parameters.values())[1:]
-    return {p.name: (hints.get(p.name, Any), p.default) for p in parameters if p.kind is not p.VAR_KEYWORD}
+    return {p.name: (hints.get(p.name, Any), p.default) for p in parameters
+            if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
 
 
 def default_of(item) -> Any:
@@ -416,7 +425,7 @@ def parse(path: str, overrides: Iterable[tuple[str, Any, str]], models: Table, n
     top = schema_of(Top) | {k: (dict, None) for k in tree if k.startswith("net") and isinstance(tree[k], dict)}
     opt = with_defaults(check(tree, top, "", where, notices), top)
     model = resolve(models, opt["model"], f"{where('model')}: model")
-    for name, schema in (("path", schema_of(Path)), ("checkpoint", schema_of(Checkpoint)),
+    for name, schema in (("path", schema_of(Path)), ("checkpoint", schema_of(Checkpoint)), ("log", schema_of(Log)),
                          ("train", schema_of(model.TrainOptions)), ("val", schema_of(model.ValOptions))):
         opt[name] = with_defaults(check(opt[name], schema, name, where, notices), schema)
     for name in [k for k in opt if k.startswith("net") and opt[k] is not None]:
@@ -516,3 +525,11 @@ def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["reference"]:
+        sys.exit("usage: python -m options reference > docs/options.md")
+    from reference import reference
+
+    sys.stdout.write(reference())

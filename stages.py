@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ Override = tuple[str, Any, str]
 
 
 def train_stages(option_file: str, overrides: Iterable[Override], only: str | None = None, *, resume: str | None = None,
-                 init_from: str | None = None, fresh: bool = False, command: str = "") -> int:
+                 init_from: str | None = None, fresh: bool = False, command: str = "",
+                 launch: Callable[..., int] = train) -> int:
     """Train every stage of a file, or one; what is finished is not repeated. Returns the exit code.
 
     A stage begins with the best weights of the one before, unless its `init_from` says other.
@@ -31,6 +32,7 @@ def train_stages(option_file: str, overrides: Iterable[Override], only: str | No
     Args:
         only: name of a stage; None: all. resume: a checkpoint, with whose stage to go on. init_from: weights for the
             first of these stages. fresh: put away what they have. command: what goes on, to be printed.
+        launch: what to do with each, as `train`.
     Raises: OptionError, CheckpointError: one line, before anything is trained; NonFiniteLoss.
     """
     chain = options.stage_names(option_file)
@@ -55,9 +57,9 @@ def train_stages(option_file: str, overrides: Iterable[Override], only: str | No
             opt, notices = parsed[name]
             said = resolve_origin(name, chain, opts)
             first = name == names[0]
-            code = train(opt, notices, resume=resume if first else None, init_from=init_from if first else None,
-                         fresh=fresh, command=command, preface=[f"stage    {name}, {chain.index(name) + 1} of "
-                                                                f"{len(chain)}{said}", *table(option_file, name, opt)])
+            code = launch(opt, notices, resume=resume if first else None, init_from=init_from if first else None,
+                          fresh=fresh, command=command, preface=[f"stage    {name}, {chain.index(name) + 1} of "
+                                                                 f"{len(chain)}{said}", *table(option_file, name, opt)])
             if code:
                 return code
     return 0

@@ -42,6 +42,10 @@ class Silence:
 
     live = False
 
+    def pictures(self, path: Path, pictures: Sequence[torch.Tensor], *_: Any) -> None:
+        """Each process writes those of its own clips."""
+        save_pictures(path, pictures)
+
     def __getattr__(self, name: str) -> Callable:
         return lambda *args, **kwargs: None
 
@@ -195,13 +199,13 @@ class Run:
             source = checkpoint.find_newest(self.models, self.log.line)
             return checkpoint.locate(resume, self.log.line) if resume and not source else source
         if resume:
-            return checkpoint.locate(resume, self.log.line)
+            return checkpoint.locate(resume, self.log.warn)
         if (named := self.opt["train"]["resume_checkpoint"]) and (init_from or fresh):
             raise CheckpointError(f"{'--fresh' if fresh else '--init-from'} starts at iteration 0, but "
                                   f"train.resume_checkpoint is {named}; leave one of them out")
         if fresh:
             return None
-        source = checkpoint.find_newest(self.models, self.log.line)
+        source = checkpoint.find_newest(self.models, self.log.warn)
         if source is None and checkpoint.has_traces(self.models):
             raise CheckpointError(f"{self.models}: there are checkpoints, but none is usable; name another one with "
                                   "--resume, or begin anew with --fresh")
@@ -384,7 +388,7 @@ class Run:
         if self.opt["checkpoint"]["on_save_error"] == "stop":
             raise CheckpointError(f"{self.models}: {problem}; older checkpoints are intact") from None
         self.saved_at = None
-        self.log.line(f"warning  {problem}; the next interval tries again")
+        self.log.warn(f"{problem}; the next interval tries again")
 
     def check_finite(self) -> None:
         """Stop at a NaN or infinite loss. Looks at all steps since the last look: the device is waited for rarely."""
@@ -440,7 +444,7 @@ class Run:
         for network in self.model.networks.values():
             distributed.share_buffers(network)
         with checkpoint.rng_untouched():
-            means = evaluate(self.model, self.test_sets, self.log, f"{self.iteration:,}",
+            means = evaluate(self.model, self.test_sets, self.log, self.iteration,
                              lambda: bool(stop.signal) and not last,
                              self.folder / "images" / f"{self.iteration:06d}" if self.opt["val"]["save_img"] else None)
         if means is None:
@@ -477,7 +481,7 @@ class Run:
         if own:
             self.source = resumed_from
             self.saver.relink(self.best)  # what a kill or going back left undone
-        self.log.open(self.folder / "log", self.iteration)
+        self.log.open(self.folder / "log", self.iteration, options.flatten(plain(self.opt)))
         record = self.folder / "options" / f"{Path(self.opt['opt_path']).stem}_{time.strftime('%y%m%d_%H%M%S')}.json"
         record.parent.mkdir(exist_ok=True)
         record.write_text(json.dumps(plain(self.opt), indent=2) + "\n", encoding="utf-8")
@@ -531,7 +535,8 @@ class Run:
 
 
 def train(opt: options.Section, notices: list[str], *, resume: str | None = None, init_from: str | None = None,
-          fresh: bool = False, command: str = "", preface: Sequence[str] = ()) -> int:
+          fresh: bool = False, command: str = "", preface: Sequence[str] = (),
+          check: Callable[[Run], None] = lambda run: None) -> int:
     """Train as the options say, from where the run stands. Returns the exit code.
 
     Args:
@@ -539,11 +544,12 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
         resume: a checkpoint to go on from instead of the newest. init_from: what path.init_from was set to by hand:
             only a new run, or one that began with it, may go on.
         fresh: put away what the run has and begin anew. command: what resumes this run, to be printed.
-        preface: lines to be said first.
+        preface: lines to be said first. check: called before anything is made; may raise.
     Raises: OptionError, CheckpointError (a user's mistake or a bad file, one line), NonFiniteLoss.
     """
     prepare_machine(opt)
-    log = RunLog() if distributed.is_main() else Silence()
+    told = opt["log"]
+    log = RunLog(quiet=told["quiet"], tensorboard=told["tensorboard"]) if distributed.is_main() else Silence()
     with contextlib.closing(log), StopRequest() as stop, contextlib.ExitStack() as stack:
         for text in (*preface, *(f"note     {notice}" for notice in notices)):
             log.line(text)
@@ -555,6 +561,7 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
             log.line(f"finished at iteration {run.iteration} of {opt['train']['total_iter']}: nothing left to do; "
                      "raise train.total_iter to go on")
             return 0
+        check(run)
         distributed.from_main(lambda: run.begin(source, fresh))
         run.report = stack.enter_context(RunReport(
             run.folder, run.models, log.line,
@@ -580,13 +587,13 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
         return 0
 
 
-def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, when: str, stopped: Callable[[], bool],
-             pictures: Path | None) -> dict[str, float] | None:
+def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, iteration: int | None,
+             stopped: Callable[[], bool], pictures: Path | None) -> dict[str, float] | None:
     """Metrics of every test set as {"<set>.<metric>": mean over its clips}; None when `stopped` says so.
 
     Several processes share the clips, and each writes the pictures of its own.
 
-    Args: when: of the log line. pictures: beginning of the pictures' paths; None: no pictures.
+    Args: iteration: None when nothing is trained. pictures: beginning of the pictures' paths; None: no pictures.
     """
     means: dict[str, float] = {}
     for name, dataset in test_sets.items():
@@ -603,7 +610,8 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, when: 
                 clips.append(model.validate(sample))
                 if pictures and model.shown and (most is None or index < most):
                     clip = clip_name(sample).replace(os.sep, "_")
-                    save_pictures(pictures.with_name(f"{pictures.name}_{name}_{clip}.png"), model.shown)
+                    path = pictures.with_name(f"{pictures.name}_{name}_{clip}.png")
+                    log.pictures(path, model.shown, f"{name}/{clip}", iteration)
         everyones = distributed.gather(clips)
         if None in everyones:
             return None
@@ -612,7 +620,8 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, when: 
         metrics = summarize() if model.shares_tests else distributed.from_main(summarize)
         means |= {f"{name}.{key}": value for key, value in metrics.items()}
         printed = {key: value for key, value in metrics.items() if model.is_printed(key)}
-        log.line(f"test     {when} {name}: {describe_metrics(printed, model.baseline_name)} "
+        when = "metrics " if iteration is None else f"test     {iteration:,}"
+        log.line(f"{when} {name}: {describe_metrics(printed, model.baseline_name)} "
                  f"({duration(time.monotonic() - began)})")
     return means
 
@@ -647,7 +656,7 @@ def differences(saved: Mapping, now: Mapping, most: int = 12) -> list[str]:
     if not options.is_ours(saved):
         return []
     a, b = options.flatten(saved), options.flatten(plain(now))
-    keys = [k for k in {**a, **b} if a.get(k) != b.get(k) and k != "opt_path" and not k.startswith("path.")]
+    keys = [k for k in {**a, **b} if a.get(k) != b.get(k) and k != "opt_path" and not k.startswith(("path.", "log."))]
     lines = [f"{k}: {json.dumps(a.get(k))} -> {json.dumps(b.get(k))}" for k in keys]
     return lines if len(lines) <= most else [*lines[:most], f"... and {len(lines) - most} more"]
 

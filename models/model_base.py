@@ -33,10 +33,10 @@ class ModelBase:
         total_iter: int = 300_000  # optimizer steps of G in the whole run
         total_epochs: int | None = None  # if given, counts instead of total_iter
         checkpoint_print: int = 200  # intervals in iterations
-        checkpoint_save: int = 5000
-        checkpoint_test: int = 5000
+        checkpoint_save: int = 5000  # a checkpoint; the last iteration always is one
+        checkpoint_test: int = 5000  # a validation; the last iteration always is one
         save_interval: int | None = None  # the same in epochs; if given, they count instead
-        eval_interval: int | None = None
+        eval_interval: int | None = None  # as save_interval, for validations
         resume_checkpoint: str | None = None  # go on from this once, as --resume does; then from the run's own newest
         manual_seed: int = 0  # fixed, so that a run killed before its first checkpoint is repeated as it was
         on_nan: Literal["stop", "skip"] = "stop"  # skip: leave such a step out and count it

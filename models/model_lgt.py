@@ -133,7 +133,7 @@ class ModelLGT(ModelPlain):
         self.epoch = 0  # the one in progress or just finished, from 1
         self.sums: dict[str, Tensor] = {}  # of the epoch's losses
         self.count, self.began = 0, time.monotonic()
-        self.launch_log = self.save_dir.parent / "logs" / f"training_{time.strftime('%Y%m%d_%H%M%S')}.csv"
+        self.launched = time.strftime("%Y%m%d_%H%M%S")
 
     def define_loss(self) -> None:
         keys = ("w_style", "w_content", "patch_size", "num_projections", "max_samples", "max_spatial_samples",
@@ -268,9 +268,10 @@ class ModelLGT(ModelPlain):
             means = {f"loss_{name}": float(total) / self.count for name, total in self.sums.items()}
             row = [self.epoch, *(f"{means[name]:.6f}" for name in COLUMNS[1:4]),
                    f"{next_rate:.2e}", f"{time.monotonic() - self.began:.2f}"]
-            self.launch_log.parent.mkdir(parents=True, exist_ok=True)
-            new = not self.launch_log.exists()
-            with open(self.launch_log, "a", newline="", encoding="utf-8") as file:
+            path = self.save_dir.parent / "logs" / f"training_{self.launched}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new = not path.exists()
+            with open(path, "a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([COLUMNS, row] if new else [row])
         self.sums, self.count, self.began = {}, 0, time.monotonic()
 

@@ -31,18 +31,18 @@ class ModelPlain(ModelBase):
 
         E_decay: float = 0.0  # moving average of G, usually 0.999; 0 is off
         G_optimizer_type: Literal["adam", "adamw"] = "adam"
-        G_optimizer_lr: float = 1e-4
+        G_optimizer_lr: float = 1e-4  # learning rate at the start of the schedule
         G_optimizer_betas: tuple[float, float] = (0.9, 0.999)
-        G_optimizer_wd: float = 0.0
+        G_optimizer_wd: float = 0.0  # weight decay
         G_optimizer_clipgrad: float | None = None  # largest norm of the whole gradient
         G_scheduler_type: Literal["MultiStepLR", "CosineAnnealingWarmRestarts", "constant"] = "constant"
-        G_scheduler_milestones: list[int] = field(default_factory=list)
-        G_scheduler_gamma: float = 0.1
+        G_scheduler_milestones: list[int] = field(default_factory=list)  # iterations after which MultiStepLR multiplies
+        G_scheduler_gamma: float = 0.1  # by this
         G_scheduler_periods: int | None = None  # first cosine period in iterations; null: the whole run
         G_scheduler_restart_weights: int = 1  # each period is this many times the one before
-        G_scheduler_eta_min: float = 0.0
+        G_scheduler_eta_min: float = 0.0  # the lowest learning rate of a cosine
         G_param_strict: bool = True  # of path.pretrained_netG; of path.init_from: refuse tensors of another shape
-        E_param_strict: bool = True
+        E_param_strict: bool = True  # of path.pretrained_netE
 
     @dataclass
     class TrainOptions(StepOptions):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import checkpoint
+import main as door
 import options
 from checkpoint_cli import main as ask
 from data import DATASETS
@@ -177,11 +178,9 @@ def test_killed_between_the_stages_the_second_begins_with_the_same_best(straight
 
 
 def test_a_stop_ends_the_chain(tmp_path, monkeypatch, capsys):
-    import stages
-
-    monkeypatch.setattr(stages, "train", lambda *args, **kwargs: 143)
+    monkeypatch.setattr(door, "train", lambda *args, **kwargs: 143)
     assert run("-opt", option_file(tmp_path)) == 143
-    monkeypatch.setattr(stages, "train", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM) or 0)
+    monkeypatch.setattr(door, "train", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM) or 0)
     assert run("-opt", option_file(tmp_path), "--run-all-stages") == 143  # a signal that no run saw
     assert "before stage two; go on with: python main.py -opt" in capsys.readouterr().out
 

@@ -317,7 +317,7 @@ def test_results_of_other_weights_are_kept_apart(trained, tmp_path):
 def test_the_options_test_sets_are_tested_without_input(trained, capsys):
     path, _ = trained
     assert run("-opt", path, "--test") == 0
-    assert "test      test: psnr" in capsys.readouterr().out
+    assert "metrics  test: psnr" in capsys.readouterr().out
 
 
 def test_without_weights_it_says_so(tmp_path):

@@ -1,0 +1,42 @@
+"""The pages in docs/: the reference is what the code says, links lead somewhere, and the commands exist."""
+
+import re
+import shlex
+
+import pytest
+
+import main as door
+import options
+from reference import arguments_in, reference
+from tests.conftest import ROOT
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def test_the_reference_is_what_the_code_checks():
+    text = reference()
+    assert (ROOT / "docs" / "options.md").read_text() == text, "run: python -m options reference > docs/options.md"
+    for kind in (options.Top, options.Path, options.Checkpoint, options.Log, options.Loader):
+        for key in options.schema_of(kind):
+            assert f"\n| `{key}` |" in text
+
+
+def test_entries_of_a_docstring():
+    doc = "A class.\n\nArgs:\n    a: the first, which\n        goes on. b, c: both.\nReturns: d: nothing."
+    assert arguments_in(doc, ["a", "b", "c", "d"]) == {"a": "the first, which goes on.", "b": "both.", "c": "both."}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_commands_are_taken(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+    known = door.parser_for(options.FLAGS)
+    for line in re.findall(r"^    python main\.py (.*)$", text, re.MULTILINE):
+        words = [word for word in shlex.split(re.split(r"\s{3,}", line)[0])]
+        file = next((words[i + 1] for i, word in enumerate(words) if word == "-opt"), None)
+        flags = options.FLAGS | (options.cli_table(str(ROOT / file)) if file and (ROOT / file).exists() else {})
+        known = door.parser_for(flags, exit_on_error=False)
+        known.parse_args(words)
+        for key in re.findall(r"--set (\w[\w.]*)=", line):
+            assert key.split(".")[0] in options.schema_of(options.Top), line
