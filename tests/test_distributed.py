@@ -184,7 +184,7 @@ def test_nan_in_one_process_makes_all_leave_the_step_out(tmp_path):
     (["--set", "datasets.train.dataloader_batch_size=5"], "a batch of 5 can't be shared by 2 processes"),
     (["--set", "train.total_iters=5"], "did you mean 'total_iter'?"),
     (["--frsh"], "unrecognized arguments: --frsh"),
-    (["--prove-resume"], "are for one process: leave torchrun out")], ids=lambda x: x[-1] if isinstance(x, list) else "")
+    (["--prove-resume"], "for one process: leave torchrun out")], ids=lambda x: x[-1] if isinstance(x, list) else "")
 def test_a_mistake_is_one_line(tmp_path, words, complaint):
     codes, said, _ = failed(tmp_path, [], *words)
     assert 2 in codes and said.count("error:") == 1 and complaint in said and "Traceback" not in said
