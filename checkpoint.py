@@ -681,6 +681,9 @@ def timestamp() -> str:
 
 
 if __name__ == "__main__":
+    import signal
+
     from checkpoint_cli import main
 
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when piped into head
     sys.exit(main(sys.argv[1:]))

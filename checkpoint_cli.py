@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -57,7 +56,6 @@ def main(argv: list[str]) -> int:
             one.add_argument("out", type=Path, metavar="OUT", help="a folder for kair, else a file")
             one.add_argument("--network", help="which weights: G, E, ...; without it E where there is one, else G")
     args = vars(parser.parse_args(argv))
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when piped into head
     try:
         return args.pop("command")(**args)
     except (CheckpointError, OSError) as error:

@@ -352,6 +352,9 @@ def write_picture(path: Path, picture: Tensor) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] != ["report"]:
         sys.exit("usage: python -m log report RUN [RUN ...]")
+    import signal
+
     from report import main
 
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when piped into head
     sys.exit(main(sys.argv[2:]))

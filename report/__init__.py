@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import platform
-import signal
 import socket
 import sys
 import time
@@ -152,7 +151,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE",
                         help="default: log/report.html of the run; of several, comparison.html here")
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     folders = [one for folder in args.runs for one in stages_of(folder)]
     out = args.out or (folders[0] / "log/report.html" if len(folders) == 1 else Path("comparison.html"))
     try:
