@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from torch import Tensor
-from torchvision.io import encode_jpeg, encode_png
-from torchvision.utils import make_grid
 
 from durable import save_file
 from options import OptionError
@@ -335,6 +333,8 @@ def number(value: float) -> str:
 
 def save_pictures(path: Path, pictures: Sequence[Tensor]) -> Tensor:
     """Write images (C, H, W) in [0, 1] of equal size side by side as one PNG. Returns that (C, H, W)."""
+    from torchvision.utils import make_grid  # takes longer to import than torch; not all commands draw
+
     path.parent.mkdir(parents=True, exist_ok=True)
     images = [picture.detach().float().cpu().clamp(0, 1) for picture in pictures]
     picture = make_grid(images, nrow=len(images), padding=4, pad_value=1)
@@ -344,6 +344,8 @@ def save_pictures(path: Path, pictures: Sequence[Tensor]) -> Tensor:
 
 def write_picture(path: Path, picture: Tensor) -> None:
     """Write an image (C, H, W) in [0, 1] as a PNG, or a JPEG by its name, that is complete or not there."""
+    from torchvision.io import encode_jpeg, encode_png
+
     image = (picture.detach().float().cpu().clamp(0, 1) * 255).round().byte()
     encoded = encode_jpeg(image, quality=95) if path.suffix == ".jpg" else encode_png(image)
     save_file(path, encoded.numpy().tobytes())

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
-from torchvision.io import ImageReadMode, decode_image, encode_jpeg
 
 from checkpoint import CheckpointSet, Layout, find_sets
 from checkpoint_cli import models_of
@@ -258,6 +257,8 @@ def data_uri(path: Path) -> str:
     """A picture to be embedded, made smaller where it is large. Raises RuntimeError when it is none."""
     content, kind = path.read_bytes(), "jpeg" if path.suffix == ".jpg" else "png"
     if len(content) > AS_IT_IS:
+        from torchvision.io import ImageReadMode, decode_image, encode_jpeg
+
         image = decode_image(str(path), ImageReadMode.RGB)  # (3, H, W)
         if image.shape[2] > PICTURE_WIDTH:
             size = max(1, round(image.shape[1] * PICTURE_WIDTH / image.shape[2])), PICTURE_WIDTH
