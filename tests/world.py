@@ -140,7 +140,8 @@ def losses(folder):
 def recipe(kind, folder, name, train=None, **over):
     """An option file of a recipe, small: 6 steps, a checkpoint every 2, a validation every 3."""
     tree = {"extends": str(ROOT / f"options/train_{kind.split()[0]}.json"), "task": name, "num_threads": 1,
-            "stages": [], "path": {"root": str(folder), "models": None}, "val": {"save_img": False}, "checkpoint": {"layout": "split"}, "train": {}}
+            "stages": [], "path": {"root": str(folder), "models": None}, "val": {"save_img": False},
+            "checkpoint": {"layout": "split"}, "train": {}}
     tree = options.merge(tree, RECIPES[kind], {}, "")
     data = {"train": {"dataloader_batch_size": BATCH}}
     steps = {"total_epochs": None, "total_iter": 6, "save_interval": None, "eval_interval": None,
