@@ -21,7 +21,7 @@ import train
 from checkpoint import CheckpointError, Layout, Saver, Snapshot
 from durable import FolderLock
 from models.model_plain import ModelPlain
-from tests import tiny
+from tests import tiny, world
 from tests.conftest import ROOT, run_main, write_json
 from tests.test_checkpoint import parts
 from tests.test_exact import final, run, stopped_at
@@ -256,9 +256,7 @@ def test_a_kill_between_a_commit_and_its_links_is_put_right_at_the_next_start(tm
 
 
 def test_prove_resume_says_exact_on_the_users_own_options(tmp_path):
-    from tests.test_resume import recipe_in
-
-    done = run_main("-opt", recipe_in(tmp_path)("run"), "--prove-resume", "4")
+    done = run_main("-opt", world.recipe("vqvae", tmp_path, "run"), "--prove-resume", "4")
     assert done.returncode == 0, done.stderr
     assert "4 steps straight, and 4 steps killed after step 2" in done.stdout
     assert "parts of the state are equal" in done.stdout or "are equal, bit for bit" in done.stdout
