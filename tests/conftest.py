@@ -33,8 +33,7 @@ def tiny_tables(monkeypatch):
     """The rows of tests/tiny.py, for runs in this process."""
     from tests import tiny
 
-    for table, name, row in tiny.ROWS:
-        monkeypatch.setitem(table, name, row)
+    tiny.add_rows(monkeypatch)
 
 
 def run_main(*arguments, cwd=ROOT, timeout=240, **kwargs):

@@ -24,8 +24,7 @@ def runs(tmp_path_factory):
     """Two equal runs in different layouts and one with another seed."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        for table, name, row in tiny.ROWS:
-            patch.setitem(table, name, row)
+        tiny.add_rows(patch)
         for name, keep, seed in (("split", {}, 0), ("bundle", {"layout": "bundle", "keep_last_n": 2}, 0), ("c", {}, 1)):
             tree = tiny.options(folder, name, checkpoint=keep, train={"manual_seed": seed})
             assert run("-opt", write_json(folder / f"{name}.json", tree)) == 0

@@ -47,8 +47,7 @@ def straight(tmp_path_factory):
     """Both stages, never stopped."""
     folder = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
-        for table, name, row in tiny.ROWS:
-            patch.setitem(table, name, row)
+        tiny.add_rows(patch)
         assert run("-opt", option_file(folder), "--run-all-stages") == 0
     return folder / "run"
 
