@@ -172,7 +172,10 @@ def mask_each_time(self, x):
     window = tuple(min(s, w) for s, w in zip(size, self.window))
     shift = tuple(w // 2 if s > w else 0 for s, w in zip(size, self.window))
     for i, block in enumerate(self.blocks):
-        x = block(x, window, shift, vrt.shift_mask(size, window, shift, x) if i % 2 and any(shift) else None)
+        mask = None
+        if i % 2 and any(shift):
+            mask = vrt.shift_mask(vrt.shift_regions(size, window, shift, x.device), x)
+        x = block(x, window, shift, mask)
     return x
 
 

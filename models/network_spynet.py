@@ -70,7 +70,8 @@ def sample(x: Tensor, columns: Tensor, rows: Tensor, mode: str = "bilinear", pad
 
 def exact(x: Tensor) -> bool:
     """Whether kernels that add in any order are to be left alone; grid_sample and deform_conv2d have such on CUDA."""
-    return x.is_cuda and torch.are_deterministic_algorithms_enabled()
+    return (x.is_cuda and torch.are_deterministic_algorithms_enabled()
+            and not torch.is_deterministic_algorithms_warn_only_enabled())  # which is to name them
 
 
 def sample_by_gather(x: Tensor, columns: Tensor, rows: Tensor, mode: str = "bilinear",
@@ -86,8 +87,9 @@ def sample_by_gather(x: Tensor, columns: Tensor, rows: Tensor, mode: str = "bili
     for column, across in ((left, 1 - (columns - left)), (left + 1, columns - left)):
         for row, down in ((top, 1 - (rows - top)), (top + 1, rows - top)):
             inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            index = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()  # (N, h, w)
-            index = index.flatten(1)[:, None].expand(-1, x.shape[1], -1)  # (N, C, h*w)
+            # a NaN would be no index at all, which ends the process on CUDA; as a factor it is still NaN below
+            line, at = (t.clamp(0, size - 1).nan_to_num().long() for t, size in ((row, height), (column, width)))
+            index = (line * width + at).flatten(1)[:, None].expand(-1, x.shape[1], -1)  # (N, C, h*w)
             value = x.flatten(2).gather(2, index).unflatten(2, columns.shape[1:])
             total = total + value * (across * down * inside)[:, None]
     return total

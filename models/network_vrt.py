@@ -41,26 +41,70 @@ def from_windows(x: Tensor, window: Size, size: Size) -> Tensor:
     return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(x.shape[0], d, h, w, x.shape[-1])
 
 
-def shift_mask(size: Size, window: Size, shift: Size, like: Tensor) -> Tensor:
-    """(K, N, N): -100 between tokens that only the cyclic shift made neighbours, else 0."""
+def shift_regions(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
+    """(K, N), 0 to 7: tokens of a window that only the cyclic shift made neighbours have different numbers."""
     padded = [s + -s % w for s, w in zip(size, window)]
     # True where a token came round the edge
-    d, h, w = (torch.arange(p, device=like.device) >= p - s for p, s in zip(padded, shift))
+    d, h, w = (torch.arange(p, device=device) >= p - s for p, s in zip(padded, shift))
     region = 4 * d[:, None, None] + 2 * h[:, None] + w
-    region = to_windows(region[None, ..., None], window)[0, ..., 0]  # (K, N)
-    return (region[:, :, None] != region[:, None, :]).to(like.dtype) * -100
+    return to_windows(region[None, ..., None], window)[0, ..., 0]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, biases: Sequence[Tensor], fused: bool) -> Tensor:
-    """softmax(q k^T * scale + biases) v over (..., h, N, C); each bias broadcasts to (..., h, N, N)."""
-    if fused:  # never stores N x N; slower on CPU at all of VRT's sizes
-        bias = sum(biases).expand(*q.shape[:-1], q.shape[-2]).flatten(0, -4) if biases else None
-        q, k, v = (t.flatten(0, -4) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    scores = (q * scale) @ k.transpose(-2, -1)
+def shift_mask(regions: Tensor, like: Tensor) -> Tensor:
+    """(K, N) -> (K, N, N): -100 between tokens of different regions, else 0."""
+    return (regions[:, :, None] != regions[:, None, :]).to(like.dtype) * -100
+
+
+def shift_code(regions: Tensor, scale: float) -> Tensor:
+    """(K, N) -> (K, N, 3, 2): what to append to the channels of q, k and v to get shift_mask's effect.
+
+    Regions are eight points of a circle. A point times itself exceeds its product with the next one by 100, so scores
+    within a region are 100 or more above those across. Softmax ignores what all scores of a query have in common.
+    """
+    angle, radius = regions * (math.pi / 4), math.sqrt(100 / (1 - math.cos(math.pi / 4)))
+    code = radius * torch.stack((angle.cos(), angle.sin()), dim=-1)
+    return torch.stack((code / scale, code, torch.zeros_like(code)), dim=-2)
+
+
+def fused(x: Tensor) -> bool:
+    """Tell whether attention never stores N x N of a window: on CUDA. On CPU that is slower at all of VRT's sizes."""
+    return x.is_cuda
+
+
+def attention(qkv: Tensor, scale: float, biases: Sequence[Tensor] = (), swap: bool = False) -> Tensor:
+    """softmax(q k^T * scale + biases) v, each bias broadcast to (..., h, N, N); stores N x N.
+
+    qkv (..., N, 3, h, C) -> (..., N, h, C). With swap each frame (axis 2) has the queries of the other.
+    """
+    q, k, v = qkv.transpose(-4, -2).unbind(-3)  # (..., h, N, C)
+    scores = ((q.flip(2) if swap else q) * scale) @ k.transpose(-2, -1)
     for bias in biases:
         scores += bias
-    return scores.softmax(dim=-1) @ v
+    return (scores.softmax(dim=-1) @ v).transpose(-3, -2)
+
+
+def fused_attention(qkv: Tensor, scale: float, bias: Tensor | None = None, code: Tensor | None = None,
+                    swap: bool = False) -> Tensor:
+    """The same without storing N x N of any window, where `fused` is true.
+
+    A fused kernel takes only heads of whole 16 bytes, and a bias of q's type. So heads are padded with zeros, and the
+    bias (h, N, N) is converted before it is expanded. code (..., N, 3, 2), see shift_code, is in place of a mask.
+    """
+    width = qkv.shape[-1]
+    used = width if code is None else width + 2
+    extra = used + -used % (16 // qkv.element_size()) - width
+    if code is not None:
+        code = F.pad(code, (0, extra - 2)).to(qkv.dtype).unsqueeze(-2)
+        qkv = torch.cat((qkv, code.expand(*qkv.shape[:-1], extra)), dim=-1)
+    elif extra:
+        qkv = F.pad(qkv, (0, extra))
+    q, k, v = qkv.transpose(-4, -2).unbind(-3)  # (..., h, N, C)
+    shape = k.shape
+    q, k, v = (t.flatten(0, -4) for t in (q.flip(2) if swap else q, k, v))
+    if bias is not None:
+        bias = bias.to(q.dtype).expand(len(q), -1, -1, -1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return out.view(shape)[..., :width].transpose(-3, -2)
 
 
 def relative_index(window: Size) -> Tensor:
@@ -108,23 +152,30 @@ class WindowAttention(nn.Module):
             self.qkv_mut = nn.Linear(dim, 3 * dim, bias=qkv_bias)
 
     def forward(self, x: Tensor, window: Size, mask: Tensor | None) -> Tensor:
-        """x (B, K, N, C), window in force (a small input shrinks it), mask (K, N, N) -> (B, K, N, C)."""
+        """x (B, K, N, C), window in force (a small input shrinks it), mask of prepare_mask -> (B, K, N, C)."""
         n = x.shape[2]
-        bias = self._relative_bias(window)
-        out = self._attend(self.qkv_self(x), [bias] if mask is None else [bias, mask[:, None]]).view(x.shape)
+        out = self._attend(self.qkv_self(x), self._relative_bias(window), mask).view(x.shape)
         if self.mutual:
             frames = x.unflatten(2, (2, n // 2)) + self.position_bias  # (B, K, 2, N/2, C)
             # one frame's corner of the mask: what a shift wraps round in time stays unmasked, as published
-            corner = [] if mask is None else [mask[:, None, None, : n // 2, : n // 2]]
-            other = self._attend(self.qkv_mut(frames), corner, swap=True).view(x.shape)
+            corner = None if mask is None else mask[:, : n // 2] if fused(x) else mask[:, : n // 2, : n // 2]
+            other = self._attend(self.qkv_mut(frames), None, corner, swap=True).view(x.shape)
             out = torch.cat((other, out), dim=-1)
         return self.proj(out)
 
-    def _attend(self, qkv: Tensor, biases: Sequence[Tensor], swap: bool = False) -> Tensor:
-        """(..., N, 3*C) -> (..., N, C); swap gives each frame (axis 2) the queries of the other."""
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).transpose(-4, -2).unbind(-3)  # (..., h, N, C/h)
-        out = attention(q.flip(2) if swap else q, k, v, self.scale, biases, fused=qkv.is_cuda).view(q.shape)
-        return out.transpose(-3, -2).flatten(-2)
+    def prepare_mask(self, regions: Tensor, like: Tensor) -> Tensor:
+        """Regions (K, N) as the mask that attention takes: (K, N, N), or where it is fused (K, N, 3, 2)."""
+        return shift_code(regions, self.scale) if fused(like) else shift_mask(regions, like)
+
+    def _attend(self, qkv: Tensor, bias: Tensor | None, mask: Tensor | None, swap: bool = False) -> Tensor:
+        """(..., N, 3*C), bias (h, N, N) -> (..., N, C); swap gives each frame (axis 2) the queries of the other."""
+        if swap and mask is not None:
+            mask = mask[:, None]  # the same for both frames
+        heads = qkv.unflatten(-1, (3, self.num_heads, -1))
+        if fused(qkv):
+            return fused_attention(heads, self.scale, bias, mask, swap).flatten(-2)
+        biases = [*([] if bias is None else [bias]), *([] if mask is None else [mask.unsqueeze(-3)])]
+        return attention(heads, self.scale, biases, swap).flatten(-2)
 
     def _relative_bias(self, window: Size) -> Tensor:
         """(h, N, N) for the window in force; a shrunken window keeps each pair's difference of positions."""
@@ -212,7 +263,9 @@ class Group(nn.Module):
         size = tuple(x.shape[1:4])
         window = tuple(min(s, w) for s, w in zip(size, self.window))
         shift = tuple(w // 2 if s > w else 0 for s, w in zip(size, self.window))  # 0 where one window is all
-        mask = shift_mask(size, window, shift, x) if any(shift) and len(self.blocks) > 1 else None
+        mask = None
+        if any(shift) and len(self.blocks) > 1:
+            mask = self.blocks[0].attn.prepare_mask(shift_regions(size, window, shift, x.device), x)
         for i, block in enumerate(self.blocks):
             x = block(x, window, shift, mask if i % 2 else None)
         return x
@@ -249,6 +302,17 @@ class LastConv(FrameConv):
         weight = (taps @ inner.weight.flatten(1)).unflatten(1, (-1, 3, 3))
         x = F.conv2d(channels_last(x), weight, taps @ inner.bias, padding=1)
         return F.fold(x.flatten(2), x.shape[2:], kernel_size=3, padding=1) + self.bias[:, None, None]
+
+
+class ReflectConv(nn.Conv2d):
+    """Convolution with reflected borders; reflection padding has no deterministic gradient on CUDA."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for dim, size in zip((2, 3), self.kernel_size):
+            inner = x.narrow(dim, 1, x.shape[dim] - 2)
+            ends = inner.narrow(dim, 0, size // 2), inner.narrow(dim, inner.shape[dim] - size // 2, size // 2)
+            x = torch.cat((ends[0].flip(dim), x, ends[1].flip(dim)), dim)
+        return super().forward(x)
 
 
 def pad_frames(x: Tensor, count: int) -> Tensor:
@@ -500,7 +564,7 @@ class VRT(nn.Module):
         """Layers from features to frames."""
         if not self.pa_frames:
             self.linear_fuse = nn.Conv2d(dim * self.num_frames, HEAD_WIDTH, 1)
-            self.conv_last = nn.Conv2d(HEAD_WIDTH, out_chans, 7, padding=3, padding_mode="reflect")
+            self.conv_last = ReflectConv(HEAD_WIDTH, out_chans, 7)
         elif self.upscale == 1:
             self.conv_last = LastConv(dim, out_chans)
         else:

@@ -15,10 +15,15 @@ from models.network_vrt import (
     VRT,
     FrameConv,
     LastConv,
+    ReflectConv,
     WindowAttention,
     attention,
     backward_and_forward,
     both_directions,
+    fused_attention,
+    shift_code,
+    shift_mask,
+    shift_regions,
 )
 
 GOLDENS = ["vrt_sr_x4", "vrt_deblur", "vrt_extra_pa6", "vrt_extra_vfi"]
@@ -208,12 +213,73 @@ def test_two_convolutions_as_one_are_the_two(size):
     assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*gradients))
 
 
-def test_fused_attention_is_the_plain_one():
+@pytest.mark.parametrize("width", [16, 20, 30])
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+@pytest.mark.parametrize("swap", [False, True], ids=["own queries", "the other frame's queries"])
+def test_fused_attention_is_the_plain_one(width, masked, swap):
+    """Outputs and gradients in float64, at the published head widths, for every region of a shift in all directions."""
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 5, 3, 8, 4)  # (B, K, h, N, C)
-    for biases in ([], [torch.randn(3, 8, 8)], [torch.randn(3, 8, 8), torch.randn(5, 1, 8, 8)]):
-        plain = attention(q, k, v, 0.3, biases, fused=False)
-        assert torch.allclose(attention(q, k, v, 0.3, biases, fused=True).view(plain.shape), plain, atol=1e-6)
+    size, window, shift = (4, 6, 6), (2, 4, 4), (1, 2, 2)
+    regions = shift_regions(size, window, shift, "cpu")  # (8, 32)
+    assert set(regions.flatten().tolist()) == set(range(8))
+    mask, code = shift_mask(regions, torch.zeros((), dtype=torch.float64)), shift_code(regions.double(), 0.3)
+    shape = (3, 8, 2, 32, 3, 2, width) if swap else (3, 8, 32, 3, 2, width)
+    mask, code = (mask[:, None, None], code[:, None]) if swap else (mask[:, None], code)
+    qkv = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(2, 32, 32, dtype=torch.float64, requires_grad=True)
+    plain = attention(qkv, 0.3, [bias, mask] if masked else [bias], swap)
+    fused = fused_attention(qkv, 0.3, bias, code if masked else None, swap)
+    torch.testing.assert_close(fused, plain, rtol=0, atol=1e-6)
+    gradients = [torch.autograd.grad(out.sin().sum(), (qkv, bias)) for out in (plain, fused)]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, width, padded", [
+    (torch.float32, 20, 20), (torch.float32, 30, 32), (torch.bfloat16, 20, 24), (torch.bfloat16, 30, 32),
+    (torch.bfloat16, 16, 16)])
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+def test_a_fused_kernel_gets_what_it_takes(monkeypatch, dtype, width, padded, masked):
+    """Heads of whole 16 bytes, and a bias of their type that no window has a copy of."""
+    seen = []
+
+    def kernel(q, k, v, attn_mask, scale):
+        seen.extend((q, k, v, attn_mask))
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr(network_vrt.F, "scaled_dot_product_attention", kernel)
+    code = shift_code(torch.arange(8).expand(5, 8), 0.3) if masked else None
+    fused_attention(torch.randn(2, 5, 8, 3, 6, width).to(dtype), 0.3, torch.randn(6, 8, 8), code)
+    *heads, bias = seen
+    if masked and width + 2 > padded:
+        padded += 16 // heads[0].element_size()
+    assert [t.shape for t in heads] == 3 * [(10, 6, 8, padded)] and bias.shape == (10, 6, 8, 8)
+    assert all(t.dtype == dtype for t in seen) and bias.stride(0) == 0
+    assert bias.untyped_storage().nbytes() == 6 * 8 * 8 * bias.element_size()
+
+
+@pytest.mark.parametrize("frames", [4, 6])
+def test_fused_attention_gives_the_same_network(monkeypatch, frames):
+    """Also with windows that are shifted in time, in mutual attention, and at sizes that are padded to windows."""
+    torch.manual_seed(1)
+    net, x = tiny(depths=[4] * 7 + [2]).double(), torch.rand(1, frames, 3, 40, 32, dtype=torch.float64)
+    results = []
+    for fused in (False, True):
+        monkeypatch.setattr(network_vrt, "fused", lambda x, fused=fused: fused)
+        out = net(x)
+        results.append((out, *torch.autograd.grad(out.square().sum(), net.stage1.residual_group1.parameters())))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-6)
+
+
+def test_reflected_borders_are_torchs_without_its_padding(monkeypatch):
+    """Recipe 009's last layer; reflection padding has no deterministic gradient on CUDA."""
+    torch.manual_seed(0)
+    ours, x = ReflectConv(4, 3, 7), torch.randn(2, 4, 8, 9)
+    theirs = torch.nn.Conv2d(4, 3, 7, padding=3, padding_mode="reflect")
+    theirs.load_state_dict(ours.state_dict())
+    wanted = theirs(x)
+    monkeypatch.setattr(network_vrt.F, "pad", None)
+    assert torch.equal(ours(x), wanted)
+    assert isinstance(tiny(pa_frames=0, out_chans=3).conv_last, ReflectConv)
 
 
 @pytest.mark.parametrize("window", [(2, 4, 4), (1, 4, 4), (2, 3, 4), (2, 2, 3)])
@@ -481,3 +547,13 @@ def test_deformable_convolution_by_gather_is_torchvisions(groups, weight_groups)
         results.append([out.detach(), *(t.grad for t in inputs)])
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+def test_a_position_that_is_not_a_number_gives_nan_instead_of_a_crash(padding):
+    x = torch.randn(1, 2, 4, 5, requires_grad=True)
+    columns = torch.tensor([1.5, float("nan"), float("inf")]).view(1, 1, 3).requires_grad_()
+    out = spynet.sample_by_gather(x, columns, torch.ones(1, 1, 3), padding_mode=padding)
+    assert out[..., 0].isfinite().all() and out[..., 1].isnan().all()
+    out.sum().backward()
+    assert columns.grad[..., 0].isfinite().all()
