@@ -65,6 +65,15 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def device_for(opt: Mapping[str, Any]) -> torch.device:
+    """Find the device of this process by the options, which stay as the user wrote them. Raises RuntimeError."""
+    name, here, chosen = opt["device"], local_rank(), opt.get("gpu_ids")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cuda", chosen[here] if chosen and here < len(chosen) else here) if name == "cuda" \
+        else torch.device(name)
+
+
 def launcher() -> list[str]:
     """The words that start such processes, for a command to be printed."""
     if not launched():

@@ -52,7 +52,7 @@ def infer(opt: options.Section, notices: list[str], *, resume: str | None = None
     with contextlib.closing(log), StopRequest() as stop:
         for notice in notices:
             log.line(f"note     {notice}")
-        log.line(f"weights  {load(model, opt, resume, log)}; {opt['device']}, {torch.get_num_threads()} threads")
+        log.line(f"weights  {load(model, opt, resume, log)}; {model.device}, {torch.get_num_threads()} threads")
         if source is None:
             sets = {name: options.build(DATASETS, section, "dataset_type")
                     for name, section in opt["datasets"].items() if section["phase"] == "test"}

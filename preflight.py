@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import distributed
 import options
 from checkpoint_cli import differ, flat, is_tensor, same
 from data import DATASETS
@@ -25,7 +26,7 @@ from data.loader import clips_of, endless
 from durable import in_units
 from log import RunLog, duration
 from models import MODELS
-from train import Run, StopRequest, describe_losses, prepare_machine
+from train import Run, StopRequest, describe_losses, fastest_kernels, prepare_machine
 
 LOOK = 0.5  # seconds that a start affords for samples of each data set; a slow first one may take longer
 TRY = 2.0, 10.0  # the same of a dry run, and for its steps
@@ -197,7 +198,7 @@ class Trial:
     """What a dry run does with a run: everything once, and then it is thrown away."""
 
     def __init__(self, run: Run):
-        self.run, self.opt, self.cuda = run, run.opt, run.opt["device"] != "cpu"
+        self.run, self.opt, self.cuda = run, run.opt, run.model.device.type == "cuda"
         self.started = False
         self.step_time = self.validation_time = self.save_time = 0.0  # seconds
         self.size = 0  # of a checkpoint, bytes
@@ -221,7 +222,7 @@ class Trial:
         between = [left[len(left) * i // 6] for i in range(1, 6)]
         samples = endless(run.train_set, run.batches, self.opt["datasets"]["train"]["dataloader_num_workers"],
                           pinned=self.cuda)
-        with contextlib.closing(samples):
+        with contextlib.closing(samples), fastest_kernels(True):
             for iteration in (left[0], left[-1], *between):
                 at = time.monotonic()
                 data = next(samples)
@@ -293,7 +294,8 @@ def explain(error: Exception, opt: options.Section) -> str:
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return f"out of memory: {text[:160]}; {LESS_MEMORY}"
     if "does not have a deterministic implementation" in text:
-        return f"{text.split()[0]} has no deterministic kernel on {opt['device']}; set deterministic to false"
+        return (f"{text.split()[0]} has no deterministic kernel on {distributed.device_for(opt)}; "
+                "set deterministic to false")
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}; is path.root right?"
     return text

@@ -1,7 +1,8 @@
 """Does a run of these options resume exactly, here? Two runs of N steps, one of them killed, compared bit for bit.
 
 Both run as processes of their own in a temporary folder, on the options' own data, without test sets. When they
-differ, a third run that was not stopped either tells whether the machine repeats itself at all.
+differ, a third run that was not stopped either tells whether the machine repeats itself at all, and a fourth names
+the operations that cannot.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 import checkpoint
 import options
 import train
+from checkpoint import CheckpointError, CheckpointSet
 from checkpoint_cli import differ, flat, is_tensor
 from data import DATASETS
 from models import MODELS, NETWORKS
@@ -34,7 +36,8 @@ Override = tuple[str, Any, str]
 def prove(option_file: str, overrides: Iterable[Override], steps: int, stage: str | None = None, say=print) -> int:
     """Say whether N steps and N steps with a kill in between end equal. Returns 0 if they do, 1 if not.
 
-    Raises: OptionError when the runs can't be made, with their own complaint.
+    Raises: OptionError when the runs can't be made, with their own complaint; CheckpointError when the second half of
+        the killed run did not resume, so that nothing was proved.
     """
     if steps < 2:
         raise options.OptionError(f"--prove-resume {steps}: must be >= 2: a step before the kill and one after")
@@ -46,7 +49,10 @@ def prove(option_file: str, overrides: Iterable[Override], steps: int, stage: st
         say(f"proving  {steps} steps straight, and {steps} steps killed after step {middle}, in processes of their own")
         run("straight")
         run("killed", kill=True)
-        run("killed")
+        started = re.search(r"^STARTED (\d+)$", run("killed"), re.MULTILINE)
+        if not started or int(started[1]) != middle:
+            raise CheckpointError(f"--prove-resume: the killed run started again at iteration "
+                                  f"{started[1] if started else '?'} instead of {middle}, so nothing was proved")
         one, two = _final(folder, "straight", steps), _final(folder, "killed", steps)
         if not (differing := list(_differing(one, two))):
             tensors = sum(map(is_tensor, one.values()))
@@ -64,13 +70,13 @@ def _reasons(run, folder: str, one: dict[str, Any], steps: int) -> Iterable[str]
                for name in ("straight", "killed")}
     if len(set(threads.values())) > 1:
         yield f"the thread count was {threads['straight']}, then {threads['killed']}; set num_threads"
-    said = run("again", look=True)
-    named = sorted(set(re.findall(r"^NONDETERMINISTIC (.+)$", said, re.MULTILINE)))
-    for operation in named:
+    run("again")
+    named = re.findall(r"^NONDETERMINISTIC (.+)$", run("looked at", look=True), re.MULTILINE)  # other kernels' results
+    for operation in sorted(set(named)):
         yield f"{operation} has no deterministic kernel on this device"
     if list(_differing(one, _final(folder, "again", steps))):
         yield "two runs that nobody stopped differ as well: not the resume, but what computes; set deterministic"
-    elif not named:
+    else:
         yield "a run that nobody stopped repeats itself, so something that makes the next step is in no checkpoint: " \
               "a variable or a generator of the model's, the loss's or the data's own"
 
@@ -112,14 +118,23 @@ def _run(folder: str, name: str, option_file: str, overrides: list[Override], st
 # ---------------------------------------------------------------- in the process of a run
 
 
+class Told(train.Run):
+    """A run that says where it starts."""
+
+    def restore(self, source: CheckpointSet | None) -> None:
+        super().restore(source)
+        print(f"STARTED {self.started_at}", flush=True)
+
+
 class Killed(train.Run):
-    """A run that dies by SIGKILL in the step after its checkpoint of `kill_after`."""
+    """A run that dies by SIGKILL in the step after its checkpoint of `kill_after` is committed."""
 
     kill_after: int
 
     def look_at_save(self) -> None:
         super().look_at_save()
         if self.iteration > self.kill_after:
+            self.saver.wait()
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -132,9 +147,8 @@ def _child(option_file: str, overrides: list[Override], stage: str | None, folde
     opt["train"] |= {"total_iter": steps, "total_epochs": None, "checkpoint_save": steps // 2, "save_interval": None,
                      "resume_checkpoint": None}
     opt["checkpoint"] |= {"layout": "split", "keep_last_n": None, "on_save_error": "stop"}
-    if kill_after:
-        Killed.kill_after = kill_after
-        train.Run = Killed
+    Killed.kill_after = kill_after
+    train.Run = Killed if kill_after else Told
     with warnings.catch_warnings(record=True) as seen:
         if look:
             warnings.simplefilter("always")

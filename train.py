@@ -95,16 +95,11 @@ class StopRequest:
 
 
 def prepare_machine(opt: dict) -> None:
-    """Threads, device, kernels and seeds, as the options say; `opt["device"]` becomes a definite one."""
+    """Set threads, device, kernels and seeds as the options say."""
     if opt["num_threads"]:
         torch.set_num_threads(opt["num_threads"])
-    if opt["device"] == "auto":
-        opt["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    if opt["device"] == "cuda":
-        here = distributed.local_rank()
-        opt["device"] = f"cuda:{opt['gpu_ids'][here] if opt['gpu_ids'] and here < len(opt['gpu_ids']) else here}"
     try:
-        device = torch.device(opt["device"])
+        device = distributed.device_for(opt)
     except RuntimeError:
         raise options.OptionError(f"device: {opt['device']!r} is unknown; valid: auto, cpu, cuda, cuda:N") from None
     if device.type == "cuda":
@@ -119,12 +114,23 @@ def prepare_machine(opt: dict) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     elif device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # the fastest kernels, which another run may not choose again
         torch.set_float32_matmul_precision("high")
     seed = opt["train"]["manual_seed"]
     if seed < 0:
         raise options.OptionError(f"train.manual_seed: {seed} must be >= 0")
     seed_generators(seed)
+
+
+@contextlib.contextmanager
+def fastest_kernels(wanted: bool) -> Iterator[None]:
+    """Let cuDNN time its kernels for each new shape: worth it in training, whose shapes repeat. Another run may choose
+    others, so `deterministic` rules it out."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = wanted and not torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def seed_generators(seed: int) -> None:
@@ -153,7 +159,7 @@ class Run:
         self.folder = self.models if opt["path"]["models"] else self.models.parent
         self.best_metric = self.choose_metric()
         keep = opt["checkpoint"]
-        background = opt["device"] != "cpu" if keep["async"] == "auto" else keep["async"]
+        background = self.model.device.type != "cpu" if keep["async"] == "auto" else keep["async"]
         try:
             name = keep["name"] if keep["mode"] == "epochs" else None
             layout = Layout(keep["layout"], name, keep["latest"], keep["best"], keep["interrupted"])
@@ -266,7 +272,10 @@ class Run:
                           for label, net in self.model.networks.items())
         world = distributed.world_size()
         say(f"Perdure  {opt['task']} in {self.folder} | {names} | {f'{world} processes, ' if world > 1 else ''}"
-            f"{opt['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+            f"{self.model.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+        if self.model.device.type == "cuda" and not opt["deterministic"]:
+            say("note     on CUDA a resume is bit for bit only with deterministic: true; without it kernels add in any "
+                "order")
         if world > 2 and (opt["use_static_graph"] or not opt["find_unused_parameters"]):
             say("note     find_unused_parameters false and use_static_graph sum the first step's gradients in another "
                 "order: a resumed run may differ in the last bits")
@@ -302,7 +311,7 @@ class Run:
             say(f"options  {line}")
 
     def environment(self) -> dict[str, Any]:
-        return {**checkpoint.environment(), "processes": distributed.world_size()}
+        return {**checkpoint.environment(), "device": self.model.device.type, "processes": distributed.world_size()}
 
     def rate(self, finished: int) -> float:
         self.model.update_learning_rate(finished)
@@ -496,8 +505,8 @@ class Run:
             if self.best == self.iteration and self.saved_at == self.iteration and distributed.is_main():
                 self.saver.mark_best(self.source)
         samples = endless(self.train_set, self.batches, self.opt["datasets"]["train"]["dataloader_num_workers"],
-                          pinned=self.opt["device"] != "cpu")
-        with contextlib.closing(samples):
+                          pinned=self.model.device.type != "cpu")
+        with contextlib.closing(samples), fastest_kernels(True):
             self.steps(samples, stop)
 
     def steps(self, samples: Iterator[Mapping[str, Any]], stop: StopRequest) -> None:
@@ -516,7 +525,7 @@ class Run:
 
             if train["on_nan"] == "stop":
                 self.pending.append((self.iteration, dict(model.log_dict)))
-                if self.opt["device"] == "cpu":
+                if model.device.type == "cpu":
                     self.check_finite()
             self.show_progress()
             self.look_at_save()
@@ -574,7 +583,7 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
             if "does not have a deterministic implementation" not in str(error):
                 raise
             raise options.OptionError(f"deterministic: {str(error).split()[0]} has no deterministic kernel on "
-                                      f"{opt['device']}; set deterministic to false, or use --device cpu") from None
+                                      f"{run.model.device}; set deterministic to false, or use --device cpu") from None
         if stop.agreed and run.iteration < opt["train"]["total_iter"]:
             run.save(reason="interrupted")
             distributed.from_main(run.finish_save)
@@ -601,7 +610,7 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, iterat
         most, indices = model.opt["val"]["num_img"], range(distributed.rank(), len(dataset), distributed.world_size())
         if not model.shares_tests:
             indices = range(len(dataset) if distributed.is_main() else 0)
-        with distributed.apart():
+        with distributed.apart(), fastest_kernels(False):
             for index, sample in zip(indices, clips_of(dataset, indices)):
                 if stopped():
                     clips = None

@@ -55,7 +55,7 @@ class ModelBase:
         self.opt = opt
         self.opt_train = opt["train"]
         self.save_dir = Path(models_folder(opt))
-        self.device = torch.device(opt["device"])
+        self.device = distributed.device_for(opt)
         self.networks: dict[str, nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.schedules: dict[str, Schedule] = {}
@@ -294,13 +294,14 @@ class ModelBase:
                 if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
                     raise checkpoint.CheckpointError(f"{source}: {name} {tuple(value.shape)} does not fit a parameter "
                                                      f"of {tuple(parameter.shape)}; was it made with other options?")
-        optimizer.load_state_dict(state)
+        # What the options say wins over what was saved, and decides where `step` lies: a fused kernel wants it on the
+        # parameter's device, and most other programs save it on the CPU.
+        groups = [{**group, **options} for group, options in zip(state["param_groups"], chosen)]
+        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
         for parameter, values in optimizer.state.items():
             for name, value in values.items():  # fused steps walk through memory: a moment lies as its parameter does
                 if isinstance(value, Tensor) and value.ndim and value.stride() != parameter.stride():
                     values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        for group, options in zip(optimizer.param_groups, chosen):
-            group.update(options)  # what the user says now wins over what was saved
 
     # ------------------------------------------------ a step
 

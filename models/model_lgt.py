@@ -96,7 +96,7 @@ class ModelLGT(ModelPlain):
 
     def __init__(self, opt: Mapping[str, Any]):
         data, net, where = opt["datasets"]["train"], opt["netG"], opt["opt_path"]
-        self.codec = build_codec(data.get("codec"), f"{where}: datasets.train.codec").to(opt["device"])
+        self.codec = build_codec(data.get("codec"), f"{where}: datasets.train.codec").to(distributed.device_for(opt))
         self.styles = list(data.get("style_subdirs") or style_names(data.get("dataroot"), None, data.get("generated")))
         for name, section in opt["datasets"].items():
             if (section.get("codec") or {"type": "pixel"}) != (data.get("codec") or {"type": "pixel"}):

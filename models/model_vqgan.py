@@ -324,11 +324,12 @@ def check_codebook(opt: Mapping[str, Any]) -> None:
     """That the codebook fits into memory with its gradient and two moments. Raises OptionError."""
     defaults = schema_of(resolve(NETWORKS, opt["netG"]["net_type"], f"{opt['opt_path']}: netG.net_type"))
     count, width = (opt["netG"].get(key, defaults.get(key, (None, 0))[1]) for key in ("n_embed", "embed_dim"))
-    if torch.device(opt["device"]).type == "cuda":
-        there = torch.cuda.mem_get_info(opt["device"])[1]
+    device = distributed.device_for(opt)
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[1]
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if (needed := 4 * count * width * 4) > there:
         raise OptionError(f"{opt['opt_path']}: netG: a codebook of n_embed {count} x embed_dim {width} needs "
-                          f"{needed / 2**30:,.0f} GiB in training, and {opt['device']} has {there / 2**30:,.0f}; lower "
+                          f"{needed / 2**30:,.0f} GiB in training, and {device} has {there / 2**30:,.0f}; lower "
                           "either")

@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+if not os.environ.get("PERDURE_TEST_CUDA"):  # before torch looks: tests are of the CPU unless a card is asked for
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -3,12 +3,14 @@
 import contextlib
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,7 +192,6 @@ def test_what_runs_in_the_background_by_itself(tmp_path):
         from models import MODELS, NETWORKS
 
         opt, _ = options.parse(str(write_json(tmp_path / "run.json", tree)), [], MODELS, NETWORKS, DATASETS)
-        opt["device"] = "cpu"
         return Run(opt, None).saver.background
 
     assert [background(), background(checkpoint={"async": True}), background(checkpoint={"async": False})] == \
@@ -269,11 +270,20 @@ class Died(BaseException):
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Runs of prove.py as calls."""
+    """Runs of prove.py as calls; what was committed at each kill."""
+    found = []
+
+    def die(*_):
+        found.append(checkpoint.find_newest(running[0] / "models"))
+        raise Died
+
+    running = []
+
     def call(folder, name, option_file, overrides, stage, steps, kill_after, look):
+        running[:] = [Path(folder) / name]
         with monkeypatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
             patch.setattr(train, "Run", train.Run)
-            patch.setattr(os, "kill", lambda *_: (_ for _ in ()).throw(Died()))
+            patch.setattr(os, "kill", die)
             with contextlib.suppress(Died):
                 prove._child(option_file, overrides, stage, folder, name, steps, kill_after, look)
                 assert kill_after is None
@@ -281,6 +291,7 @@ def in_this_process(monkeypatch):
         return said.getvalue()
 
     monkeypatch.setattr(prove, "_run", call)
+    return found
 
 
 @pytest.mark.parametrize("fault, words", [
@@ -305,3 +316,46 @@ def test_prove_resume_says_whether_and_why(tmp_path, monkeypatch, in_this_proces
     said = capsys.readouterr().out
     assert code == (fault != "none") and words in said
     assert ("differs " in said and "first G.body.0.weight" in said) == (fault != "none")
+
+
+def test_prove_resume_kills_after_the_commit_of_a_background_save(tmp_path, monkeypatch, in_this_process, capsys):
+    """Else the second run would start at 0, and two equal runs from scratch would be called exact."""
+    real = checkpoint.commit
+
+    def slow(*args, **kwargs):
+        time.sleep(0.2)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "commit", slow)
+    tree = tiny.options(tmp_path, "run", checkpoint={"async": True}, train={"G_optimizer_lr": 0.02})
+    assert prove.prove(str(write_json(tmp_path / "run.json", tree)), [], 4) == 0
+    assert [found and found.iteration for found in in_this_process] == [2]
+    assert "exact " in capsys.readouterr().out
+
+
+def test_a_proof_that_did_not_resume_is_an_error(tmp_path, monkeypatch, in_this_process):
+    call = prove._run
+
+    def forget(folder, name, *args):
+        if name == "killed":
+            shutil.rmtree(Path(folder) / name, ignore_errors=True)
+        return call(folder, name, *args)
+
+    monkeypatch.setattr(prove, "_run", forget)
+    path = write_json(tmp_path / "run.json", tiny.options(tmp_path, "run"))
+    with pytest.raises(CheckpointError, match="started again at iteration 0 instead of 2, so nothing was proved"):
+        prove.prove(str(path), [], 4)
+
+
+def test_the_search_for_reasons_compares_runs_under_the_same_kernels(tmp_path, monkeypatch, in_this_process, capsys):
+    """A step that depends on a variable in no checkpoint, and on whether deterministic kernels are on."""
+    real = ModelPlain.feed_data
+
+    def feed_data(self, data, **kwargs):
+        real(self, data, **kwargs)
+        self.steps = getattr(self, "steps", 0) + 1
+        self.degraded = self.degraded + 1e-3 * (self.steps + torch.are_deterministic_algorithms_enabled())
+
+    monkeypatch.setattr(ModelPlain, "feed_data", feed_data)
+    assert prove.prove(str(write_json(tmp_path / "run.json", tiny.options(tmp_path, "run"))), [], 4) == 1
+    assert "because  a run that nobody stopped repeats itself" in capsys.readouterr().out

@@ -1,0 +1,126 @@
+"""What only CUDA would show, seen without it: on the meta device, or with the device's own words put in its place."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
+
+import checkpoint
+import distributed
+import main as door
+import train
+from models.model_base import ModelBase
+from models.model_plain import ModelPlain
+from models.model_vqgan import ModelVQGAN
+from tests import tiny
+from tests.conftest import ROOT, write_json
+from tests.test_exact import run
+
+pytestmark = pytest.mark.usefixtures("tiny_tables")
+KINDS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+def saved_by_others(kind, shape, **changes):
+    """The state of an optimizer that is not fused: its `step` lies on the CPU wherever the parameters are."""
+    parameter = torch.nn.Parameter(torch.randn(shape))
+    optimizer = KINDS[kind]([parameter], lr=0.5)
+    parameter.grad = torch.ones(shape)
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["state"][0] |= changes
+    return state
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", [torch.tensor(1.0), 1], ids=["a tensor", "a number, as of old versions"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_step_count_of_a_foreign_optimizer_lies_where_the_kernel_wants_it(kind, step, fused):
+    parameter = torch.nn.Parameter(torch.empty(4, 3, device="meta"))
+    mine = KINDS[kind]([parameter], lr=0.1)
+    mine.param_groups[0] |= {"fused": fused, "initial_lr": 0.1}  # no fused optimizer can be made on meta
+    ModelBase.load_optimizer_state(None, mine, saved_by_others(kind, (4, 3), step=step), "other.pth")
+    state, (group,) = mine.state[parameter], mine.param_groups
+    assert state["step"].device.type == ("meta" if fused else "cpu") and state["step"].dtype == torch.float32
+    assert state["exp_avg"].device.type == "meta"
+    assert (group["lr"], group["fused"]) == (0.1, fused)  # what the options say
+
+
+@pytest.mark.parametrize("model", [ModelPlain, ModelVQGAN], ids=lambda kind: kind.__name__)
+def test_these_are_all_optimizers_that_are_offered(model):
+    assert get_args(get_type_hints(model.TrainOptions)["G_optimizer_type"]) == tuple(KINDS)
+
+
+def cuda_here(monkeypatch, count=2):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+def test_saved_options_hold_what_the_user_said_of_the_device(tmp_path, monkeypatch):
+    """Else a resume from a checkpoint alone would put every process on one card, or stay on the CPU."""
+    tree = tiny.options(tmp_path, "run", train={"total_iter": 2}, device="auto")
+    assert run("-opt", write_json(tmp_path / "run.json", tree)) == 0
+    state = checkpoint.find_newest(tmp_path / "run/models").load()["state"]
+    (written,) = (tmp_path / "run/options").iterdir()
+    assert state["config"]["device"] == json.loads(written.read_text())["device"] == "auto"
+    assert state["environment"]["device"] == "cpu"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    cuda_here(monkeypatch)
+    resumed = door.saved_options(str(tmp_path / "run/models/2.json"))
+    assert distributed.device_for(resumed) == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize("device, gpu_ids, rank, wanted", [
+    ("auto", None, 0, "cuda:0"), ("cuda", None, 1, "cuda:1"), ("cuda", [3, 2], 1, "cuda:2"),
+    ("cuda:1", None, 0, "cuda:1"), ("cpu", None, 1, "cpu")])
+def test_each_process_has_its_device(monkeypatch, device, gpu_ids, rank, wanted):
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    cuda_here(monkeypatch)
+    opt = {"device": device, "gpu_ids": gpu_ids}
+    assert str(distributed.device_for(opt)) == wanted and opt == {"device": device, "gpu_ids": gpu_ids}
+
+
+def test_kernels_are_timed_in_training_only(tmp_path, monkeypatch):
+    """A validation's shapes differ from clip to clip: each would be timed anew."""
+    seen = {"step": set(), "test": set()}
+    step, test = ModelPlain.optimize_parameters, ModelPlain.test
+    monkeypatch.setattr(ModelPlain, "optimize_parameters", lambda self, n: (
+        seen["step"].add(torch.backends.cudnn.benchmark), step(self, n)))
+    monkeypatch.setattr(ModelPlain, "test", lambda self: (
+        seen["test"].add(torch.backends.cudnn.benchmark), test(self)))
+    assert run("-opt", write_json(tmp_path / "run.json", tiny.options(tmp_path, "run"))) == 0
+    assert seen == {"step": {True}, "test": {False}} and not torch.backends.cudnn.benchmark
+    seen["step"].clear()
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert run("-opt", write_json(tmp_path / "run.json", tiny.options(tmp_path, "run")), "--fresh") == 0
+    assert seen["step"] == {False}
+
+
+def test_the_start_says_that_cuda_without_deterministic_is_not_exact(tmp_path, monkeypatch, capsys):
+    real = train.Run.banner
+
+    def on_cuda(self, *args):
+        before, self.model.device = self.model.device, torch.device("cuda:0")
+        real(self, *args)
+        self.model.device = before
+
+    monkeypatch.setattr(train.Run, "banner", on_cuda)
+    path = write_json(tmp_path / "run.json", tiny.options(tmp_path, "run", train={"total_iter": 1}))
+    try:
+        for value in ("false", "true"):
+            assert run("-opt", path, "--fresh", "--set", f"deterministic={value}") == 0
+            assert ("bit for bit only with deterministic" in capsys.readouterr().out) == (value == "false")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_cards_are_hidden_from_tests_unless_asked_for():
+    program = "import os, tests.conftest; print(os.environ.get('CUDA_VISIBLE_DEVICES', 'all'))"
+    for asked, wanted in (("", ""), ("1", "0")):
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0", "PERDURE_TEST_CUDA": asked}
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True,
+                              text=True)
+        assert done.stdout.strip() == wanted, done.stderr
