@@ -22,6 +22,7 @@ import checkpoint
 import options
 from checkpoint import CheckpointError
 from data import DATASETS
+from data.folders import passed_over
 from log import RunLog, write_picture, write_table
 from models import MODELS
 from models.model_base import ModelBase
@@ -94,6 +95,8 @@ def work(model: ModelBase, opt: options.Section, source: str, output: Path, trut
         results = model.results(source, truth, lambda name: not (output / name).exists() or
                                 bool(truth and name not in rows.rows))
         total = next(results)
+        if note := passed_over():
+            log.line(f"note     {note}")
         claim(output, mine)
         done = 0
         for name, content, metrics in results:

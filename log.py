@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
+from data.image_files import encode
 from durable import save_file
 from options import OptionError
 
@@ -344,11 +345,8 @@ def save_pictures(path: Path, pictures: Sequence[Tensor]) -> Tensor:
 
 def write_picture(path: Path, picture: Tensor) -> None:
     """Write an image (C, H, W) in [0, 1] as a PNG, or a JPEG by its name, that is complete or not there."""
-    from torchvision.io import encode_jpeg, encode_png
-
     image = (picture.detach().float().cpu().clamp(0, 1) * 255).round().byte()
-    encoded = encode_jpeg(image, quality=95) if path.suffix == ".jpg" else encode_png(image)
-    save_file(path, encoded.numpy().tobytes())
+    save_file(path, encode(image, "jpeg" if path.suffix == ".jpg" else "png"))
 
 
 if __name__ == "__main__":

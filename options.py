@@ -163,7 +163,7 @@ def blank_comments(text: str) -> str:
 def read_json(path: str) -> dict:
     """The object in a JSON file with `//` comments. Raises OptionError with line and column."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # without the byte order mark that some editors write
             tree = json.loads(blank_comments(file.read()))
     except FileNotFoundError:
         raise OptionError(f"{path}: no such option file; the shipped ones are in options/") from None

@@ -22,6 +22,7 @@ import distributed
 import options
 from checkpoint_cli import differ, flat, is_tensor, same
 from data import DATASETS
+from data.folders import passed_over
 from data.loader import clips_of, endless
 from durable import in_units
 from log import RunLog, duration
@@ -47,6 +48,8 @@ def look(run: Run) -> None:
         status, room = weigh(run, estimate(run))
     if status != "ok":
         run.log.warn(room)
+    if note := passed_over():
+        run.log.line(f"note     {note}")
     run.log.line(f"checked  {', '.join(read)}{f'; {room}' if status == 'ok' else ''} "
                  f"({time.monotonic() - began:.1f} s)")
 
@@ -154,6 +157,8 @@ def checks(opt: options.Section, log: RunLog, resume: str | None, init_from: str
     except (ValueError, OSError) as error:
         yield from each_part(opt, error)
         return
+    if note := passed_over():
+        log.line(f"note     {note}")
     with contextlib.closing(run), tempfile.TemporaryDirectory(prefix="perdure_") as scratch:
         run.model.save_dir = Path(scratch) / "models"  # what a recipe itself writes goes there
         trial = Trial(run)

@@ -15,12 +15,12 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image, read_file
+
+from data.folders import list_folder, read_lines
+from data.image_files import KINDS, picture_in, printable, read_picture, size_of
 
 VAL_PARTITIONS = {"REDS4": {"000", "011", "015", "020"}, "official": {f"{clip:03d}" for clip in range(240, 270)}}
-EXTENSIONS = (".png", ".jpg", ".jpeg")
 LMDB = ".lmdb"
 SIDES = ("dataroot_gt", "dataroot_lq")  # what messages call the two roots
 MAKE_LMDB = "python -m data.prepare lmdb FOLDER OUT.lmdb makes one"
@@ -79,21 +79,10 @@ def paths_of(clips: Iterable[Clip]) -> Iterable[str]:
 
 
 def read_frame(path: str) -> Tensor:
-    """An image file, or one in an lmdb -> (3,H,W) uint8 RGB; transparency is dropped, grey repeated."""
-    if not (there := os.path.isfile(path)) and LMDB + "/" not in path:
-        raise FileNotFoundError(f"{path}: frame is missing")
-    encoded = None if there else _in_lmdb(path)
-    try:
-        frame = decode_image(read_file(path) if there else encoded, ImageReadMode.RGB)
-    except RuntimeError:
-        raise ValueError(f"{path}: not a readable image; a PNG or JPEG file is needed") from None
-    if frame.dtype != torch.uint8 or frame.ndim != 3:
-        raise ValueError(f"{path}: frame has {frame.dtype} values, shape {tuple(frame.shape)}; save it with 8 bits")
-    return frame
-
-
-def size_of(frame: Tensor) -> str:
-    return f"{frame.shape[-1]}x{frame.shape[-2]} (width x height)"
+    """An image file, or one in an lmdb -> (3,H,W) uint8 RGB by the rules of `data.image_files`."""
+    if LMDB + "/" in path and not os.path.isfile(path):
+        return picture_in(_in_lmdb(path), path)
+    return read_picture(path)
 
 
 # lmdb --------------------------------------------------------------------------------------------------------------
@@ -116,8 +105,8 @@ def lmdb_module() -> Any:
         raise ValueError("lmdb is not installed; pip install 'perdure[lmdb]' or pip install lmdb") from None
 
 
-def _in_lmdb(path: str) -> Tensor:
-    """The encoded image (bytes,) uint8 at `ROOT.lmdb/key`."""
+def _in_lmdb(path: str) -> bytes:
+    """The encoded image at `ROOT.lmdb/key`."""
     root, _, key = path.rpartition(LMDB + "/")
     root += LMDB
     if root not in _open:
@@ -127,10 +116,10 @@ def _in_lmdb(path: str) -> Tensor:
         except lmdb.Error as error:
             raise ValueError(f"{root}: not a readable lmdb ({error}); {MAKE_LMDB}") from None
     with _open[root].begin(buffers=True) as transaction:
-        found = transaction.get(key.encode())
+        found = transaction.get(os.fsencode(key))
         if found is None:
             raise FileNotFoundError(f"{path}: frame is missing in the lmdb")
-        return torch.frombuffer(bytearray(found or b"\0"), dtype=torch.uint8)  # b"\0": empty is told as unreadable
+        return bytes(found)
 
 
 @lru_cache(maxsize=4)
@@ -163,7 +152,10 @@ def check_backend(io_backend: dict | None, *roots: str | None, sides: Sequence[s
 
 
 def check_folder(folder: str, side: str) -> None:
-    """That a folder (or lmdb) exists; else a line that says where to get it."""
+    """That a folder (or lmdb) exists; else a line that says where to get it, or what a file is to be turned into."""
+    if os.path.isfile(folder):
+        raise ValueError(f"{side}: {printable(folder)} is a file; give a folder of {KINDS} frames, or of one such "
+                         "folder for each clip; of a video, ffmpeg -i VIDEO FOLDER/%06d.png makes one")
     if not os.path.isdir(folder):
         remedies = [MAKE_LMDB] * folder.endswith(LMDB) + [f"fetch {text}" for name, text in PUBLIC.items()
                                                           if name in folder.split("/")]
@@ -184,6 +176,8 @@ def scan_clips(gt_root: str | None, lq_root: str | None, only: Sequence[str] | N
         for folder in gt:
             check_same(gt[folder], lq[folder], os.path.join(gt_root, folder), os.path.join(lq_root, folder), "frame")
     root, clips = (gt_root, gt) if gt else (lq_root, lq)
+    for folder, frames in clips.items():
+        check_numbers(os.path.join(root, folder), frames)
     own_name = os.path.basename(os.path.abspath(root))  # of a root that is itself the only clip
     return [Clip(folder or own_name, list(frames),
                  list(gt[folder].values()) if gt else None,
@@ -195,14 +189,14 @@ def scan_root(root: str, side: str, only: Sequence[str] | None = None) -> dict[s
     if root.endswith(LMDB):
         clips = _scan_lmdb(root, side)
         return {folder: scan_frames(root, folder, side) for folder in (clips if only is None else only)}
-    entries = list_folder(root, side)
-    folders = sorted(entry.name for entry in entries if entry.is_dir())
-    if any(entry.name.lower().endswith(EXTENSIONS) for entry in entries):
+    check_folder(root, side)
+    folders, pictures = list_folder(root)
+    if pictures:
         if folders:
             raise ValueError(f"{side} {root} holds frames and folders ({name_some(folders)}); keep one kind")
         folders = [""]
     elif not folders:
-        raise ValueError(f"{side} {root} holds no clips; put each clip's png or jpg frames into a folder of its own")
+        raise ValueError(f"{side} {root} holds no clips; put each clip's {KINDS} frames into a folder of its own")
     elif only is not None:
         folders = only
     return {folder: scan_frames(root, folder, side) for folder in folders}
@@ -215,16 +209,29 @@ def scan_frames(root: str, folder: str, side: str) -> dict[str, str]:
             raise FileNotFoundError(f"{side}: clip {folder!r} is missing in {root}")
         return clips[folder]
     frames: dict[str, str] = {}
-    for entry in list_folder(folder := os.path.join(root, folder), side):
-        stem, extension = os.path.splitext(entry.name)
-        if extension.lower() not in EXTENSIONS:
-            continue
+    check_folder(folder := os.path.join(root, folder), side)
+    for name in list_folder(folder)[1]:
+        stem, path = os.path.splitext(name)[0], os.path.join(folder, name)
         if stem in frames:
-            raise ValueError(f"{entry.path}: a second frame named {stem!r} ({frames[stem]}); keep one of them")
-        frames[stem] = entry.path
+            raise ValueError(f"{path}: a second frame named {stem!r} ({frames[stem]}); keep one of them")
+        frames[stem] = path
     if not frames:
-        raise ValueError(f"{side} {folder} holds no frames; png, jpg or jpeg files are needed")
+        raise ValueError(f"{side} {folder} holds no frames; {KINDS} files are needed")
     return dict(sorted(frames.items(), key=_natural))
+
+
+def check_numbers(clip: str, frames: Iterable[str]) -> None:
+    """That frames numbered in steps of one size leave none out: a gap is no motion that a network should learn."""
+    parts = [re.fullmatch(r"(.*?)([0-9]+)([^0-9]*)", frame) for frame in frames]
+    if len(parts) < 3 or not all(parts) or len({(part[1], part[3]) for part in parts}) > 1:
+        return
+    numbers = [int(part[2]) for part in parts]
+    steps = [after - before for before, after in zip(numbers, numbers[1:])]
+    step = min(steps)
+    at = steps.index(max(steps))
+    if step != steps[at] and 2 * steps.count(step) >= len(steps):  # else the names are times, not numbers
+        raise ValueError(f"{clip}: frames are missing between {parts[at][0]!r} and {parts[at + 1][0]!r}; add them, or "
+                         "make a clip of each part")
 
 
 def _natural(item: tuple[str, str]) -> list:
@@ -267,7 +274,8 @@ def numbered_frames(root: str, folder: str, side: str, frames: list[str], extens
     if root.endswith(LMDB):
         there = set(scan_frames(root, folder, side).values())
     else:
-        there = {entry.path for entry in list_folder(os.path.join(root, folder), side)}
+        check_folder(folder := os.path.join(root, folder), side)
+        there = {os.path.join(folder, name) for name in list_folder(folder)[1]}
     for path in paths:
         if path not in there:
             raise FileNotFoundError(f"{path}: frame is missing, but meta_info_file lists it")
@@ -292,20 +300,12 @@ def partition(clips: list[Clip], val_partition: str | None, test_mode: bool, roo
     return kept
 
 
-def list_folder(folder: str, side: str) -> list[os.DirEntry]:
-    """What a folder holds, hidden files aside."""
-    check_folder(folder, side)
-    with os.scandir(folder) as entries:
-        return [entry for entry in entries if not entry.name.startswith(".")]
-
-
 def lines_of(meta: str, what: str = "meta_info_file") -> list[tuple[int, str]]:
     """The lines of a list of clips or frames that are not blank, with their numbers."""
     if not os.path.isfile(meta):
         remedy = MAKE_LMDB if what == "lmdb" else f"python -m data.prepare meta FOLDER {meta} writes it"
         raise FileNotFoundError(f"{what}: {meta} does not exist; {remedy}")
-    with open(meta, encoding="utf-8") as file:
-        lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(read_lines(meta, bytewise=what == "lmdb"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"{what}: {meta} is empty; each line names a clip or a frame")
     return lines

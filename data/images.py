@@ -1,8 +1,8 @@
 """Pictures of any size from folders, and successive frames of clips, resized and cut to squares.
 
 Source: taming-transformers' data/base.py (shorter side to size, then a crop); the shape of an item is that of
-seed 003's video pipe. Different here: every draw comes from `sample_rng(seed, epoch, index)`; a picture lying on its
-side is put upright (EXIF); transparency is shown on white; 16 bits become 8.
+seed 003's video pipe. Different here: every draw comes from `sample_rng(seed, epoch, index)`; files are read as
+`data.image_files` says; of a thin picture a part is resized, not all of it.
 Legend: D pictures of an item, H W pixels (both `size`), C channels.
 """
 
@@ -16,15 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_image, read_file
 
-from data.frames import EXTENSIONS, scan_clips
+from data.folders import read_lines, walk
+from data.frames import scan_clips
+from data.image_files import EXTENSIONS, KINDS, MIN_SIDE, BadPicture, printable, read_picture
 from data.sampler import Key, sample_rng
 from data.synthetic import SyntheticImageDataset, as_channels
 from data.video import augment, split_key
 from options import check, schema_of
 
-PNG_WITH_ALPHA = (4, 6)  # colour types, the 26th byte of the file
+LONGEST = 4  # times the shorter side: of a longer picture no more than this is resized
 
 
 class ImageTrainDataset(Dataset):
@@ -33,7 +34,7 @@ class ImageTrainDataset(Dataset):
     Item `(epoch, index)` -> {"H": (D,H,W,C) uint8, "key", "folder": name of the first picture}.
 
     Args:
-        dataroot: folder of png, jpg or jpeg files in folders of any depth, or a text file that names one in each
+        dataroot: folder of PNG, JPEG or WebP files in folders of any depth, or a text file that names one in each
             line; None draws pictures instead.
         generated: what is drawn then, e.g. {"num_samples": 512}: arguments of `SyntheticImageDataset`.
         size: side of the square that is cut out, in pixels.
@@ -103,10 +104,10 @@ class ImageTrainDataset(Dataset):
             if self.kept is not None and path in self.kept:
                 return self.kept[path]
             try:
-                picture = as_channels(read_image(path), self.n_channels)
-            except ValueError as error:
+                picture = as_channels(read_picture(path, MIN_SIDE), self.n_channels)
+            except BadPicture as error:
                 if not self.skip_corrupt:
-                    raise ValueError(f"{error}; or set skip_corrupt to pass over such files") from None
+                    raise BadPicture(f"{error}; or set skip_corrupt to pass over such files") from None
                 warnings.warn(f"{error}; skipped, the next one stands in", stacklevel=2)
                 continue
             if self.kept is not None:
@@ -165,24 +166,25 @@ class VideoSequenceDataset(ImageTrainDataset):
 
 # Files -------------------------------------------------------------------------------------------------------------
 
-def list_images(dataroot: str) -> list[str]:
-    """The paths of all pictures below a folder, sorted, or in the lines of a text file; or of this one picture."""
+def list_images(dataroot: str, what: str = "dataroot") -> list[str]:
+    """The paths of all pictures below a folder, sorted, or in the lines of a text file; or of this one picture.
+
+    Args: what: the name of `dataroot` in messages.
+    """
     if os.path.isfile(dataroot) and dataroot.endswith(".txt"):
-        with open(dataroot, encoding="utf-8") as file:
-            paths = [os.path.join(os.path.dirname(dataroot), line.strip()) for line in file if line.strip()]
+        paths = [os.path.join(os.path.dirname(dataroot), line.strip()) for line in read_lines(dataroot) if line.strip()]
         absent = next((path for path in paths if not os.path.isfile(path)), None)
         if absent:
-            raise FileNotFoundError(f"dataroot {dataroot}: {absent} does not exist")
+            raise FileNotFoundError(f"{what} {dataroot}: {printable(absent)} does not exist")
     elif os.path.isdir(dataroot):
-        paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(dataroot, followlinks=True)
-                       for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+        paths = sorted(os.path.join(folder, name) for folder, names in walk(dataroot) for name in names)
     elif os.path.isfile(dataroot) and dataroot.lower().endswith(EXTENSIONS):
         return [dataroot]
     else:
-        raise FileNotFoundError(f"dataroot: {dataroot} is neither a folder of pictures nor a .txt file that names some")
+        raise FileNotFoundError(f"{what}: {dataroot} is neither a folder of {KINDS} pictures, nor one of these, nor a "
+                                ".txt file that names some")
     if not paths:
-        raise ValueError(f"dataroot {dataroot} holds no pictures; png, jpg or jpeg files are needed, in folders of any "
-                         "depth")
+        raise ValueError(f"{what} {dataroot} holds no pictures; {KINDS} files are needed, in folders of any depth")
     return paths
 
 
@@ -192,34 +194,23 @@ def images_by_name(source: str) -> dict[str, str]:
     Raises: FileNotFoundError, ValueError: as `list_images`, and where two pictures would have one name.
     """
     root = source if os.path.isdir(source) else os.path.dirname(source) or "."
-    found = list_images(source)
+    found = list_images(source, "input")
     paths = {os.path.splitext(os.path.relpath(path, root))[0]: path for path in found}
     if len(paths) < len(found):
         raise ValueError(f"{source}: two pictures differ in nothing but the ending of their names; rename one")
     return paths
 
 
-def read_image(path: str) -> Tensor:
-    """A PNG or JPEG file of any kind -> (3,h,w) uint8 RGB. Raises ValueError, one line, if it can't be decoded."""
-    try:
-        encoded = read_file(path)
-        alpha = encoded.numel() > 25 and bytes(encoded[1:4].tolist()) == b"PNG" and int(encoded[25]) in PNG_WITH_ALPHA
-        # RGB_ALPHA only where there is alpha: of palettes torchvision makes one up
-        mode = ImageReadMode.RGB_ALPHA if alpha else ImageReadMode.RGB
-        picture = decode_image(encoded, mode, apply_exif_orientation=True)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0].rpartition(", ")[2]
-        raise ValueError(f"{path}: not a readable picture ({reason}); save it anew as PNG or JPEG") from None
-    if picture.dtype != torch.uint8:
-        picture = (picture.to(torch.int32) + 128).div(257, rounding_mode="floor").to(torch.uint8)  # 65535 = 257 * 255
-    if alpha:
-        opacity = picture[3:].float() / 255
-        picture = (picture[:3] * opacity + 255 * (1 - opacity)).round().to(torch.uint8)
-    return picture
+def strip(picture: Tensor, spot: Sequence[float]) -> Tensor:
+    """(C,h,w) -> of a thin picture the part at `spot`, (y, x) in [0,1): all of 3000 x 2 pixels enlarged takes GB."""
+    longest = LONGEST * min(picture.shape[-2:])
+    top, left = (int(at * (edge - longest + 1)) if edge > longest else 0 for at, edge in zip(spot, picture.shape[-2:]))
+    return picture[:, top : top + longest, left : left + longest]
 
 
 def crop(picture: Tensor, side: int, size: int, spot: Sequence[float]) -> Tensor:
     """(C,h,w) uint8 -> (C,size,size): the shorter side becomes `side`, then a square at `spot`, (y, x) in [0,1)."""
+    picture = strip(picture, spot)
     height, width = picture.shape[-2:]
     if min(height, width) != side:
         scale = side / min(height, width)

@@ -9,6 +9,7 @@ Legend: H W pixels, S = image_size, K classes. An image in memory is (3,H,W) uin
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,17 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as T
 
-from data.frames import EXTENSIONS, read_frame, size_of
+from data.folders import list_folder
+from data.image_files import EXTENSIONS, KINDS, MIN_SIDE, printable, read_levels, read_picture, size_of
 from data.sampler import Key, sample_rng
 from data.synthetic_masks import SyntheticMaskDataset
 from data.video import split_key
 from options import check, schema_of
 
-MIN_SIDE = 8  # pixels; what is smaller shows nothing that could be told apart
 LISTED = 10  # names in a message
 
 
@@ -34,7 +34,7 @@ class MaskDataset(Dataset):
     """What training and validation share; a subclass says which part of the split it is, and what it draws.
 
     Args:
-        image_path: folder of images (PNG, JPEG); None draws fields and buildings instead.
+        image_path: folder of images (PNG, JPEG, WebP); None draws fields and buildings instead.
         gt_path: folder of masks, each with the stem of its image.
         generated: what is drawn then, e.g. {"num_images": 256}: arguments of `SyntheticMaskDataset`.
         image_size: S; images and masks are resized to S x S pixels.
@@ -96,7 +96,7 @@ class MaskDataset(Dataset):
             image, mask, stem = self.drawn[index]
         else:
             (image_file, mask_file), stem = self.pairs[index], self.pairs[index][0].stem
-            image = read_image(image_file)
+            image = read_picture(str(image_file), MIN_SIDE)
             mask = read_mask(mask_file, self.num_classes, self.ignore_index, self.threshold)
             if image.shape[1:] != mask.shape:
                 raise ValueError(f"{mask_file}: the mask is {size_of(mask)}, its image {image_file} {size_of(image)}; "
@@ -176,6 +176,8 @@ class ImageFolderDataset(Dataset):
 
     def __init__(self, input: str):
         path = Path(input)
+        if path.is_file() and path.suffix.lower() not in EXTENSIONS:
+            raise ValueError(f"input: {printable(input)} is not an image; give a {KINDS} file, or a folder of such")
         self.files = [path] if path.is_file() else list(by_stem(path, "input").values())
 
     def __len__(self) -> int:
@@ -183,7 +185,7 @@ class ImageFolderDataset(Dataset):
 
     def __getitem__(self, key: Key | int) -> dict[str, Tensor | str]:
         path = self.files[split_key(key, len(self))[1]]
-        return {"L": read_image(path).float() / 255, "folder": path.stem, "lq_path": str(path)}
+        return {"L": read_picture(str(path), MIN_SIDE).float() / 255, "folder": path.stem, "lq_path": str(path)}
 
 
 # ---------------------------------------------------------------- which files
@@ -192,15 +194,14 @@ class ImageFolderDataset(Dataset):
 def by_stem(folder: Path, name: str) -> dict[str, Path]:
     """The images of a folder by stem, in order. Raises FileNotFoundError, ValueError."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{name}: {folder} is no folder; give one of {', '.join(EXTENSIONS)} files")
+        raise FileNotFoundError(f"{name}: {folder} is not a folder; give one of {KINDS} files")
     files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
-            if path.stem in files:
-                raise ValueError(f"{name}: {folder} has both {files[path.stem].name} and {path.name}; keep one of them")
-            files[path.stem] = path
+    for path in (folder / file for file in list_folder(str(folder))[1]):
+        if path.stem in files:
+            raise ValueError(f"{name}: {folder} has both {files[path.stem].name} and {path.name}; keep one of them")
+        files[path.stem] = path
     if not files:
-        raise FileNotFoundError(f"{name}: {folder} holds no {', '.join(EXTENSIONS)} file")
+        raise FileNotFoundError(f"{name}: {folder} holds no {KINDS} file")
     return files
 
 
@@ -221,7 +222,7 @@ def paired(image_path: Path, gt_path: Path, skip_unmatched: bool) -> dict[str, t
 
 def chosen(stems: Iterable[str], share: float, seed: int) -> set[str]:
     """The stems kept for validation: those whose hashes are the smallest, so that the order of files has no say."""
-    ranked = sorted(stems, key=lambda stem: hashlib.sha256(f"{seed}/{stem}".encode()).digest())
+    ranked = sorted(stems, key=lambda stem: hashlib.sha256(os.fsencode(f"{seed}/{stem}")).digest())
     return set(ranked[: round(share * len(ranked))])
 
 
@@ -232,32 +233,37 @@ def some(names: list[str]) -> str:
 # ---------------------------------------------------------------- what is in them
 
 
-def read_image(path: Path) -> Tensor:
-    """(3,H,W) uint8. Raises ValueError, FileNotFoundError."""
-    image = read_frame(str(path))
-    if min(image.shape[-2:]) < MIN_SIDE:
-        raise ValueError(f"{path}: {size_of(image)} is too small; at least {MIN_SIDE} pixels a side are needed")
-    return image
-
-
 def read_mask(path: Path, num_classes: int, ignore_index: int | None = None, threshold: int | None = None) -> Tensor:
-    """(H,W) uint8 class ids. Raises ValueError that lists values which no class has."""
-    try:
-        planes = decode_image(read_file(str(path)), ImageReadMode.UNCHANGED)
-    except RuntimeError:
-        raise ValueError(f"{path}: not a readable image; a PNG or JPEG file is needed") from None
+    """(H,W) uint8 class ids: grey levels, or a palette's indices. Raises ValueError that lists values of no class.
+
+    Of 1 bit white is 255, as in the same mask of 8; of 16 bits too. A palette of black and white is a picture of a
+    mask: white is class 1 wherever it stands. One of grey levels that are their own indices is not a palette.
+    """
+    levels = read_levels(str(path))
+    planes, palette = levels.planes, levels.palette
     planes = planes[:-1] if len(planes) in (2, 4) else planes  # without transparency
-    if planes.dtype != torch.uint8 or not (planes == planes[:1]).all():
-        raise ValueError(f"{path}: a mask in colour or of more than 8 bits; save it as grey levels that are class ids"
+    if not (planes == planes[:1]).all():
+        raise ValueError(f"{path}: a mask in colour; save it as grey levels that are class ids"
                          + (" or 0 and 255" if num_classes <= 2 else ""))
-    mask = planes[0]
-    if threshold is not None:
+    mask, white = planes[0], 2**levels.depth - 1
+    if palette is not None:
+        used = mask.unique().long()
+        colours = palette[used, :3]
+        if (colours == used[:, None]).all():
+            palette = None
+        elif num_classes <= 2 and ((colours == 0) | (colours == 255)).all() and (colours == colours[:, :1]).all():
+            mask = (palette[mask.long(), 0] == 255).to(torch.uint8)
+    elif levels.depth == 1 or threshold is not None:
+        mask = (mask.int() * 255 + white // 2) // white
+    elif levels.depth == 16:
+        mask = torch.where(mask == white, 255, mask)
+    if threshold is not None and palette is None:
         ones = (mask > threshold).to(torch.uint8)
         return ones if ignore_index is None else torch.where(mask == ignore_index, mask, ones)
     valid = {*range(max(2, num_classes)), *([] if ignore_index is None else [ignore_index])}
     values = set(mask.unique().tolist())
     if values <= valid:
-        return mask
+        return mask.to(torch.uint8)
     if num_classes <= 2 and values <= {0, 255} | valid - {1}:
         return torch.where(mask == 255, 1, mask).to(torch.uint8)
     binary = num_classes <= 2

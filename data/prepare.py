@@ -17,7 +17,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-from data.frames import EXTENSIONS, LMDB, check_folder, lmdb_module, read_frame
+from data.folders import passed_over, walk
+from data.frames import LMDB, check_folder, lmdb_module, read_frame
+from data.image_files import KINDS
 
 BATCH = 64  # frames per transaction, which holds them in memory
 PAGE = 4096
@@ -30,7 +32,7 @@ def main(argv: list[str]) -> str:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, out in (("lmdb", "OUT.lmdb"), ("meta", "OUT.txt")):
         command = commands.add_parser(name)
-        command.add_argument("folder", metavar="FOLDER", help="of clip folders, at any depth, of png or jpg frames")
+        command.add_argument("folder", metavar="FOLDER", help="of clip folders, at any depth, of frames")
         command.add_argument("out", metavar=out)
     args = parser.parse_args(argv)
     folder, out = os.path.normpath(args.folder), os.path.normpath(args.out)
@@ -48,23 +50,20 @@ def main(argv: list[str]) -> str:
         os.rename(made, out)
     finally:
         shutil.rmtree(partial)
-    return f"{out}: {told}"
+    return f"{out}: {told}" + (f"; {note}" if (note := passed_over()) else "")
 
 
 def clips_below(folder: str) -> Iterator[tuple[str, list[str]]]:
     """(path of a clip below the folder, its frames' file names), sorted; the folder's own frames are the clip "."."""
     empty = True
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        frames = sorted(name for name in files
-                        if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+    for place, frames in walk(folder):
         if len({os.path.splitext(name)[0] for name in frames}) < len(frames):
             raise ValueError(f"{place}: two frames of one name but for the extension; keep one of them")
         if frames:
             empty = False
             yield os.path.relpath(place, folder), frames
     if empty:
-        raise ValueError(f"{folder} holds no frames; png, jpg or jpeg files are needed")
+        raise ValueError(f"{folder} holds no frames; {KINDS} files are needed")
 
 
 def write_lmdb(folder: str, out: str) -> str:
@@ -75,13 +74,13 @@ def write_lmdb(folder: str, out: str) -> str:
     pages = sum(2 + os.path.getsize(os.path.join(folder, name)) // PAGE for name in names)
     environment = lmdb.open(out, map_size=(2 * pages + 1024) * PAGE, lock=False)
     try:
-        with open(os.path.join(out, "meta_info.txt"), "w", encoding="utf-8") as meta:
+        with open(os.path.join(out, "meta_info.txt"), "w", encoding="utf-8", errors="surrogateescape") as meta:
             for start in range(0, len(names), BATCH):
                 with environment.begin(write=True) as transaction:
                     for name in names[start : start + BATCH]:
                         path = os.path.join(folder, name)
                         with open(path, "rb") as file:
-                            transaction.put(os.path.splitext(name)[0].encode(), file.read())
+                            transaction.put(os.fsencode(os.path.splitext(name)[0]), file.read())
                         meta.write(f"{name} {shape_of(path)} 1\n")
             meta.flush()
             os.fsync(meta.fileno())

@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from data.frames import EXTENSIONS, check_folder
-from data.images import read_image
+from data.folders import list_folder
+from data.frames import check_folder
+from data.image_files import KINDS, MIN_SIDE, read_bytes, read_picture
+from data.images import strip
 from data.sampler import Key, sample_rng
 from data.synthetic_styles import DrawnStyles
 from data.video import split_key
@@ -30,6 +32,7 @@ from models.codecs import build_codec
 from options import check, schema_of
 
 LATENTS = "experiments/latents"  # where latents are kept unless the options say otherwise
+MOST_KEPT = 1 << 29  # bytes of latents that each process keeps in memory; the rest is read or made again when needed
 
 
 class StyleLatents:
@@ -63,7 +66,7 @@ class StyleLatents:
         for style in style_names(dataroot, style_subdirs, generated):
             files = [""] * self.drawn.num_images if self.drawn else pictures_in(os.path.join(dataroot, style))
             if not files and not allow_empty:
-                raise ValueError(f"{os.path.join(dataroot, style)}: holds no pictures; png, jpg or jpeg files are "
+                raise ValueError(f"{os.path.join(dataroot, style)}: holds no pictures; {KINDS} files are "
                                  "needed")
             if files:
                 self.files[style] = files
@@ -72,25 +75,24 @@ class StyleLatents:
     def __call__(self, style: str, number: int) -> Tensor:
         """(c,h,w) float32 of a style's picture."""
         number %= len(self.files[style])
-        if (style, number) not in self.kept:
-            self.kept[style, number] = self._latent(style, number)
-        return self.kept[style, number]
+        if (latent := self.kept.get((style, number))) is None:
+            latent = self._latent(style, number)
+            if (len(self.kept) + 1) * latent.nbytes <= MOST_KEPT:  # they are all of one size
+                self.kept[style, number] = latent
+        return latent
 
     def picture(self, style: str, number: int) -> Tensor:
         """(3,image_size,image_size) float32 in [-1,1]."""
         if self.drawn:
             return torch.from_numpy(self.drawn(style, number)).float() / 127.5 - 1
-        return fitted(read_image(self.files[style][number]), self.image_size, self.crop)
+        return fitted(read_picture(self.files[style][number], MIN_SIDE), self.image_size, self.crop)
 
     def _latent(self, style: str, number: int) -> Tensor:
         if not (self.codec.fingerprint and self.cache_dir and not self.drawn):
             return self.codec.encode(self.picture(style, number)[None])[0]
-        path = Path(self.files[style][number])
+        path = self.files[style][number]
         facts = f"{self.codec.fingerprint} {self.image_size} {self.crop} ".encode()
-        try:
-            kept = Path(self.cache_dir) / f"{hashlib.sha256(facts + path.read_bytes()).hexdigest()}.pt"
-        except OSError as error:
-            raise ValueError(f"{path}: can't be read: {error.strerror}") from None
+        kept = Path(self.cache_dir) / f"{hashlib.sha256(facts + read_bytes(path)).hexdigest()}.pt"
         if kept.exists():
             try:
                 return load_file(kept)
@@ -192,8 +194,7 @@ def style_names(dataroot: str | None, style_subdirs: Sequence[str] | None, gener
     if dataroot is None:
         return style_subdirs or drawn_styles(generated, 64, 0).styles
     check_folder(dataroot, "dataroot")
-    with os.scandir(dataroot) as entries:
-        there = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    there, _ = list_folder(dataroot)
     names = list(style_subdirs or there)
     if not names:
         raise ValueError(f"{dataroot}: holds no style folders; put each style's pictures into a folder of its own")
@@ -207,12 +208,12 @@ def style_names(dataroot: str | None, style_subdirs: Sequence[str] | None, gener
 
 def pictures_in(folder: str) -> list[str]:
     """The paths of a folder's pictures, by name."""
-    return sorted(os.path.join(folder, name) for name in os.listdir(folder)
-                  if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+    return [os.path.join(folder, name) for name in list_folder(folder)[1]]
 
 
 def fitted(picture: Tensor, size: int, crop: bool) -> Tensor:
     """(3,H,W) uint8 -> (3,size,size) in [-1,1]: the middle of it, or, without crop, all of it out of shape."""
+    picture = strip(picture, (0.5, 0.5)) if crop else picture
     height, width = picture.shape[1:]
     if crop:
         scale = size / min(height, width)

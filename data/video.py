@@ -31,8 +31,8 @@ from data.frames import (
     partition,
     paths_of,
     scan_clips,
-    size_of,
 )
+from data.image_files import size_of
 from data.resize import Degradation, modcrop
 from data.sampler import Key, sample_rng
 from options import check, schema_of
@@ -49,7 +49,7 @@ class VideoRecurrentTrainDataset(Dataset):
         generated: what is drawn then, e.g. {"num_clips": 256}: arguments of `SyntheticVideoDataset`.
         dataroot_lq: the same with degraded frames of equal names; None makes them of GT, see `degradation`.
         meta_info_file: lines `clip frames shape first_frame`, e.g. `000 100 (720,1280,3) 0`, files then being named
-            by filename_tmpl and filename_ext; without first_frame, or with None here, every png, jpg or jpeg file
+            by filename_tmpl and filename_ext; without first_frame, or with None here, every PNG, JPEG or WebP file
             there is, in order of name.
         num_frame: T.
         gt_size: side of the GT window in pixels, a multiple of scale.
@@ -267,7 +267,7 @@ class SingleVideoRecurrentTestDataset(VideoRecurrentTestDataset):
 
 
 class FrameFolder(VideoRecurrentTestDataset):
-    """Frames to restore: a folder of png or jpg files, or of one such folder for each clip; nothing is drawn.
+    """Frames to restore: a folder of PNG, JPEG or WebP files, or of one such folder for each clip; nothing is drawn.
 
     Args:
         input: that folder (or lmdb). gt: the like with the ground truth, frames of equal names; None: unknown.

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import functional
 
-from data.frames import LMDB, FrameReader, check_backend, frame_path, lines_of, list_folder, scan_clips, scan_root
+from data.folders import list_folder
+from data.frames import LMDB, FrameReader, check_backend, frame_path, lines_of, scan_clips, scan_root
 from data.resize import modcrop
 from data.sampler import Key, sample_rng
 from data.video import RandomWindow, check_scale, lq_maker, split_key, to_float
@@ -253,14 +254,11 @@ def names_of(meta: str | None, root: str) -> list[str]:
         return [line.split()[0] for _, line in lines_of(meta)]
     if root.endswith(LMDB):
         return list(scan_root(root, "dataroot_gt"))
-    names = [f"{clip}/{sequence}" for clip in _folders(root) for sequence in _folders(os.path.join(root, clip))]
+    names = [f"{clip}/{sequence}" for clip in list_folder(root)[0]
+             for sequence in list_folder(os.path.join(root, clip))[0]]
     if not names:
         raise ValueError(f"dataroot_gt {root} holds no sequences; they are folders like 00001/0001 of im1.png, ...")
     return names
-
-
-def _folders(root: str) -> list[str]:
-    return sorted(entry.name for entry in list_folder(root, "dataroot_gt") if entry.is_dir())
 
 
 def numbers_of(num_frame: int, temporal_scale: int) -> list[int]:

@@ -30,7 +30,8 @@ from torchvision.utils import make_grid
 import distributed
 import schedules
 from checkpoint import CheckpointError
-from data.images import images_by_name, read_image
+from data.image_files import read_picture
+from data.images import images_by_name
 from data.sampler import sample_rng
 from data.styles import style_names
 from foreign import unpack
@@ -409,8 +410,8 @@ class ModelLGT(ModelPlain):
         yield len(paths)
         for name, path in paths.items():
             if wanted(file := f"{name}_to_{v['style']}.png"):
-                picture = read_image(path).float() / 255
-                yield file, self.translate(picture, v["style"], v["source_style"], zlib.crc32(name.encode())), None
+                picture = read_picture(path).float() / 255
+                yield file, self.translate(picture, v["style"], v["source_style"], zlib.crc32(os.fsencode(name))), None
 
     def translate(self, picture: Tensor, target: str, source: str | None = None, seed: int = 0) -> Tensor:
         """A picture in another style, at its own size.

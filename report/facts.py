@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from checkpoint import CheckpointSet, Layout, find_sets
 from checkpoint_cli import models_of
+from data.image_files import encode, picture_in
 from options import flatten
 
 MOST_POINTS = 2000  # of a curve on the page; of more rows each stretch gives its lowest and its highest
@@ -242,7 +243,7 @@ class RunFolder:
             for name, path in named[when][:PICTURES_EACH]:
                 facts = path.stat()
                 key = path, facts.st_size, facts.st_mtime_ns
-                with contextlib.suppress(RuntimeError):  # no picture after all
+                with contextlib.suppress(ValueError, OSError):  # damaged, or gone
                     kept[key] = self.shown.get(key) or data_uri(path)
                     shown.append({"name": name, "source": kept[key]})
             left -= sum(len(one["source"]) * 3 // 4 for one in shown)
@@ -254,16 +255,14 @@ class RunFolder:
 
 
 def data_uri(path: Path) -> str:
-    """A picture to be embedded, made smaller where it is large. Raises RuntimeError when it is none."""
+    """A picture to be embedded, made smaller where it is large. Raises ValueError, OSError where it is not one."""
     content, kind = path.read_bytes(), "jpeg" if path.suffix == ".jpg" else "png"
     if len(content) > AS_IT_IS:
-        from torchvision.io import ImageReadMode, decode_image, encode_jpeg
-
-        image = decode_image(str(path), ImageReadMode.RGB)  # (3, H, W)
+        image = picture_in(content, str(path))  # (3, H, W)
         if image.shape[2] > PICTURE_WIDTH:
             size = max(1, round(image.shape[1] * PICTURE_WIDTH / image.shape[2])), PICTURE_WIDTH
             image = F.interpolate(image[None].float(), size, mode="area")[0].round().byte()
-        content, kind = encode_jpeg(image, quality=85).numpy().tobytes(), "jpeg"
+        content, kind = encode(image, "jpeg", quality=85), "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 

@@ -7,7 +7,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.io import write_jpeg, write_png
 
-from data.images import ImageTestDataset, ImageTrainDataset, VideoSequenceDataset, read_image
+from data.image_files import read_picture
+from data.images import ImageTestDataset, ImageTrainDataset, VideoSequenceDataset
 from data.synthetic import SyntheticImageDataset, as_channels
 
 SIZES = ((40, 56), (90, 30), (24, 24), (50, 50))
@@ -67,7 +68,7 @@ def test_a_test_set_shows_groups_of_middles_the_same_in_each_epoch(folder):
 def test_grey_alpha_palette_and_16_bit_pictures_become_rgb(tmp_path):
     def saved(array, name, mode=None):
         Image.fromarray(array, mode).save(tmp_path / name)
-        return read_image(str(tmp_path / name))[:, 0, 0].tolist()
+        return read_picture(str(tmp_path / name))[:, 0, 0].tolist()
 
     assert saved(np.full((8, 8), 77, np.uint8), "grey.png") == [77] * 3
     assert saved(np.full((8, 8), 77 * 257, np.uint16), "16.png") == [77] * 3
@@ -76,7 +77,7 @@ def test_grey_alpha_palette_and_16_bit_pictures_become_rgb(tmp_path):
     assert saved(np.full((8, 8, 4), [10, 20, 30, 255], np.uint8), "solid.png") == [10, 20, 30]
     assert saved(np.full((8, 8, 2), [0, 128], np.uint8), "la.png", "LA") == [127] * 3
     Image.new("RGB", (8, 8), (200, 100, 50)).convert("P").save(tmp_path / "p.png")
-    assert read_image(str(tmp_path / "p.png")).shape == (3, 8, 8)
+    assert read_picture(str(tmp_path / "p.png")).shape == (3, 8, 8)
     assert saved(np.full((8, 8), True), "one_bit.png") == [255] * 3
     assert saved(np.full((8, 8), 90, np.uint8), "grey.jpg") == [90] * 3
     grey = train(tmp_path, size=8, n_channels=1)[0]["H"]
@@ -88,7 +89,7 @@ def test_a_picture_lying_on_its_side_is_put_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(gradient(16, 32).permute(1, 2, 0).numpy()).save(tmp_path / "side.jpg", exif=exif)
-    assert read_image(str(tmp_path / "side.jpg")).shape == (3, 32, 16)
+    assert read_picture(str(tmp_path / "side.jpg")).shape == (3, 32, 16)
 
 
 def test_a_corrupt_jpeg_is_named_and_by_option_skipped(folder):
@@ -97,7 +98,7 @@ def test_a_corrupt_jpeg_is_named_and_by_option_skipped(folder):
     bad.write_bytes(bad.read_bytes()[:300])
     dataset = train(folder)
     place = dataset.items[0][0].index(str(bad))
-    with pytest.raises(ValueError, match=r"1_bad.jpg: not a readable picture \(.*\).*or set skip_corrupt") as told:
+    with pytest.raises(ValueError, match=r"1_bad.jpg: not a readable image \(.*\).*or set skip_corrupt") as told:
         dataset[place]
     assert "\n" not in str(told.value)
     patient = train(folder, skip_corrupt=True, random_crop=False, use_hflip=False)
@@ -112,8 +113,8 @@ def test_a_corrupt_jpeg_is_named_and_by_option_skipped(folder):
 
 def test_empty_and_missing_folders_and_impossible_options_take_one_line(tmp_path, folder):
     (tmp_path / "empty").mkdir()
-    cases = [({"dataroot": str(tmp_path / "empty")}, "holds no pictures; png, jpg or jpeg"),
-             ({"dataroot": str(tmp_path / "nowhere")}, "neither a folder of pictures nor a .txt"),
+    cases = [({"dataroot": str(tmp_path / "empty")}, "holds no pictures; PNG, JPEG or WebP files"),
+             ({"dataroot": str(tmp_path / "nowhere")}, "neither a folder of PNG, JPEG or WebP pictures, nor"),
              ({"resize": 20}, "resize 20 must be .* at least size 24"), ({"size": 0}, "size 0"),
              ({"num_images": 0}, "num_images must be 1"), ({"n_channels": 4}, "n_channels must be 3"),
              ({"dataroot": None, "generated": {"num_sample": 3}}, "did you mean 'num_samples'")]

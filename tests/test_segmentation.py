@@ -335,8 +335,8 @@ BAD = {  # what is done to good folders, options -> what is said
     "one pixel": (lambda f: [write_png(torch.zeros(1, 1, 1, dtype=torch.uint8), str(f / w / "image0.png"))
                              for w in ("images", "gt")], {}, "1x1 (width x height) is too small"),
     "no picture": (lambda f: (f / "images/image0.png").write_text("x"), {}, "not a readable image"),
-    "empty folder": (lambda f: [os.remove(p) for p in (f / "gt").iterdir()], {}, "holds no .png"),
-    "no folder": (lambda f: None, {"gt_path": "nowhere"}, "nowhere is no folder"),
+    "empty folder": (lambda f: [os.remove(p) for p in (f / "gt").iterdir()], {}, "holds no PNG"),
+    "no folder": (lambda f: None, {"gt_path": "nowhere"}, "nowhere is not a folder"),
     "empty training": (lambda f: None, {"validation_split": 1.0}, "leaves none of the 6 images"),
     "one path": (lambda f: None, {"gt_path": None}, "gt_path is missing"),
     "ignored class": (lambda f: None, {"ignore_index": 1}, "a value that no class has"),

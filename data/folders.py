@@ -1,0 +1,75 @@
+"""What lies in folders, and in lists of files: hidden files and what systems leave behind are passed over.
+
+Pictures of formats that are not read are counted, for a line at the start of a run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from data.image_files import EXTENSIONS, KINDS, printable, read_bytes, unreadable
+
+OTHERS = (".tif", ".tiff", ".bmp", ".gif", ".jfif", ".jp2", ".jxl", ".avif", ".heic", ".ppm", ".pgm", ".tga", ".exr")
+SYSTEM = {"@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"}
+
+_passed: dict[str, tuple[int, str]] = {}  # ending of files that were passed over -> how many, and one of them
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or one that systems leave behind."""
+    return name.startswith(".") or name in SYSTEM
+
+
+def list_folder(folder: str) -> tuple[list[str], list[str]]:
+    """The names of the folders and of the pictures in a folder, sorted. Raises: ValueError, one line."""
+    folders, pictures, here = [], [], os.path.realpath(folder) + os.sep
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                ending = os.path.splitext(entry.name)[1].lower()
+                if is_hidden(entry.name):
+                    continue
+                if entry.is_dir():
+                    if not entry.is_symlink() or not here.startswith(os.path.realpath(entry.path) + os.sep):
+                        folders.append(entry.name)
+                elif ending in EXTENSIONS:
+                    pictures.append(entry.name)
+                elif ending in OTHERS:
+                    _passed[ending] = _passed.get(ending, (0,))[0] + 1, entry.path
+    except OSError as error:
+        raise ValueError(unreadable(folder, error)) from None
+    return sorted(folders), sorted(pictures)
+
+
+def walk(folder: str, above: tuple[str, ...] = ()) -> Iterator[tuple[str, list[str]]]:
+    """(path, names of its pictures) of a folder and all below it, sorted; a link to one above is not followed."""
+    above = (*above, os.path.realpath(folder))
+    folders, pictures = list_folder(folder)
+    yield folder, pictures
+    for path in (os.path.join(folder, name) for name in folders):
+        if os.path.realpath(path) not in above:
+            yield from walk(path, above)
+
+
+def passed_over() -> str | None:
+    """A line about the pictures of other formats that were listed since it was asked last, if there were any."""
+    counts = ", ".join(f"{count:,} {ending}" for ending, (count, _) in sorted(_passed.items()))
+    example = next((printable(path) for _, path in _passed.values()), "")
+    _passed.clear()
+    return f"passed over: {counts} files, e.g. {example}; {KINDS} is read" if counts else None
+
+
+def read_lines(path: str, bytewise: bool = False) -> list[str]:
+    """The lines of a text file in UTF-8, with or without a byte order mark.
+
+    Args: bytewise: of a list that names files in whatever bytes they have.
+    Raises: FileNotFoundError, ValueError: one line that names the file, also where it is in another encoding.
+    """
+    content = read_bytes(path)
+    try:
+        return content.decode("utf-8-sig", "surrogateescape" if bytewise else "strict").splitlines()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{printable(path)}, line {line}: is not a text in UTF-8 (byte {content[error.start]:#04x}); "
+                         "save it as UTF-8") from None
