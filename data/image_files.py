@@ -136,13 +136,13 @@ def as_rgb(levels: Levels) -> Tensor:
         elif levels.depth < 8:
             planes = planes * (255 // white)
     opacity = planes[-1:] if len(planes) in (2, 4) else None
-    colours = planes[:3] if len(planes) > 2 else planes[:1].expand(3, -1, -1)
+    colours = planes[:3] if len(planes) > 2 else planes[0, ..., None].repeat(1, 1, 3).movedim(-1, 0)
     if opacity is not None and int(opacity.min()) < 255:
         share = opacity.float() / 255
         colours = (colours * share + 255 * (1 - share)).round().to(torch.uint8)
     if clear is not None:
         colours = torch.where(clear, 255, colours)
-    return colours.contiguous()
+    return colours  # whose values lie pixel by pixel in memory, as decoders give them: a copy would cost as much again
 
 
 def upright(planes: Tensor, orientation: int) -> Tensor:
@@ -190,7 +190,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a colour type
 DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-PIECE = 1 << 20  # bytes of a chunk that is written here; libpng has a limit
+PIECE = 1 << 20  # bytes of a chunk that libpng gets; it has a limit
 MOST_SOUND = 1_000_000  # files known to be sound inside, some 100 bytes each
 
 _sound: set[int] = set()  # hashes of header and checksums of what was unpacked once, as a whole
@@ -207,24 +207,26 @@ def _png(content: bytes) -> Levels:
     bits = depth * CHANNELS[colour]
     passes = [(x, y, dx, dy, -(-(width - x) // dx), -(-(height - y) // dy))
               for x, y, dx, dy in (ADAM7 if interlaced else ((0, 0, 1, 1),)) if width > x and height > y]
-    plain = not interlaced and depth >= 8 and colour != 3 and pixels[0][8:9] >= b"\x70"  # a window of 32 KB
+    plain = not interlaced and depth >= 8 and colour != 3 and bytes(pixels[0][8:9]) >= b"\x70"  # a window of 32 KB
     key = hash((chunks[b"IHDR"], *(bytes(piece[-4:]) for piece in pixels)))
     if plain and key in _sound:
-        planes = _decode_png(width, height, depth, colour, pixels)
+        large = max(map(len, pixels)) > PIECE
+        planes = _decode_png(width, height, depth, colour, _pieces(_packed(pixels)) if large else pixels)
     else:
         rows = [(h, 1 + (w * bits + 7) // 8) for *_, w, h in passes]
-        raw = _unpack(b"".join(piece[8:-4] for piece in pixels), sum(h * length for h, length in rows))
-        planes, end = torch.zeros(CHANNELS[colour], height, width, dtype=torch.int32 if depth == 16 else torch.uint8), 0
-        for (x, y, dx, dy, w, _), (h, length) in zip(passes, rows):
+        raw = _unpack(_packed(pixels), sum(h * length for h, length in rows))
+        parts, end = [], 0
+        for (*_, w, _), (h, length) in zip(passes, rows):
             begin, end = end, end + h * length
             if max(raw[begin:end:length]) > 4:
                 raise ValueError("a row is damaged")
-            stored = zlib.compress(raw[begin:end], 0)
-            stored = [_chunk(b"IDAT", stored[i : i + PIECE]) for i in range(0, len(stored), PIECE)]
+            stored = _pieces(zlib.compress(raw[begin:end], 0))
             if depth < 8 or colour == 3:  # several values a byte, which torchvision takes for one: rows of bytes
-                part = _values(_decode_png(length - 1, h, 8, 0, stored)[0], depth)[None, :, :w]
+                parts.append(_values(_decode_png(length - 1, h, 8, 0, stored)[0], depth)[None, :, :w])
             else:
-                part = _decode_png(w, h, depth, colour, stored)
+                parts.append(_decode_png(w, h, depth, colour, stored))
+        planes = parts[0] if not interlaced else parts[0].new_zeros(len(parts[0]), height, width)
+        for (x, y, dx, dy, *_), part in zip(passes, parts if interlaced else ()):
             planes[:, y::dy, x::dx] = part
         if plain:
             _sound.clear() if len(_sound) >= MOST_SOUND else None
@@ -272,6 +274,14 @@ def _unpack(packed: bytes, size: int) -> bytes:
 
 def _chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(name)))
+
+
+def _packed(pixels: Sequence[memoryview]) -> bytes:
+    return b"".join(piece[8:-4] for piece in pixels)
+
+
+def _pieces(packed: bytes) -> list[bytes]:
+    return [_chunk(b"IDAT", packed[i : i + PIECE]) for i in range(0, len(packed), PIECE)]
 
 
 def _decode_png(width: int, height: int, depth: int, colour: int, pixels: Sequence[bytes]) -> Tensor:
