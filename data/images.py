@@ -181,8 +181,8 @@ def list_images(dataroot: str, what: str = "dataroot") -> list[str]:
     elif os.path.isfile(dataroot) and dataroot.lower().endswith(EXTENSIONS):
         return [dataroot]
     else:
-        raise FileNotFoundError(f"{what}: {dataroot} is neither a folder of {KINDS} pictures, nor one of these, nor a "
-                                ".txt file that names some")
+        raise FileNotFoundError(f"{what}: {dataroot} is neither a folder of pictures nor a .txt file that "
+                                f"names some; {KINDS} files are read")
     if not paths:
         raise ValueError(f"{what} {dataroot} holds no pictures; {KINDS} files are needed, in folders of any depth")
     return paths

@@ -114,7 +114,7 @@ def test_a_corrupt_jpeg_is_named_and_by_option_skipped(folder):
 def test_empty_and_missing_folders_and_impossible_options_take_one_line(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     cases = [({"dataroot": str(tmp_path / "empty")}, "holds no pictures; PNG, JPEG or WebP files"),
-             ({"dataroot": str(tmp_path / "nowhere")}, "neither a folder of PNG, JPEG or WebP pictures, nor"),
+             ({"dataroot": str(tmp_path / "nowhere")}, "neither a folder of pictures nor a .txt"),
              ({"resize": 20}, "resize 20 must be .* at least size 24"), ({"size": 0}, "size 0"),
              ({"num_images": 0}, "num_images must be 1"), ({"n_channels": 4}, "n_channels must be 3"),
              ({"dataroot": None, "generated": {"num_sample": 3}}, "did you mean 'num_samples'")]

@@ -395,7 +395,7 @@ def test_use_on_files_of_ones_own(tmp_path, monkeypatch, capsys):
     assert run(*bare, "--set", 'datasets.train.style_subdirs=["a", "b"]') == 0
 
     (tmp_path / "mine/b/0.png").write_bytes(b"not a picture")
-    with pytest.raises(options.OptionError, match="b/0.png: not a readable picture"):
+    with pytest.raises(options.OptionError, match="b/0.png: not a readable image"):
         run(*use, tmp_path / "third")
     with pytest.raises(options.OptionError, match="nowhere is neither a folder"):
         run("-opt", path, "--test", "--input", tmp_path / "nowhere", "--style", "b", "--output", tmp_path / "new")
@@ -449,7 +449,7 @@ def test_bad_folders(tmp_path):
 def test_an_unreadable_picture_is_named(tmp_path):
     root = folders(tmp_path / "data", {"a": 1, "b": 1})
     (tmp_path / "data/b/0.png").write_bytes(b"not a picture")
-    with pytest.raises(options.OptionError, match="b/0.png: not a readable picture"):
+    with pytest.raises(options.OptionError, match="b/0.png: not a readable image"):
         run("-opt", recipe(tmp_path, "one", data={"dataroot": root, "dataloader_batch_size": 2}))
 
 

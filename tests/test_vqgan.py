@@ -331,10 +331,10 @@ def test_one_corrupt_jpeg_among_good_ones_is_named_and_by_option_skipped(tmp_pat
         images = {"dataroot": str(tmp_path / "in"), "skip_corrupt": skip}
         path = write_json(tmp_path / "o.json", tree(tmp_path, images=images, train={"total_iter": 3}))
         if skip:
-            with pytest.warns(UserWarning, match="1.jpg: not a readable picture"):
+            with pytest.warns(UserWarning, match="1.jpg: not a readable image"):
                 assert run("-opt", path) == 0
         else:
-            with pytest.raises(options.OptionError, match="1.jpg: not a readable picture"):
+            with pytest.raises(options.OptionError, match="1.jpg: not a readable image"):
                 run("-opt", path)
 
 
