@@ -113,6 +113,7 @@ def prepare_machine(opt: dict) -> None:
     if opt["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it before it is written
     elif device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     seed = opt["train"]["manual_seed"]

@@ -224,9 +224,8 @@ def check_equal(model, data) -> None:
             torch.nn.init.normal_(p, std=0.02)
     pair.append(copy.deepcopy(pair[0]))
     straightforward(pair[1])
-    random = torch.get_rng_state()
     for one in pair:
-        torch.set_rng_state(random)  # for stochastic depth
+        train.seed_generators(0)  # of every device, for stochastic depth
         one.feed_data({key: value.double() if torch.is_tensor(value) else value for key, value in data.items()})
         one.optimize_parameters(1)
     loss = abs(pair[0].log_dict["G_loss"] - pair[1].log_dict["G_loss"]).item()
@@ -288,11 +287,12 @@ def main() -> None:
     opt, _ = options.parse(args.option_file, changes, MODELS, NETWORKS, DATASETS)
     train.prepare_machine(opt)
     run = train.Run(opt, RunLog())
-    run.restore(None, None)
-    loader, device = opt["datasets"]["train"], torch.device(opt["device"]).type
+    torch.backends.cudnn.benchmark = not opt["deterministic"]  # as in training
+    run.restore(None)
+    loader, device = opt["datasets"]["train"], run.model.device.type
     workers = loader["dataloader_num_workers"] if args.workers is None else args.workers
     watch = Stopwatch(torch.cuda.synchronize if device == "cuda" else lambda: None)
-    torch.Tensor.backward = watch.timed(torch.Tensor.backward, "backward")
+    real, torch.Tensor.backward = torch.Tensor.backward, watch.timed(torch.Tensor.backward, "backward")
 
     samples = endless(run.train_set, run.batches, workers, pinned=device == "cuda")
     fetch = watch.timed(lambda: next(samples), "data")
@@ -318,7 +318,7 @@ def main() -> None:
         losses = [model.log_dict["G_loss"].item() for model in models.values()]
         print(f"losses after {iteration} steps: {losses[0]:.6f} {losses[1]:.6f}")
 
-    print(f"{args.option_file}, {opt['device']}, {torch.get_num_threads()} threads, {workers} workers")
+    print(f"{args.option_file}, {run.model.device}, {torch.get_num_threads()} threads, {workers} workers")
     for name in steps:
         report(name + (" (bf16)" if args.bf16 and name == "ours" else ""), times[name])
     if args.against:
@@ -332,6 +332,7 @@ def main() -> None:
             memory.append(peak_memory(lambda name=name: steps[name](data, iteration + 1), device == "cuda"))
         print(f"  ratio {'memory':<10}{memory[0] / memory[1]:6.3f} (peak {memory[0] / 2**20:.0f} of "
               f"{memory[1] / 2**20:.0f} MiB that torch allocates within a step)")
+    torch.Tensor.backward = real
 
 
 if __name__ == "__main__":

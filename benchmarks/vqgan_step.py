@@ -72,7 +72,7 @@ def main() -> None:
                            MODELS, NETWORKS, DATASETS)
     train.prepare_machine(opt)
     run = train.Run(opt, RunLog())
-    run.restore(None, None)
+    run.restore(None)
     start = opt["train"]["lossconfig"]["disc_start"]
     data = {"H": torch.stack([run.train_set[0, i]["H"] for i in range(run.batches.batch_size)])}
     for when, first in (("before disc_start", 1), ("after disc_start", start + 1)):

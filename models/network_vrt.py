@@ -107,6 +107,12 @@ def fused_attention(qkv: Tensor, scale: float, bias: Tensor | None = None, code:
     return out.view(shape)[..., :width].transpose(-3, -2)
 
 
+def as_multiplied(x: Tensor) -> Tensor:
+    """Convert to what autocast multiplies in: once, and before x is moved about, instead of at each linear layer."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if kind != "meta" and torch.is_autocast_enabled(kind) else x
+
+
 def relative_index(window: Size) -> Tensor:
     """(N, N): the row of the bias table for a pair (query, key), one row for each difference of positions."""
     index = 0
@@ -219,7 +225,7 @@ class Block(nn.Module):
         return x + self._drop(self._run(self.checkpoint_ffn, self._feed_forward, x))
 
     def _attend(self, x: Tensor, window: Size, shift: Size, mask: Tensor | None) -> Tensor:
-        x = self.norm1(x)
+        x = as_multiplied(self.norm1(x))
         d, h, w = x.shape[1:4]
         pad_d, pad_h, pad_w = (-s % side for s, side in zip((d, h, w), window))
         if pad_d or pad_h or pad_w:  # zeros, which stay keys and values like any other token, as published
@@ -233,7 +239,7 @@ class Block(nn.Module):
         return x[:, :d, :h, :w]
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.mlp(self.norm2(x))
+        return self.mlp(as_multiplied(self.norm2(x)))
 
     def _run(self, recompute: bool, function: Callable[..., Tensor], *args) -> Tensor:
         """Call the function; with recompute, training keeps only its inputs and calls it once more later."""

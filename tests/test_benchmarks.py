@@ -1,0 +1,127 @@
+"""Every script in benchmarks/ runs to its end: one tiny round each."""
+
+import contextlib
+import importlib
+import io
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import main as door
+from tests import world
+from tests.conftest import ROOT
+
+
+@pytest.fixture(autouse=True)
+def one_thread(two_threads):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Runs a script's main in this process; returns what it printed."""
+    monkeypatch.setattr(torch.Tensor, "backward", torch.Tensor.backward)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+
+    def run(name, *words):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
+        importlib.import_module(f"benchmarks.{name}").main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_checkpoint_benchmark(script, tmp_path):
+    said = script("checkpoint", "--megabytes", 3, "--rounds", 1, "--folder", tmp_path)
+    assert "verified bundle" in said and "of torch.load" in said
+
+
+def test_the_step_benchmark_against_the_straightforward_way(script, tmp_path):
+    said = script("step_time", world.recipe("vrt", tmp_path, "run"), "--steps", 1, "--against", "straightforward",
+                  "--workers", 0, "--set", "datasets.train.dataloader_batch_size=1", "--set", "train.fix_iter=0")
+    assert "after one step in float64 the two differ by" in said and "ratio step" in said and "ratio memory" in said
+
+
+def test_the_vqgan_benchmark(script, tmp_path):
+    said = script("vqgan_step", world.recipe("vqgan", tmp_path, "run"), "--steps", 2)
+    assert "before disc_start" in said and "after disc_start" in said
+
+
+def test_the_scaling_benchmark_of_a_single_process(script, tmp_path, monkeypatch):
+    """The measurement of a process; its launcher only starts several of them."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    found = json.loads(script("scaling", world.recipe("vqvae", tmp_path, "run"), "--steps", 1).splitlines()[-1])
+    assert found["seconds"] > 0 and found["bytes"] > 0
+
+
+# ---------------------------------------------------------------- gpu.py
+
+
+def test_the_device_check_says_that_there_is_no_device():
+    done = subprocess.run(["bash", ROOT / "benchmarks/gpu.sh"], capture_output=True, text=True,
+                          env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 2 and done.stdout.startswith("no CUDA device here"), done.stderr
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The script, whose programs run as calls, on the smallest recipes."""
+    from benchmarks import gpu
+
+    monkeypatch.setattr(gpu, "launch", call)
+    return gpu
+
+
+def call(words, seconds=0):
+    """A program of the repository in this process."""
+    if "--prove-resume" in words:  # runs of its own, which take processes
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        if words[0] == "main.py":
+            return door.main([str(word) for word in words[1:]]), said.getvalue()
+        argv, sys.argv = sys.argv, [str(word) for word in words]
+        try:
+            importlib.import_module(f"benchmarks.{words[0].split('/')[1].removesuffix('.py')}").main()
+        finally:
+            sys.argv = argv
+        return 0, said.getvalue()
+
+
+def test_every_section_that_has_a_cpu_form_runs(gpu, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "at_once", lambda function, tasks: (function(*task) for task in tasks))
+    monkeypatch.setattr(torch.Tensor, "backward", torch.Tensor.backward)
+    small = shlex.split(f"-opt {world.recipe('vqvae', tmp_path, 'run')}")
+    monkeypatch.setattr(gpu, "RECIPES", {**gpu.RECIPES, "vqvae": small})
+    code = gpu.main(["--cpu", *[name for name in gpu.SECTIONS if name not in ("step", "world")], "--recipes", "vqvae"])
+    said = capsys.readouterr().out
+    assert code == 0 and "all that has to hold holds" in said, said
+    for name in ("prove", "optimizer", "snapshot", "attention", "fit", "amp", "saves"):
+        assert f"\n{name} " in said
+
+
+def test_a_finding_that_does_not_hold_fails_and_an_aim_that_is_missed_does_not(gpu, monkeypatch, capsys):
+    def section(machine):
+        yield gpu.Finding("one", "holds", "1", True)
+        yield gpu.Finding("one", "is aimed at", "2", False, aim=True)
+        yield gpu.Finding("one", "informs", "3")
+
+    def broken(machine):
+        yield gpu.Finding("two", "does not", "4", False)
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(gpu, "SECTIONS", {"one": section, "two": broken})
+    assert gpu.main(["--cpu", "one"]) == 0 and "missed" in capsys.readouterr().out
+    assert gpu.main(["--cpu"]) == 1
+    said = capsys.readouterr().out
+    assert "FAILS" in said and "no such thing" in said and "2 of 5 findings fail" in said
+
+
+def test_collectives_are_called_in_a_world_of_one(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "RECIPES", {"segmentation": ["-opt", world.recipe("segmentation", tmp_path, "run")]})
+    (finding,) = gpu.world(gpu.Machine(False, ["segmentation"], 0))
+    assert finding.holds and "gloo" in finding.value and not torch.distributed.is_initialized()
