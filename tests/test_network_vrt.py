@@ -257,11 +257,10 @@ def test_a_fused_kernel_gets_what_it_takes(monkeypatch, dtype, width, padded, ma
     assert bias.untyped_storage().nbytes() == 6 * 8 * 8 * bias.element_size()
 
 
-@pytest.mark.parametrize("frames", [4, 6])
-def test_fused_attention_gives_the_same_network(monkeypatch, frames):
+def test_fused_attention_gives_the_same_network(monkeypatch):
     """Also with windows that are shifted in time, in mutual attention, and at sizes that are padded to windows."""
     torch.manual_seed(1)
-    net, x = tiny(depths=[4] * 7 + [2]).double(), torch.rand(1, frames, 3, 40, 32, dtype=torch.float64)
+    net, x = tiny(depths=[3] * 7 + [2]).double(), torch.rand(1, 4, 3, 40, 32, dtype=torch.float64)
     results = []
     for fused in (False, True):
         monkeypatch.setattr(network_vrt, "fused", lambda x, fused=fused: fused)
