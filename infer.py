@@ -29,6 +29,7 @@ from models.model_base import ModelBase
 from train import StopRequest, describe_losses, evaluate, prepare_machine
 
 MADE_BY = "made_by.json"
+ANY_NAMES = {"encoding": "utf-8", "errors": "surrogateescape"}  # files are called by whatever bytes
 
 
 def infer(opt: options.Section, notices: list[str], *, resume: str | None = None, source: str | None = None,
@@ -152,7 +153,7 @@ class Rows:
 
     def __init__(self, path: Path):
         self.path, self.rows = path, {}
-        with contextlib.suppress(FileNotFoundError), open(path, newline="", encoding="utf-8") as file:
+        with contextlib.suppress(FileNotFoundError), open(path, newline="", **ANY_NAMES) as file:
             for row in csv.DictReader(file):
                 name = row.pop("name")
                 with contextlib.suppress(TypeError, ValueError):  # a kill tore the last line
@@ -161,7 +162,7 @@ class Rows:
     def add(self, name: str, metrics: Mapping[str, float]) -> None:
         new = not self.path.exists()
         self.rows[name] = dict(metrics)
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
+        with open(self.path, "a", newline="", **ANY_NAMES) as file:
             writer = csv.DictWriter(file, ["name", *metrics])
             if new:
                 writer.writeheader()

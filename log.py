@@ -225,7 +225,7 @@ class CsvTable:
 
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
         """Columns and rows, without those that a kill or a power cut tore."""
-        text = self.path.read_bytes().decode("utf-8-sig", errors="replace")
+        text = self.path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
         whole = [line for line in text.split("\n")[:-1] if "\0" not in line]
         columns, *rows = list(csv.reader(whole)) or [[]]
         rows = [dict(zip(columns, row)) for row in rows if len(row) == len(columns)]
@@ -235,7 +235,7 @@ class CsvTable:
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> bytes:
     text = io.StringIO(newline="")
     csv.DictWriter(text, columns, restval="").writerows(rows)
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors="surrogateescape")  # a column may be a folder's name, in any bytes
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:

@@ -6,6 +6,7 @@ Pictures of formats that are not read are counted, for a line at the start of a 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 
 from data.image_files import EXTENSIONS, KINDS, printable, read_bytes, unreadable
@@ -52,12 +53,22 @@ def walk(folder: str, above: tuple[str, ...] = ()) -> Iterator[tuple[str, list[s
             yield from walk(path, above)
 
 
-def passed_over() -> str | None:
-    """A line about the pictures of other formats that were listed since it was asked last, if there were any."""
+def is_folder(path: str) -> bool:
+    """Whether a path leads to a folder. Raises: ValueError, one line, where the system does not let one look."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise ValueError(unreadable(path, error)) from None
+
+
+def passed_over(lead: str = "") -> str:
+    """`lead` and a line about the pictures of other formats that were listed since this was asked last, or nothing."""
     counts = ", ".join(f"{count:,} {ending}" for ending, (count, _) in sorted(_passed.items()))
     example = next((printable(path) for _, path in _passed.values()), "")
     _passed.clear()
-    return f"passed over: {counts} files, e.g. {example}; {KINDS} is read" if counts else None
+    return f"{lead}passed over: {counts} files, as {example}; {KINDS} files are read" if counts else ""
 
 
 def read_lines(path: str, bytewise: bool = False) -> list[str]:

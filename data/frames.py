@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from data.folders import list_folder, read_lines
+from data.folders import is_folder, list_folder, passed_over, read_lines
 from data.image_files import KINDS, picture_in, printable, read_picture, size_of
 
 VAL_PARTITIONS = {"REDS4": {"000", "011", "015", "020"}, "official": {f"{clip:03d}" for clip in range(240, 270)}}
@@ -153,10 +153,11 @@ def check_backend(io_backend: dict | None, *roots: str | None, sides: Sequence[s
 
 def check_folder(folder: str, side: str) -> None:
     """That a folder (or lmdb) exists; else a line that says where to get it, or what a file is to be turned into."""
+    there = is_folder(folder)
     if os.path.isfile(folder):
         raise ValueError(f"{side}: {printable(folder)} is a file; give a folder of {KINDS} frames, or of one such "
                          "folder for each clip; of a video, ffmpeg -i VIDEO FOLDER/%06d.png makes one")
-    if not os.path.isdir(folder):
+    if not there:
         remedies = [MAKE_LMDB] * folder.endswith(LMDB) + [f"fetch {text}" for name, text in PUBLIC.items()
                                                           if name in folder.split("/")]
         raise FileNotFoundError("; ".join([f"{side}: folder {folder} does not exist", *remedies]))
@@ -196,7 +197,8 @@ def scan_root(root: str, side: str, only: Sequence[str] | None = None) -> dict[s
             raise ValueError(f"{side} {root} holds frames and folders ({name_some(folders)}); keep one kind")
         folders = [""]
     elif not folders:
-        raise ValueError(f"{side} {root} holds no clips; put each clip's {KINDS} frames into a folder of its own")
+        raise ValueError(f"{side} {root} holds no clips; put each clip's {KINDS} frames into a folder of its own"
+                         + passed_over("; "))
     elif only is not None:
         folders = only
     return {folder: scan_frames(root, folder, side) for folder in folders}
@@ -216,7 +218,7 @@ def scan_frames(root: str, folder: str, side: str) -> dict[str, str]:
             raise ValueError(f"{path}: a second frame named {stem!r} ({frames[stem]}); keep one of them")
         frames[stem] = path
     if not frames:
-        raise ValueError(f"{side} {folder} holds no frames; {KINDS} files are needed")
+        raise ValueError(f"{side} {folder} holds no frames; {KINDS} files are needed{passed_over('; ')}")
     return dict(sorted(frames.items(), key=_natural))
 
 

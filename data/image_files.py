@@ -108,7 +108,8 @@ def levels_in(content: bytes, name: str) -> Levels:
         else:
             raise ValueError(foreign(content))
     except (ValueError, RuntimeError, zlib.error, struct.error) as error:
-        reason = "it is damaged" if isinstance(error, struct.error) else str(error).splitlines()[0].rpartition(", ")[2]
+        reason = "it is damaged" if isinstance(error, struct.error) else str(error).splitlines()[0]
+        reason = reason.rpartition(", ")[2] if isinstance(error, RuntimeError) else reason  # torch: where, what
         raise BadPicture(f"{printable(name)}: not a readable image ({reason}); save it again as {KINDS}") from None
     return levels._replace(planes=upright(levels.planes, levels.orientation))
 
@@ -158,8 +159,8 @@ def size_of(frame: Tensor) -> str:
 
 
 def printable(text: str) -> str:
-    """A file's name in one line: control characters as question marks."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", "?", str(text))
+    """A file's name in one line of UTF-8: control characters as question marks, bytes that are not text escaped."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", "?", text.encode(errors="backslashreplace").decode())
 
 
 def _check_size(width: int, height: int) -> None:

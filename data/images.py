@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.folders import read_lines, walk
+from data.folders import is_folder, passed_over, read_lines, walk
 from data.frames import scan_clips
 from data.image_files import EXTENSIONS, KINDS, MIN_SIDE, BadPicture, printable, read_picture
 from data.sampler import Key, sample_rng
@@ -176,7 +176,7 @@ def list_images(dataroot: str, what: str = "dataroot") -> list[str]:
         absent = next((path for path in paths if not os.path.isfile(path)), None)
         if absent:
             raise FileNotFoundError(f"{what} {dataroot}: {printable(absent)} does not exist")
-    elif os.path.isdir(dataroot):
+    elif is_folder(dataroot):
         paths = sorted(os.path.join(folder, name) for folder, names in walk(dataroot) for name in names)
     elif os.path.isfile(dataroot) and dataroot.lower().endswith(EXTENSIONS):
         return [dataroot]
@@ -184,7 +184,8 @@ def list_images(dataroot: str, what: str = "dataroot") -> list[str]:
         raise FileNotFoundError(f"{what}: {dataroot} is neither a folder of pictures nor a .txt file that "
                                 f"names some; {KINDS} files are read")
     if not paths:
-        raise ValueError(f"{what} {dataroot} holds no pictures; {KINDS} files are needed, in folders of any depth")
+        raise ValueError(f"{what} {dataroot} holds no pictures; {KINDS} files are needed, in folders of any depth"
+                         + passed_over("; "))
     return paths
 
 

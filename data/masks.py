@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as T
 
-from data.folders import list_folder
+from data.folders import is_folder, list_folder, passed_over
 from data.image_files import EXTENSIONS, KINDS, MIN_SIDE, printable, read_levels, read_picture, size_of
 from data.sampler import Key, sample_rng
 from data.synthetic_masks import SyntheticMaskDataset
@@ -193,7 +193,7 @@ class ImageFolderDataset(Dataset):
 
 def by_stem(folder: Path, name: str) -> dict[str, Path]:
     """The images of a folder by stem, in order. Raises FileNotFoundError, ValueError."""
-    if not folder.is_dir():
+    if not is_folder(str(folder)):
         raise FileNotFoundError(f"{name}: {folder} is not a folder; give one of {KINDS} files")
     files: dict[str, Path] = {}
     for path in (folder / file for file in list_folder(str(folder))[1]):
@@ -201,7 +201,7 @@ def by_stem(folder: Path, name: str) -> dict[str, Path]:
             raise ValueError(f"{name}: {folder} has both {files[path.stem].name} and {path.name}; keep one of them")
         files[path.stem] = path
     if not files:
-        raise FileNotFoundError(f"{name}: {folder} holds no {KINDS} file")
+        raise FileNotFoundError(f"{name}: {folder} holds no {KINDS} file{passed_over('; ')}")
     return files
 
 

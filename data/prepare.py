@@ -50,7 +50,7 @@ def main(argv: list[str]) -> str:
         os.rename(made, out)
     finally:
         shutil.rmtree(partial)
-    return f"{out}: {told}" + (f"; {note}" if (note := passed_over()) else "")
+    return f"{out}: {told}" + passed_over("; ")
 
 
 def clips_below(folder: str) -> Iterator[tuple[str, list[str]]]:
@@ -63,7 +63,7 @@ def clips_below(folder: str) -> Iterator[tuple[str, list[str]]]:
             empty = False
             yield os.path.relpath(place, folder), frames
     if empty:
-        raise ValueError(f"{folder} holds no frames; {KINDS} files are needed")
+        raise ValueError(f"{folder} holds no frames; {KINDS} files are needed{passed_over('; ')}")
 
 
 def write_lmdb(folder: str, out: str) -> str:

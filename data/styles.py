@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from data.folders import list_folder
+from data.folders import list_folder, passed_over
 from data.frames import check_folder
 from data.image_files import KINDS, MIN_SIDE, read_bytes, read_picture
 from data.images import strip
@@ -66,8 +66,8 @@ class StyleLatents:
         for style in style_names(dataroot, style_subdirs, generated):
             files = [""] * self.drawn.num_images if self.drawn else pictures_in(os.path.join(dataroot, style))
             if not files and not allow_empty:
-                raise ValueError(f"{os.path.join(dataroot, style)}: holds no pictures; {KINDS} files are "
-                                 "needed")
+                raise ValueError(f"{os.path.join(dataroot, style)}: holds no pictures; {KINDS} files are needed"
+                                 + passed_over("; "))
             if files:
                 self.files[style] = files
         self.kept: dict[tuple[str, int], Tensor] = {}

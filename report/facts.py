@@ -257,8 +257,8 @@ class RunFolder:
 def data_uri(path: Path) -> str:
     """A picture to be embedded, made smaller where it is large. Raises ValueError, OSError where it is not one."""
     content, kind = path.read_bytes(), "jpeg" if path.suffix == ".jpg" else "png"
+    image = picture_in(content, str(path))  # (3, H, W)
     if len(content) > AS_IT_IS:
-        image = picture_in(content, str(path))  # (3, H, W)
         if image.shape[2] > PICTURE_WIDTH:
             size = max(1, round(image.shape[1] * PICTURE_WIDTH / image.shape[2])), PICTURE_WIDTH
             image = F.interpolate(image[None].float(), size, mode="area")[0].round().byte()
