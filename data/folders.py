@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 
 from data.image_files import EXTENSIONS, KINDS, printable, read_bytes, unreadable
@@ -14,7 +15,7 @@ from data.image_files import EXTENSIONS, KINDS, printable, read_bytes, unreadabl
 OTHERS = (".tif", ".tiff", ".bmp", ".gif", ".jfif", ".jp2", ".jxl", ".avif", ".heic", ".ppm", ".pgm", ".tga", ".exr")
 SYSTEM = {"@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"}
 
-_passed: dict[str, tuple[int, str]] = {}  # ending of files that were passed over -> how many, and one of them
+_passed: dict[str, tuple[Counter, str]] = {}  # folder -> files passed over by their endings, and one of them
 
 
 def is_hidden(name: str) -> bool:
@@ -24,7 +25,8 @@ def is_hidden(name: str) -> bool:
 
 def list_folder(folder: str) -> tuple[list[str], list[str]]:
     """The names of the folders and of the pictures in a folder, sorted. Raises: ValueError, one line."""
-    folders, pictures, here = [], [], os.path.realpath(folder) + os.sep
+    folders, pictures, others, example = [], [], Counter(), ""
+    here = os.path.realpath(folder) + os.sep
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -37,9 +39,12 @@ def list_folder(folder: str) -> tuple[list[str], list[str]]:
                 elif ending in EXTENSIONS:
                     pictures.append(entry.name)
                 elif ending in OTHERS:
-                    _passed[ending] = _passed.get(ending, (0,))[0] + 1, entry.path
+                    others[ending] += 1
+                    example = entry.path
     except OSError as error:
         raise ValueError(unreadable(folder, error)) from None
+    if others:
+        _passed[here] = others, example
     return sorted(folders), sorted(pictures)
 
 
@@ -65,7 +70,8 @@ def is_folder(path: str) -> bool:
 
 def passed_over(lead: str = "") -> str:
     """`lead` and a line about the pictures of other formats that were listed since this was asked last, or nothing."""
-    counts = ", ".join(f"{count:,} {ending}" for ending, (count, _) in sorted(_passed.items()))
+    found = sum((others for others, _ in _passed.values()), Counter())
+    counts = ", ".join(f"{count:,} {ending}" for ending, count in sorted(found.items()))
     example = next((printable(path) for _, path in _passed.values()), "")
     _passed.clear()
     return f"{lead}passed over: {counts} files, as {example}; {KINDS} files are read" if counts else ""

@@ -80,7 +80,8 @@ def test_two_folders_that_link_to_each_other_end(tmp_path):
 def test_other_formats_are_counted_in_one_line(root):
     for name in ("a/x.tif", "a/y.TIFF", "b/z.bmp", "b/w.bmp"):
         (root / name).write_bytes(b"II*\0")
-    list_images(str(root))
+    for _ in range(2):  # as training and test sets may list one folder
+        list_images(str(root))
     line = passed_over()
     assert line.startswith("passed over: 2 .bmp, 1 .tif, 1 .tiff files, as ") and "PNG, JPEG or WebP" in line
     assert not passed_over()  # told once

@@ -322,17 +322,21 @@ def test_a_mistake_takes_one_line_and_leaves_no_folder(tmp_path, monkeypatch, ca
     assert "\n" not in str(told.value) and not (tmp_path / "run").exists()
 
 
-def test_one_corrupt_jpeg_among_good_ones_is_named_and_by_option_skipped(tmp_path):
+def test_one_corrupt_jpeg_among_good_ones_is_named_and_by_option_skipped(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     for i in range(3):
         write_jpeg(torch.randint(256, (3, 20, 30), dtype=torch.uint8), str(tmp_path / "in" / f"{i}.jpg"))
     (tmp_path / "in/1.jpg").write_bytes(b"no picture")
+    (tmp_path / "in/scan.tif").write_bytes(b"II*")
     for skip in (False, True):
         images = {"dataroot": str(tmp_path / "in"), "skip_corrupt": skip}
         path = write_json(tmp_path / "o.json", tree(tmp_path, images=images, train={"total_iter": 3}))
         if skip:
             with pytest.warns(UserWarning, match="1.jpg: not a readable image"):
                 assert run("-opt", path) == 0
+            assert capsys.readouterr().out.count("note     passed over: 1 .tif files") == 1
+            run("-opt", path, "--dry-run")
+            assert capsys.readouterr().out.count("note     passed over: 1 .tif files") == 1
         else:
             with pytest.raises(options.OptionError, match="1.jpg: not a readable image"):
                 run("-opt", path)
