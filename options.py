@@ -13,6 +13,7 @@ import difflib
 import importlib
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -20,7 +21,9 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from runtime.ranges import NonNegativeInt, PositiveInt, Range
 
 Table = Mapping[str, str]  # name in an option file -> "module:Class", imported when asked for
 Schema = dict[str, tuple[Any, Any]]  # key -> (annotation, default or REQUIRED)
@@ -43,60 +46,67 @@ class Section(dict):
 
 @dataclass
 class Path:
-    root: str = "experiments"  # the run's folder is root/task
-    pretrained_netG: str | None = None  # weights to start from when there is no checkpoint yet
-    pretrained_netE: str | None = None  # for its moving average; null: it begins as a copy of G
-    init_from: str | None = None  # the same by name, where networks differ; --init-from and stages set it; "none": none
-    models: str | None = None  # where checkpoints lie, and images, log and options below; null: in root/task/models
+    root: str = "experiments"  # folder of all runs; a run's own folder is root/task
+    pretrained_netG: str | None = None  # file of weights to start G from when the run has no checkpoint yet
+    pretrained_netE: str | None = None  # file of weights to start the moving average E from; null: a copy of G
+    # Checkpoint or weights to start from where networks differ: tensors are matched by name. --init-from and stages
+    # set it; "none" overrides what a stage would set.
+    init_from: str | None = None
+    models: str | None = None  # folder of the checkpoints, with images, log and options below; null: root/task/models
 
 
 @dataclass
 class Checkpoint:
-    layout: Literal["split", "bundle"] = "split"  # split: {iter}_G.pth and its companions; bundle: one file
-    mode: Literal["epochs", "best"] = "epochs"  # best: of bundles only latest and best, as if name were null
-    name: str | None = "epoch_{epoch:04d}.pt"  # of bundles; fields: epoch, iter; null: only the latest is kept
-    latest: str | None = "latest.pt"  # names of hard links; in the split layout latest.json and best.json, to records
-    best: str | None = "best.pt"  # null: no such link
-    interrupted: str = "interrupted.pt"  # one slot, which the next regular save removes
-    keep_last_n: int | None = None  # how many to keep; null keeps all; never the best or the newest are dropped
-    best_metric: str | None = None  # a column of test.csv, or its end ("psnr"); null: what the model says
-    best_mode: Literal["max", "min"] | None = None  # which is better; needed with a best_metric of your own
-    on_save_error: Literal["stop", "warn"] = "stop"  # warn: go on and try again at the next interval
-    background: Literal["auto"] | bool = field(default="auto", metadata={"key": "async"})  # auto: with CUDA
+    layout: Literal["split", "bundle"] = "split"  # split: {iter}_G.pth and its companions; bundle: a single file
+    mode: Literal["epochs", "best"] = "epochs"  # best: keep only the latest and the best bundle, as with name null
+    # File name of each bundle, with the fields epoch and iter; null: no file of its own, only latest and best.
+    name: str | None = "epoch_{epoch:04d}.pt"
+    latest: str | None = "latest.pt"  # hard link to the newest bundle (split: latest.json, its record); null: none
+    best: str | None = "best.pt"  # hard link to the bundle of the best validation (split: best.json); null: none
+    interrupted: str = "interrupted.pt"  # bundle saved by a stop; the next regular save removes it
+    keep_last_n: PositiveInt | None = None  # how many checkpoints to keep, besides the best; null: all
+    best_metric: str | None = None  # column of test.csv that decides the best, or its end ("psnr"); null: the model's
+    best_mode: Literal["max", "min"] | None = None  # whether a larger or a smaller best_metric is better; null: model's
+    on_save_error: Literal["stop", "warn"] = "stop"  # warn: continue after a failed save and retry at the next interval
+    # Whether files are written in the background while training continues; auto: on CUDA.
+    background: Literal["auto"] | bool = field(default="auto", metadata={"key": "async"})
 
 
 @dataclass
 class Log:
-    quiet: bool = False  # print only warnings, errors and how it ended; the files get everything
-    tensorboard: bool = False  # also for TensorBoard, in log/tensorboard; needs the extra "tensorboard"
+    quiet: bool = False  # print only warnings, errors and how the run ended; the log files get everything
+    tensorboard: bool = False  # write TensorBoard's files to log/tensorboard, too; needs the extra "tensorboard"
 
 
 @dataclass
 class Top:
     """Top level of an option file; `net*`, `train` and `val` are checked against the classes that they name."""
 
-    task: str  # the run's name
-    model: str  # a row of models.MODELS
-    datasets: dict  # {"train": {...}, "test": {...}}
-    netG: dict  # {"net_type": ..., and its keys}
-    train: dict
-    description: str = ""  # for people
-    scale: int = 1  # upscaling factor, handed to every dataset
-    n_channels: int = 3  # of an image, handed to every dataset
-    device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:N"
-    num_threads: int | None = None  # CPU threads; part of what exact means, so pin it where machines differ
-    deterministic: bool = False  # CUDA: only deterministic kernels, an error where there is none
-    val: dict = field(default_factory=dict)
-    path: dict = field(default_factory=dict)
-    checkpoint: dict = field(default_factory=dict)
-    log: dict = field(default_factory=dict)
-    cli: dict = field(default_factory=dict)  # {"flag": "key.path"}: short flags of this file
-    stages: list[dict] = field(default_factory=list)  # {"name", "init_from", keys of this file to override} each
-    stage: str | None = None  # which of them this run is
-    gpu_ids: list[int] | None = None  # KAIR: the first one is used
-    dist: bool = False  # KAIR; torchrun says it
-    find_unused_parameters: bool = True  # DistributedDataParallel's; false: faster, exact only up to two processes
-    use_static_graph: bool = False  # likewise
+    task: str  # name of the run, and of its folder below path.root
+    model: str  # recipe of the run, a name of models.MODELS
+    datasets: dict  # training set and test sets by name: {"train": {...}, "test": {...}}
+    netG: dict  # network to train: {"net_type": ..., and the keys of that network}
+    train: dict  # section of the training: steps, losses, optimizers, learning rates
+    description: str = ""  # note for people; the program does not read it
+    scale: PositiveInt = 1  # upscaling factor, handed to every dataset
+    n_channels: PositiveInt = 3  # channels of an image, handed to every dataset
+    device: str = "auto"  # device to train on: "auto", "cpu", "cuda" or "cuda:N"
+    # CPU threads of each process; sums may depend on it, so set it where a run moves between machines. null: torch's.
+    num_threads: Annotated[int, Range(ge=1, le=1024)] | None = None
+    deterministic: bool = False  # CUDA: use deterministic kernels only, with an error where there is none
+    val: dict = field(default_factory=dict)  # section of the validation and of --test
+    path: dict = field(default_factory=dict)  # section of folders and of weights to start from
+    checkpoint: dict = field(default_factory=dict)  # section of the files that a save writes and keeps
+    log: dict = field(default_factory=dict)  # section of what is printed and logged
+    cli: dict = field(default_factory=dict)  # flags that this file adds to the command line: {"flag": "key.path"}
+    # Stages of the run, in order, each {"name", "init_from", and the keys of this file that it overrides}.
+    stages: list[dict] = field(default_factory=list)
+    stage: str | None = None  # name of the stage that this run is; --stage sets it
+    gpu_ids: list[NonNegativeInt] | None = None  # numbers of the CUDA devices, one for each process
+    dist: bool = False  # KAIR's switch for several processes, not needed here: torchrun says how many there are
+    # DistributedDataParallel looks for parameters without gradient; false is faster, and exact up to two processes.
+    find_unused_parameters: bool = True
+    use_static_graph: bool = False  # DistributedDataParallel assumes equal steps; true is exact up to two processes
     sync_batchnorm: bool = False  # batch norm over the rows of all processes instead of each process's own
 
 
@@ -104,12 +114,13 @@ class Top:
 class Loader:
     """Keys of a `datasets` entry that are the loader's, not the dataset's."""
 
-    dataset_type: str  # a row of data.DATASETS
-    phase: str = ""  # "train" or "test"; the entry's own name says it
-    name: str | None = None  # for people
-    dataloader_batch_size: int = 1  # samples per optimizer step over all processes
-    dataloader_num_workers: int = 0  # processes that read; 0: the training itself; results are the same
-    dataloader_shuffle: bool = True  # another order each epoch, from manual_seed
+    dataset_type: str  # kind of the dataset, a name of data.DATASETS
+    phase: str = ""  # "train" or "test", for KAIR's files; the entry's own name decides
+    name: str | None = None  # label for people; the program does not read it
+    dataloader_batch_size: PositiveInt = 1  # samples per optimizer step, over all processes together
+    # Worker processes that read samples; 0: the training process reads. Results do not depend on it.
+    dataloader_num_workers: Annotated[int, Range(ge=0, le=1024)] = 0
+    dataloader_shuffle: bool = True  # draw another order of the samples for each epoch, from train.manual_seed
 
 
 # Flags that every option file has; its own `cli` table adds to them or points them elsewhere.
@@ -169,7 +180,7 @@ def read_json(path: str) -> dict:
         raise OptionError(f"{path}: no such option file; the shipped ones are in options/") from None
     except json.JSONDecodeError as error:
         raise OptionError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # as a number of 5000 digits
         raise OptionError(f"{path}: can't be read as a JSON text file: {error}") from None
     if not isinstance(tree, dict):
         raise OptionError(f"{path}: an option file holds one JSON object, not a {type(tree).__name__}")
@@ -236,7 +247,7 @@ def as_value(text: str) -> Any:
     """A command-line value: JSON where it is JSON, else the text itself."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -268,12 +279,13 @@ def closest(name: str, known: Iterable[str]) -> str:
 def schema_of(component: Callable) -> Schema:
     """What a dataclass or a class's constructor can be given by keyword."""
     if is_dataclass(component):
-        hints = typing.get_type_hints(component)
+        hints = typing.get_type_hints(component, include_extras=True)
         return {f.metadata.get("key", f.name): (hints[f.name], default_of(f)) for f in fields(component)}
-    hints = typing.get_type_hints(component.__init__)
+    hints = typing.get_type_hints(component.__init__, include_extras=True)
     parameters = list(inspect.signature(component.__init__).parameters.values())[1:]
     return {p.name: (hints.get(p.name, Any), p.default) for p in parameters
-            if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+            if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+            and typing.get_origin(hints.get(p.name)) is not type}  # no JSON value is a class
 
 
 def default_of(item) -> Any:
@@ -284,35 +296,45 @@ def default_of(item) -> Any:
 
 NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null",
          dict: "an object", list: "a list"}
+LISTS = (list, tuple, collections.abc.Sequence)
 
 
 def kind_name(kind: Any) -> str:
-    """An annotation in words, for messages."""
+    """An annotation in words, with its range, for messages and docs/options.md."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return f"{kind_name(args[0])} {args[1]}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(kind_name(a) for a in args)
     if origin is Literal:
         return "one of " + ", ".join(json.dumps(a) for a in args)
-    if origin in (list, tuple, collections.abc.Sequence):
-        return f"a list of {kind_name(args[0]).removeprefix('a ').replace('number', 'numbers')}" if args else "a list"
+    if origin in LISTS and args:
+        one = re.sub("^an? ", "", kind_name(args[0]))
+        return "a list of " + re.sub(r"\b(number|text|object|list)\b", r"\1s", one, count=1)
     return NAMES.get(origin or kind, getattr(kind, "__name__", str(kind)))
 
 
 def fit(value: Any, kind: Any) -> Any:
-    """`value` as the annotation wants it. Raises TypeError when it does not fit."""
+    """`value` as the annotation wants it. Raises TypeError when its type or its size does not fit."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        value = fit(value, args[0])
+        if value not in args[1]:
+            raise TypeError
+        return value
     if origin in (typing.Union, types.UnionType):
+        reason = ""
         for one in args:
             try:
                 return fit(value, one)
-            except TypeError:
-                continue
-        raise TypeError
+            except TypeError as error:
+                reason = reason or str(error)
+        raise TypeError(reason)
     if origin is Literal:
         if any(value == a and type(value) is type(a) for a in args):
             return value
         raise TypeError
-    if origin in (list, tuple, collections.abc.Sequence) or kind in (list, tuple):
+    if origin in LISTS or kind in LISTS:
         if not isinstance(value, (list, tuple)):
             raise TypeError
         fixed = origin is tuple and args and args[-1] is not Ellipsis
@@ -321,13 +343,22 @@ def fit(value: Any, kind: Any) -> Any:
         kinds = args if fixed else [args[0] if args else Any] * len(value)
         return [fit(v, k) for v, k in zip(value, kinds)]
     kind = origin or kind
+    if kind in (int, float) and isinstance(value, int) and abs(value) >= 2**63:
+        raise TypeError("it has more than 64 bits")
+    if kind in (int, float) and not finite(value):
+        raise TypeError("it must be finite")
     if kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)  # 1e5 is a natural way to write an iteration
+        return fit(int(value), int)  # 1e5 is a natural way to write an iteration
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind in NAMES and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
         raise TypeError
     return value
+
+
+def finite(value: Any) -> bool:
+    """Whether a value is neither NaN nor infinite, nor a list that holds one; Python's JSON has both, and 1e999."""
+    return all(map(finite, value)) if isinstance(value, list) else not isinstance(value, float) or math.isfinite(value)
 
 
 def check(section: Mapping, schema: Schema, path: str, where: Callable[[str], str], notices: list[str]) -> Section:
@@ -352,10 +383,10 @@ def check(section: Mapping, schema: Schema, path: str, where: Callable[[str], st
         try:
             value = os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
             out[key] = fit(value, schema[key][0])
-        except TypeError:
-            shown = json.dumps(value)
+        except TypeError as error:
+            shown, reason = json.dumps(value), f" ({error})" if str(error) else ""
             shown = shown if len(shown) < 60 else shown[:57] + "..."
-            raise OptionError(f"{where(full)}: {full}: {shown} is not {kind_name(schema[key][0])}") from None
+            raise OptionError(f"{where(full)}: {full}: {shown} is not {kind_name(schema[key][0])}{reason}") from None
     for key, (kind, default) in schema.items():
         if default is REQUIRED and key not in out:
             at = f"{path}.{key}" if path else key
@@ -439,6 +470,9 @@ def parse(path: str, overrides: Iterable[tuple[str, Any, str]], models: Table, n
         opt["path"]["models"] = os.path.join(opt["path"]["models"], stage)
     elif stage is not None:
         opt["task"] = os.path.join(opt["task"], stage)
+    for key, value in flatten(opt).items():  # also in objects without a schema, as a degradation
+        if not finite(value):
+            raise OptionError(f"{where(key)}: {key}: {json.dumps(value)} must be finite")
     opt["opt_path"], opt["stages"], opt.origins = option_file, [], origins
     return opt, notices
 

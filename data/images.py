@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from data.sampler import Key, sample_rng
 from data.synthetic import SyntheticImageDataset, as_channels
 from data.video import augment, split_key
 from options import check, schema_of
+from runtime.ranges import PositiveInt, Seed
 
 LONGEST = 4  # times the shorter side: of a longer picture no more than this is resized
 
@@ -36,25 +38,27 @@ class ImageTrainDataset(Dataset):
     Args:
         dataroot: folder of PNG, JPEG or WebP files in folders of any depth, or a text file that names one in each
             line; None draws pictures instead.
-        generated: what is drawn then, e.g. {"num_samples": 512}: arguments of `SyntheticImageDataset`.
+        generated: pictures drawn without dataroot, e.g. {"num_samples": 512}: arguments of `SyntheticImageDataset`.
         size: side of the square that is cut out, in pixels.
-        resize: the shorter side before that, in pixels; [from, to] draws it for each item; None: size.
-        random_crop: where to cut: anywhere, or the middle.
-        use_hflip: mirror left-right with probability 1/2. use_rot: upside down, and transpose, each likewise.
-        num_images: D, successive pictures that make an item; the last item may hold fewer.
-        n_channels: 3 for RGB, 1 for grey.
+        resize: shorter side before the cut, in pixels; [from, to] draws it for each item; None: size.
+        random_crop: cut anywhere, instead of the middle.
+        use_hflip: mirror left-right with probability 1/2.
+        use_rot: turn upside down, and transpose, each with probability 1/2.
+        num_images: successive pictures D that make an item; the last item may hold fewer.
+        n_channels: channels of a picture, 3 for RGB, 1 for grey.
         skip_corrupt: take the next picture instead of one that can't be read, with a warning; else it is an error.
         cache_data: keep every picture in memory once it was read (3 bytes per pixel of the file).
-        name: a label; not used.
-        seed: of all draws, together with epoch and index.
+        name: label of the dataset; not used.
+        seed: seed of all draws, together with epoch and index.
     Raises:
         FileNotFoundError, ValueError: of one line; what the options and the folder can tell, at the start.
     """
 
-    def __init__(self, *, dataroot: str | None = None, generated: dict | None = None, size: int = 256,
-                 resize: int | Sequence[int] | None = None, random_crop: bool = True, use_hflip: bool = True,
-                 use_rot: bool = False, num_images: int = 1, n_channels: int = 3, skip_corrupt: bool = False,
-                 cache_data: bool = False, name: str | None = None, seed: int = 0):
+    def __init__(self, *, dataroot: str | None = None, generated: dict | None = None,
+                 size: PositiveInt = 256, resize: PositiveInt | Sequence[PositiveInt] | None = None,
+                 random_crop: bool = True, use_hflip: bool = True, use_rot: bool = False,
+                 num_images: PositiveInt = 1, n_channels: Literal[1, 3] = 3, skip_corrupt: bool = False,
+                 cache_data: bool = False, name: str | None = None, seed: Seed = 0):
         self._prepare(size, resize, random_crop, use_hflip, use_rot, n_channels, skip_corrupt, cache_data, seed)
         if num_images < 1:
             raise ValueError(f"num_images must be 1 or more, got {num_images}")
@@ -119,12 +123,13 @@ class ImageTrainDataset(Dataset):
 class ImageTestDataset(ImageTrainDataset):
     """Sixteen pictures an item, their middles, nothing drawn at random; a validation shows each item as one grid.
 
-    Args: as ImageTrainDataset.
+    Args: as `ImageTrainDataset`.
     """
 
-    def __init__(self, *, dataroot: str | None = None, generated: dict | None = None, size: int = 256,
-                 resize: int | None = None, num_images: int = 16, n_channels: int = 3, skip_corrupt: bool = False,
-                 cache_data: bool = False, name: str | None = None, seed: int = 0):
+    def __init__(self, *, dataroot: str | None = None, generated: dict | None = None,
+                 size: PositiveInt = 256, resize: PositiveInt | None = None, num_images: PositiveInt = 16,
+                 n_channels: Literal[1, 3] = 3, skip_corrupt: bool = False, cache_data: bool = False,
+                 name: str | None = None, seed: Seed = 0):
         drawn = {"num_samples": 1, "first_image": 100_000, **(generated or {})}
         super().__init__(dataroot=dataroot, generated=drawn, size=size, resize=resize, random_crop=False,
                          use_hflip=False, num_images=num_images, n_channels=n_channels, skip_corrupt=skip_corrupt,
@@ -138,18 +143,20 @@ class VideoSequenceDataset(ImageTrainDataset):
 
     Args:
         dataroot: folder of clip folders (or of the frames of a single clip); None draws video instead.
-        generated: what is drawn then: arguments of `SyntheticImageDataset`.
-        num_frame: D.
-        frame_step: distance from one item's first frame to the next item's.
-        size, resize, random_crop, use_hflip, use_rot, n_channels, skip_corrupt, cache_data, name, seed: as
-            ImageTrainDataset; what stands in for a corrupt frame is of the same clip.
+        generated: video drawn without dataroot: arguments of `SyntheticImageDataset`.
+        num_frame: frames D of an item.
+        frame_step: distance in frames from one item's first frame to the next item's.
+        skip_corrupt: take another frame of the clip instead of one that can't be read, with a warning; else it is an
+            error.
+        others: as `ImageTrainDataset`.
     Raises: as ImageTrainDataset.
     """
 
-    def __init__(self, *, dataroot: str | None = None, generated: dict | None = None, num_frame: int = 4,
-                 frame_step: int = 1, size: int = 256, resize: int | Sequence[int] | None = None,
-                 random_crop: bool = True, use_hflip: bool = True, use_rot: bool = False, n_channels: int = 3,
-                 skip_corrupt: bool = False, cache_data: bool = False, name: str | None = None, seed: int = 0):
+    def __init__(self, *, dataroot: str | None = None, generated: dict | None = None, num_frame: PositiveInt = 4,
+                 frame_step: PositiveInt = 1, size: PositiveInt = 256,
+                 resize: PositiveInt | Sequence[PositiveInt] | None = None, random_crop: bool = True,
+                 use_hflip: bool = True, use_rot: bool = False, n_channels: Literal[1, 3] = 3,
+                 skip_corrupt: bool = False, cache_data: bool = False, name: str | None = None, seed: Seed = 0):
         self._prepare(size, resize, random_crop, use_hflip, use_rot, n_channels, skip_corrupt, cache_data, seed)
         if num_frame < 1 or frame_step < 1:
             raise ValueError(f"num_frame {num_frame} and frame_step {frame_step} must be 1 or more")

@@ -12,6 +12,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -26,8 +27,14 @@ from data.sampler import Key, sample_rng
 from data.synthetic_masks import SyntheticMaskDataset
 from data.video import split_key
 from options import check, schema_of
+from runtime.ranges import Fraction, ProperFraction, Range, Seed
 
 LISTED = 10  # names in a message
+Side = Annotated[int, Range(ge=MIN_SIDE)]
+Classes = Annotated[int, Range(ge=1, le=255)]
+Ignored = Annotated[int, Range(ge=2, le=255)]
+Threshold = Annotated[int, Range(ge=0, le=254)]
+Angle = Annotated[float, Range(ge=0, le=180)]
 
 
 class MaskDataset(Dataset):
@@ -36,16 +43,16 @@ class MaskDataset(Dataset):
     Args:
         image_path: folder of images (PNG, JPEG, WebP); None draws fields and buildings instead.
         gt_path: folder of masks, each with the stem of its image.
-        generated: what is drawn then, e.g. {"num_images": 256}: arguments of `SyntheticMaskDataset`.
-        image_size: S; images and masks are resized to S x S pixels.
-        num_classes: K, the values of masks being 0..K-1; 1 or 2 also take 0 and 255.
-        ignore_index: value of pixels that do not count; 255 then is no foreground. None: all count.
-        mask_threshold: of masks with soft edges: what is above, in 0..254, is class 1. None: other values are errors.
+        generated: images drawn without image_path, e.g. {"num_images": 256}: arguments of `SyntheticMaskDataset`.
+        image_size: side S in pixels to which images and masks are resized.
+        num_classes: number K of classes; masks hold 0..K-1, with 1 or 2 classes also 0 and 255.
+        ignore_index: value of pixels that do not count; 255 then is not foreground. None: all count.
+        mask_threshold: value of a mask with soft edges above which a pixel is class 1. None: other values are errors.
         validation_split: share of the images that is kept for validation, chosen by the seed and their names, so that
             a later image moves hardly any other. 0: all train. 1: all validate, as of a folder of their own.
         skip_unmatched: leave out images without mask and masks without image, which otherwise are an error.
         multitask: add maps of boundary and distance, which the conditioned head is taught.
-        seed: of the split, and with epoch and index of all draws.
+        seed: seed of the split, and with epoch and index of all draws.
     Raises:
         FileNotFoundError, ValueError: of one line, at the start wherever names or the first pair tell.
     """
@@ -54,9 +61,9 @@ class MaskDataset(Dataset):
     first_image = 0  # of those drawn
 
     def __init__(self, *, image_path: str | None = None, gt_path: str | None = None, generated: dict | None = None,
-                 image_size: int = 256, num_classes: int = 2, ignore_index: int | None = None,
-                 mask_threshold: int | None = None, validation_split: float = 0.2, skip_unmatched: bool = False,
-                 multitask: bool = False, seed: int = 0):
+                 image_size: Side = 256, num_classes: Classes = 2, ignore_index: Ignored | None = None,
+                 mask_threshold: Threshold | None = None, validation_split: Fraction = 0.2,
+                 skip_unmatched: bool = False, multitask: bool = False, seed: Seed = 0):
         if image_size < MIN_SIDE or not 1 <= num_classes <= 255 or not 0 <= validation_split <= 1:
             raise ValueError(f"image_size {image_size} must be >= {MIN_SIDE}, num_classes {num_classes} in 1..255, "
                              f"validation_split {validation_split} in 0..1")
@@ -116,17 +123,21 @@ class MaskTrainDataset(MaskDataset):
     "epoch", "num_samples"}, with multitask also {"boundary", "distance": (K,S,S) float32 in [0,1]}.
 
     Args: as `MaskDataset`, and
-        use_hflip, use_vflip, use_rot90: each with probability 1/2.
-        brightness, contrast: most that these change, as a share; with probability 0.2.
-        max_angle: most that an image is turned about a point drawn at random, in degrees, with a zoom of up to 1.25 in
-            or out and what comes in from outside reflected, as in the paper; 0: not.
+        use_hflip: mirror left-right with probability 1/2.
+        use_vflip: mirror upside down with probability 1/2.
+        use_rot90: turn by 90 degrees with probability 1/2.
+        brightness: largest change of brightness, as a share; made with probability 0.2.
+        contrast: largest change of contrast, as a share; made with probability 0.2.
+        max_angle: largest angle in degrees by which an image is turned about a point drawn at random, with a zoom of up
+            to 1.25 in or out and what comes in from outside reflected, as in the paper; 0: not.
     """
 
     def __init__(self, *, image_path: str | None = None, gt_path: str | None = None, generated: dict | None = None,
-                 image_size: int = 256, num_classes: int = 2, ignore_index: int | None = None,
-                 mask_threshold: int | None = None, validation_split: float = 0.2, skip_unmatched: bool = False,
-                 multitask: bool = False, use_hflip: bool = True, use_vflip: bool = True, use_rot90: bool = True,
-                 brightness: float = 0.2, contrast: float = 0.2, max_angle: float = 0.0, seed: int = 0):
+                 image_size: Side = 256, num_classes: Classes = 2, ignore_index: Ignored | None = None,
+                 mask_threshold: Threshold | None = None, validation_split: Fraction = 0.2,
+                 skip_unmatched: bool = False, multitask: bool = False, use_hflip: bool = True, use_vflip: bool = True,
+                 use_rot90: bool = True, brightness: ProperFraction = 0.2,
+                 contrast: ProperFraction = 0.2, max_angle: Angle = 0.0, seed: Seed = 0):
         super().__init__(image_path=image_path, gt_path=gt_path, generated=generated, image_size=image_size,
                          num_classes=num_classes, ignore_index=ignore_index, mask_threshold=mask_threshold,
                          validation_split=validation_split, skip_unmatched=skip_unmatched, multitask=multitask,

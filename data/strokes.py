@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from data.sampler import Key, sample_rng
 from data.video import split_key
 from models.network_inktrace import MAPS, pack
+from runtime.ranges import NonNegativeInt, PositiveInt, Range, Seed
 
 MARGIN = 4  # pixels that control points keep from the border, whatever the size
 TRIES = 10  # to place a segment
@@ -39,6 +40,7 @@ class Difficulty(NamedTuple):
 STAGES = (Difficulty((1, 1)), Difficulty((1, 3)), Difficulty((2, 5)), Difficulty((3, 8)),
           Difficulty((1, 1), (2, 3)), Difficulty((1, 1), (3, 5)), Difficulty((1, 1), (4, 8)),
           Difficulty((1, 2), (2, 3)), Difficulty((2, 3), (2, 4)), Difficulty((2, 4), (2, 5)))
+Stage = Annotated[int, Range(ge=0, le=len(STAGES) - 1)]
 
 
 def curriculum(epoch: int, start: int, end: int | None, epochs_per_stage: int) -> int:
@@ -53,22 +55,23 @@ class StrokeDataset(Dataset):
     "index": index, "key": "000000/3", "folder": "stroke_000000"}, all of (seed, epoch, first_sample + index).
 
     Args:
-        num_samples: items of an epoch.
-        img_size: S, at least 16; the network takes 64.
-        curriculum_stage: difficulty 0..9 of the first epoch.
-        curriculum_end: difficulty not to be passed; null: it stays at the first.
-        epochs_per_stage: epochs of one difficulty.
+        num_samples: number of items of an epoch.
+        img_size: side S of an image in pixels; the network takes 64.
+        curriculum_stage: difficulty of the first epoch.
+        curriculum_end: largest difficulty; null: that of the first epoch.
+        epochs_per_stage: epochs until the difficulty grows by 1.
         first_sample: number of the first item; test sets take strokes that training never sees, e.g. from 1000000.
         legacy: mistakes of the original to repeat, names of LEGACY.
         name: KAIR's label of the dataset; not used.
-        seed: of all strokes.
+        seed: seed of all strokes.
     Raises:
         ValueError: an impossible number, in one line.
     """
 
-    def __init__(self, *, num_samples: int = 10_000, img_size: int = 64, curriculum_stage: int = 0,
-                 curriculum_end: int | None = None, epochs_per_stage: int = 10, first_sample: int = 0,
-                 legacy: Sequence[str] = (), name: str | None = None, seed: int = 0):
+    def __init__(self, *, num_samples: PositiveInt = 10_000, img_size: Annotated[int, Range(ge=16)] = 64,
+                 curriculum_stage: Stage = 0, curriculum_end: Stage | None = None,
+                 epochs_per_stage: PositiveInt = 10, first_sample: NonNegativeInt = 0,
+                 legacy: Sequence[str] = (), name: str | None = None, seed: Seed = 0):
         last = curriculum_stage if curriculum_end is None else curriculum_end
         if not 0 <= curriculum_stage <= last < len(STAGES):
             raise ValueError(f"curriculum_stage {curriculum_stage} and curriculum_end {curriculum_end} must lie in "

@@ -30,6 +30,7 @@ from data.video import split_key
 from durable import CheckpointError, load_file, save_file
 from models.codecs import build_codec
 from options import check, schema_of
+from runtime.ranges import PositiveInt, Seed
 
 LATENTS = "experiments/latents"  # where latents are kept unless the options say otherwise
 MOST_KEPT = 1 << 29  # bytes of latents that each process keeps in memory; the rest is read or made again when needed
@@ -116,19 +117,19 @@ class StyleDataset(Dataset):
     Args:
         dataroot: folder of style folders; None draws pictures of three styles instead.
         style_subdirs: names of the styles, in the order of their ids; None: every folder there is, by name.
-        generated: what is drawn, arguments of `data.synthetic_styles.DrawnStyles`.
+        generated: pictures drawn without dataroot: arguments of `data.synthetic_styles.DrawnStyles`.
         image_size: side in pixels: the shorter side is shrunk to it, the middle cut out.
         codec: latent codec, {"type": "pixel" | "vqgan" | "sd-vae", ...}, see `models.codecs`; None: pixels.
-        cache_dir: where latents are kept; None: in memory only. Pixels are not kept on the disk.
+        cache_dir: folder where latents are kept; None: in memory only. Pixels are not kept on the disk.
         name: KAIR's label of the dataset; not used.
-        seed: of all draws, together with epoch and index.
+        seed: seed of all draws, together with epoch and index.
     Raises:
         FileNotFoundError, ValueError: one line: fewer than two styles, an empty style folder, a bad codec.
     """
 
     def __init__(self, *, dataroot: str | None = None, style_subdirs: Sequence[str] | None = None,
-                 generated: dict | None = None, image_size: int = 64, codec: dict | None = None,
-                 cache_dir: str | None = LATENTS, name: str | None = None, seed: int = 0):
+                 generated: dict | None = None, image_size: PositiveInt = 64, codec: dict | None = None,
+                 cache_dir: str | None = LATENTS, name: str | None = None, seed: Seed = 0):
         self.latents = StyleLatents(dataroot, style_subdirs, generated, image_size, True, codec, cache_dir, seed)
         self.styles, self.seed = list(self.latents.files), seed
         if len(self.styles) < 2:
@@ -157,15 +158,17 @@ class StyleTestDataset(Dataset):
 
     Args:
         dataroot: folder of style folders (`test_image_dir`); None draws pictures instead.
-        num_references: R, from the first picture on; where a folder has fewer, they repeat.
-        Others as StyleDataset; pictures are shrunk to image_size without cutting.
+        image_size: side in pixels to which both sides of a picture are shrunk, without cutting.
+        num_references: number R of pictures of each style, from the first on; where a folder has fewer, they repeat.
+        others: as `StyleDataset`.
     Raises:
         FileNotFoundError, ValueError: one line; no folder has pictures.
     """
 
     def __init__(self, *, dataroot: str | None = None, style_subdirs: Sequence[str] | None = None,
-                 generated: dict | None = None, image_size: int = 64, codec: dict | None = None,
-                 cache_dir: str | None = LATENTS, num_references: int = 8, name: str | None = None, seed: int = 0):
+                 generated: dict | None = None, image_size: PositiveInt = 64, codec: dict | None = None,
+                 cache_dir: str | None = LATENTS, num_references: PositiveInt = 8, name: str | None = None,
+                 seed: Seed = 0):
         if num_references < 1:
             raise ValueError(f"num_references must be at least 1, got {num_references}")
         generated = {"first_image": 100_000, "num_images": num_references} | (generated or {})

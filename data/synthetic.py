@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from data.resize import Degradation
 from data.sampler import Key, sample_rng
 from data.video import augment, split_key, to_float
+from runtime.ranges import NonNegativeInt, PositiveInt, Range, Seed
 
 TILT, ZOOM, SHADE = 0.10, 0.08, 4.0  # most that the camera tilts and zooms; width of the shade around a sprite
 LIFETIME = 256  # frames of a clip among which an item starts
@@ -34,21 +35,23 @@ class SyntheticVideoDataset(Dataset):
 
     Args:
         num_clips: number of items.
-        num_frame: T.
-        gt_size: side of H, or [height, width]; multiples of scale.
+        num_frame: frames T of an item.
+        gt_size: side of H in pixels, or [height, width]; multiples of scale.
         scale: H pixels per L pixel.
         first_clip: number of the first clip; test sets take clips that training never sees, e.g. from 100000.
-        use_hflip: mirror left-right with probability 1/2. use_rot: upside down, and (if square) transpose, likewise.
+        use_hflip: mirror left-right with probability 1/2.
+        use_rot: turn upside down, and (if square) transpose, each with probability 1/2.
         degradation: how L is made, see `data.resize.Degradation`.
         name: KAIR's label of the dataset; not used.
-        seed: of all clips.
+        seed: seed of all clips.
     Raises:
         ValueError: an impossible size or number, in one line.
     """
 
-    def __init__(self, *, num_clips: int = 256, num_frame: int = 6, gt_size: int | Sequence[int] = 128,
-                 scale: int = 4, first_clip: int = 0, use_hflip: bool = True, use_rot: bool = True,
-                 degradation: dict | None = None, name: str | None = None, seed: int = 0):
+    def __init__(self, *, num_clips: PositiveInt = 256, num_frame: PositiveInt = 6,
+                 gt_size: PositiveInt | Sequence[PositiveInt] = 128, scale: PositiveInt = 4,
+                 first_clip: NonNegativeInt = 0, use_hflip: bool = True, use_rot: bool = True,
+                 degradation: dict | None = None, name: str | None = None, seed: Seed = 0):
         size = (gt_size, gt_size) if isinstance(gt_size, int) else tuple(gt_size)
         if num_clips < 1 or num_frame < 1 or first_clip < 0 or scale < 1:
             raise ValueError(f"num_clips {num_clips}, num_frame {num_frame} and scale {scale} must be >= 1, "
@@ -86,19 +89,20 @@ class SyntheticImageDataset(Dataset):
     Args:
         num_samples: number of items.
         size: side of the pictures in pixels.
-        num_images: scenes an item holds.
+        num_images: number of scenes in an item.
         num_frame: successive frames of each scene; 1: a still picture.
         first_image: number of the first scene; test sets take scenes that training never sees, e.g. from 100000.
-        n_channels: 3 for RGB, 1 for grey.
-        use_hflip: mirror left-right with probability 1/2. use_rot: upside down, and transpose, each likewise.
-        seed: of all scenes.
+        n_channels: channels of a picture, 3 for RGB, 1 for grey.
+        use_hflip: mirror left-right with probability 1/2.
+        use_rot: turn upside down, and transpose, each with probability 1/2.
+        seed: seed of all scenes.
     Raises:
         ValueError: an impossible size or number, in one line.
     """
 
-    def __init__(self, *, num_samples: int = 512, size: int = 64, num_images: int = 1, num_frame: int = 1,
-                 first_image: int = 0, n_channels: int = 3, use_hflip: bool = True, use_rot: bool = False,
-                 seed: int = 0):
+    def __init__(self, *, num_samples: PositiveInt = 512, size: Annotated[int, Range(ge=16)] = 64,
+                 num_images: PositiveInt = 1, num_frame: PositiveInt = 1, first_image: NonNegativeInt = 0,
+                 n_channels: Literal[1, 3] = 3, use_hflip: bool = True, use_rot: bool = False, seed: Seed = 0):
         if min(num_samples, num_images, num_frame) < 1 or first_image < 0 or size < 16 or n_channels not in (1, 3):
             raise ValueError(f"num_samples {num_samples}, num_images {num_images} and num_frame {num_frame} must be "
                              f">= 1, first_image {first_image} >= 0, size {size} >= 16, n_channels {n_channels} 1 or 3")

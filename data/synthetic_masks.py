@@ -8,6 +8,7 @@ Legend: H W pixels; u v the coordinates of a point in the frame of a building, l
 from __future__ import annotations
 
 import math
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 
 from data.sampler import Key, sample_rng
 from data.video import split_key
+from runtime.ranges import NonNegativeInt, PositiveInt, Range, Seed
 
 GROUND, BUILDING, ROAD = 0, 1, 2
 
@@ -28,14 +30,14 @@ class SyntheticMaskDataset(Dataset):
     Args:
         num_images: number of items.
         image_size: side of image and mask in pixels.
-        first_image: number of the first one; tests take those that training never sees, e.g. from 100000.
-        num_classes: 1 or 2: buildings on anything else; 3: roads too.
-        seed: of all images.
+        first_image: number of the first image; tests take those that training never sees, e.g. from 100000.
+        num_classes: number of classes; 1 or 2: buildings on anything else, 3: roads too.
+        seed: seed of all images.
     Raises: ValueError, one line.
     """
 
-    def __init__(self, *, num_images: int = 256, image_size: int = 64, first_image: int = 0, num_classes: int = 2,
-                 seed: int = 0):
+    def __init__(self, *, num_images: PositiveInt = 256, image_size: Annotated[int, Range(ge=16)] = 64,
+                 first_image: NonNegativeInt = 0, num_classes: Literal[1, 2, 3] = 2, seed: Seed = 0):
         if num_images < 1 or first_image < 0 or image_size < 16:
             raise ValueError(f"num_images {num_images} must be >= 1, first_image {first_image} >= 0, image_size "
                              f"{image_size} >= 16")

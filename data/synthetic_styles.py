@@ -12,6 +12,7 @@ import numpy as np
 
 from data.sampler import sample_rng
 from data.synthetic import draw_scene, render
+from runtime.ranges import NonNegativeInt, PositiveInt, Seed
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)[:, None, None]
 
@@ -49,15 +50,17 @@ class DrawnStyles:
     """`pictures(style, number)` -> (3,size,size) uint8, a function of (seed, style, number).
 
     Args:
-        styles: which of plain, dusk, print; None: all.
-        num_images: of each style. first_image: number of the first; test sets take others than training.
-        size: side in pixels. seed: of all pictures.
+        styles: names of the styles to draw, of plain, dusk, print; None: all.
+        num_images: number of pictures of each style.
+        first_image: number of the first picture; test sets take others than training.
+        size: side of a picture in pixels.
+        seed: seed of all pictures.
     Raises:
         ValueError: an unknown style, an impossible number.
     """
 
-    def __init__(self, *, styles: Sequence[str] | None = None, num_images: int = 64, first_image: int = 0,
-                 size: int = 64, seed: int = 0):
+    def __init__(self, *, styles: Sequence[str] | None = None, num_images: PositiveInt = 64,
+                 first_image: NonNegativeInt = 0, size: PositiveInt = 64, seed: Seed = 0):
         self.styles = list(STYLES) if styles is None else list(styles)
         if unknown := [style for style in self.styles if style not in STYLES]:
             raise ValueError(f"generated: unknown style {unknown[0]!r}; valid: {', '.join(STYLES)}")

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -36,6 +37,9 @@ from data.image_files import size_of
 from data.resize import Degradation, modcrop
 from data.sampler import Key, sample_rng
 from options import check, schema_of
+from runtime.ranges import PositiveInt, Range, Seed
+
+Level = Annotated[float, Range(ge=0, le=255)]  # of noise, on the scale of 8-bit pixels
 
 
 class VideoRecurrentTrainDataset(Dataset):
@@ -46,25 +50,30 @@ class VideoRecurrentTrainDataset(Dataset):
 
     Args:
         dataroot_gt: folder of clip folders (or of the frames of a single clip), or an lmdb; None draws video instead.
-        generated: what is drawn then, e.g. {"num_clips": 256}: arguments of `SyntheticVideoDataset`.
-        dataroot_lq: the same with degraded frames of equal names; None makes them of GT, see `degradation`.
-        meta_info_file: lines `clip frames shape first_frame`, e.g. `000 100 (720,1280,3) 0`, files then being named
-            by filename_tmpl and filename_ext; without first_frame, or with None here, every PNG, JPEG or WebP file
-            there is, in order of name.
-        num_frame: T.
+        generated: video drawn without dataroot_gt, e.g. {"num_clips": 256}: arguments of `SyntheticVideoDataset`.
+        dataroot_lq: folder or lmdb of the degraded frames, with the names of GT; None makes them, see `degradation`.
+        meta_info_file: list of clips, in lines `clip frames shape first_frame`, e.g. `000 100 (720,1280,3) 0`, files
+            then being named by filename_tmpl and filename_ext; without first_frame, or with None here, every PNG, JPEG
+            or WebP file there is, in order of name.
+        num_frame: frames T of an item.
         gt_size: side of the GT window in pixels, a multiple of scale.
         scale: GT pixels per LQ pixel.
+        filename_tmpl: format of a frame's number in its file name, for meta_info_file.
+        filename_ext: ending of the frames' file names, for meta_info_file.
         interval_list: distances in frames between successive frames, one of which is drawn for each item.
         random_reverse: play every other item backwards.
-        use_hflip: mirror left-right with probability 1/2. use_rot: upside down, and transpose, each likewise.
-        val_partition: "REDS4" or "official" removes these clips of REDS; test_mode keeps only them.
-        io_backend: {"type": "disk"}, or {"type": "lmdb"} where both roots are lmdbs of BasicSR's layout.
+        use_hflip: mirror left-right with probability 1/2.
+        use_rot: turn upside down, and transpose, each with probability 1/2.
+        val_partition: clips of REDS to leave out, "REDS4" or "official"; None: none.
+        test_mode: keep only the clips of val_partition, instead of leaving them out.
+        io_backend: kind of the roots: {"type": "disk"}, or {"type": "lmdb"} for lmdbs of BasicSR's layout.
         cache_data: decode all frames at the start and keep them (3 bytes per pixel).
         name: KAIR's label of the dataset; not used.
         degradation: how L is made when there is no dataroot_lq, see `data.resize.Degradation`.
-        sigma_min, sigma_max: levels 0..255 for nonblind denoising, one drawn for each item: L = H + noise of
-            level / 255, not clipped, with level / 255 as a 4th channel. Asks for scale 1; dataroot_lq is then not read.
-        seed: of all draws, together with epoch and index.
+        sigma_min: smallest noise level of nonblind denoising, see sigma_max.
+        sigma_max: largest noise level of nonblind denoising; one level is drawn for each item: L = H + noise of
+            level / 255, not clipped, with level / 255 as a 4th channel. Needs scale 1; dataroot_lq is then not read.
+        seed: seed of all draws, together with epoch and index.
     Raises:
         FileNotFoundError, ValueError: of one line, at the start wherever the file names or the first frame tell.
     """
@@ -73,12 +82,13 @@ class VideoRecurrentTrainDataset(Dataset):
 
     def __init__(self, *, dataroot_gt: str | None = None, dataroot_lq: str | None = None,
                  meta_info_file: str | None = None, generated: dict | None = None,
-                 num_frame: int = 6, gt_size: int = 256, scale: int = 4, filename_tmpl: str = "08d",
-                 filename_ext: str = "png", interval_list: Sequence[int] = (1,), random_reverse: bool = False,
+                 num_frame: PositiveInt = 6, gt_size: PositiveInt = 256, scale: PositiveInt = 4,
+                 filename_tmpl: str = "08d", filename_ext: str = "png",
+                 interval_list: Sequence[PositiveInt] = (1,), random_reverse: bool = False,
                  use_hflip: bool = True, use_rot: bool = True, val_partition: str | None = None,
                  test_mode: bool = False, io_backend: dict | None = None, cache_data: bool = False,
-                 name: str | None = None, degradation: dict | None = None, sigma_min: float = 0.0,
-                 sigma_max: float | None = None, seed: int = 0):
+                 name: str | None = None, degradation: dict | None = None, sigma_min: Level = 0.0,
+                 sigma_max: Level | None = None, seed: Seed = 0):
         if not dataroot_gt and (dataroot_lq or meta_info_file):
             raise ValueError(f"dataroot_gt is missing, though {dataroot_lq or meta_info_file} is given; name it")
         if self.nonblind and sigma_max is None:
@@ -169,18 +179,18 @@ class VideoRecurrentTestDataset(Dataset):
 
     Args:
         dataroot_gt: folder of clip folders (or of the frames of a single clip), or an lmdb; None: LQ only.
-        generated: what is drawn when both roots are None: arguments of `SyntheticVideoDataset`.
-        dataroot_lq: the same with degraded frames of equal names; None makes them of GT, see `degradation`.
-        meta_info_file: lines whose first field names a clip to take; None takes all.
+        generated: video drawn when both roots are None: arguments of `SyntheticVideoDataset`.
+        dataroot_lq: folder or lmdb of the degraded frames, with the names of GT; None makes them, see `degradation`.
+        meta_info_file: list of clips to take, named by the first field of each line; None takes all.
         scale: GT pixels per LQ pixel; GT is cut at the bottom and right to a multiple of it.
-        num_frame: KAIR's, for its border flags; not used.
+        num_frame: KAIR's number for its border flags; not used.
         cache_data: decode all frames at the start and keep them (3 bytes per pixel).
-        io_backend: {"type": "disk"}, or {"type": "lmdb"} where both roots are lmdbs of BasicSR's layout.
+        io_backend: kind of the roots: {"type": "disk"}, or {"type": "lmdb"} for lmdbs of BasicSR's layout.
         name: KAIR's label of the dataset; not used.
         degradation: how L is made when there is no dataroot_lq, see `data.resize.Degradation`.
-        sigma: level 0..255 for nonblind denoising: L = GT + noise of sigma / 255, not clipped, with the level
-            sigma / 255 as a 4th channel. Asks for scale 1; dataroot_lq is then not read.
-        seed: of the noise, together with the index and the frame.
+        sigma: noise level of nonblind denoising: L = GT + noise of sigma / 255, not clipped, with the level
+            sigma / 255 as a 4th channel. Needs scale 1; dataroot_lq is then not read.
+        seed: seed of the noise, together with the index and the frame.
     Raises:
         FileNotFoundError, ValueError: of one line.
     """
@@ -188,9 +198,10 @@ class VideoRecurrentTestDataset(Dataset):
     sides = SIDES
 
     def __init__(self, *, dataroot_gt: str | None = None, dataroot_lq: str | None = None,
-                 meta_info_file: str | None = None, generated: dict | None = None, scale: int = 4,
-                 num_frame: int = -1, cache_data: bool = False, io_backend: dict | None = None,
-                 name: str | None = None, degradation: dict | None = None, sigma: float | None = None, seed: int = 0):
+                 meta_info_file: str | None = None, generated: dict | None = None, scale: PositiveInt = 4,
+                 num_frame: Annotated[int, Range(ge=-1)] = -1, cache_data: bool = False, io_backend: dict | None = None,
+                 name: str | None = None, degradation: dict | None = None, sigma: Level | None = None,
+                 seed: Seed = 0):
         if meta_info_file and not (dataroot_gt or dataroot_lq):
             raise ValueError(f"dataroot_gt is missing, though {meta_info_file} is given; name it")
         if sigma is not None:
@@ -258,8 +269,9 @@ class VideoRecurrentTestDataset(Dataset):
 class SingleVideoRecurrentTestDataset(VideoRecurrentTestDataset):
     """Whole clips without ground truth: `VideoRecurrentTestDataset` with dataroot_lq alone."""
 
-    def __init__(self, *, dataroot_lq: str, meta_info_file: str | None = None, num_frame: int = -1,
-                 cache_data: bool = False, io_backend: dict | None = None, name: str | None = None):
+    def __init__(self, *, dataroot_lq: str, meta_info_file: str | None = None,
+                 num_frame: Annotated[int, Range(ge=-1)] = -1, cache_data: bool = False,
+                 io_backend: dict | None = None, name: str | None = None):
         if not dataroot_lq:
             raise ValueError("dataroot_lq is missing; name the folder of clips to restore")
         super().__init__(dataroot_lq=dataroot_lq, meta_info_file=meta_info_file, cache_data=cache_data,

@@ -21,6 +21,7 @@ from data.frames import LMDB, FrameReader, check_backend, frame_path, lines_of, 
 from data.resize import modcrop
 from data.sampler import Key, sample_rng
 from data.video import RandomWindow, check_scale, lq_maker, split_key, to_float
+from runtime.ranges import PositiveInt, Seed
 
 MIDDLE = 4  # the frame im4 that is compared, or made
 JITTER = 0.05  # FLAVR's: relative for brightness, contrast and saturation, of the full circle for hue
@@ -33,29 +34,33 @@ class VideoRecurrentTrainVimeoDataset(Dataset):
 
     Args:
         dataroot_gt: folder (or lmdb) of sequences.
-        dataroot_lq: the same with degraded frames; None makes them of GT, see `degradation`.
-        meta_info_file: lines whose first field names a sequence, as Vimeo-90K's own sep_trainlist.txt; None takes all.
-        num_frame: how many frames around im4. temporal_scale: takes every so manieth of them.
-        pad_sequence: repeat the last frame. mirror_sequence: append the frames backwards.
+        dataroot_lq: folder (or lmdb) of the degraded frames; None makes them of GT, see `degradation`.
+        meta_info_file: list of sequences, named by the first field of each line, as Vimeo-90K's own sep_trainlist.txt;
+            None takes all.
+        num_frame: number of frames around im4.
+        temporal_scale: distance in frames from one frame that is taken to the next.
+        pad_sequence: repeat the last frame.
+        mirror_sequence: append the frames backwards.
         gt_size: side of the GT window in pixels, a multiple of scale.
         scale: GT pixels per LQ pixel.
         random_reverse: play every other item backwards.
-        use_hflip: mirror left-right with probability 1/2. use_rot: upside down, and transpose, each likewise.
-        filename_ext: of the frames' files.
-        io_backend: {"type": "disk"}, or {"type": "lmdb"} where both roots are lmdbs of BasicSR's layout.
+        use_hflip: mirror left-right with probability 1/2.
+        use_rot: turn upside down, and transpose, each with probability 1/2.
+        filename_ext: ending of the frames' file names.
+        io_backend: kind of the roots: {"type": "disk"}, or {"type": "lmdb"} for lmdbs of BasicSR's layout.
         name: KAIR's label of the dataset; not used.
         degradation: how L is made when there is no dataroot_lq, see `data.resize.Degradation`.
-        seed: of all draws, together with epoch and index.
+        seed: seed of all draws, together with epoch and index.
     Raises:
         FileNotFoundError, ValueError: of one line.
     """
 
     def __init__(self, *, dataroot_gt: str, dataroot_lq: str | None = None, meta_info_file: str | None = None,
-                 num_frame: int = 7, temporal_scale: int = 1, pad_sequence: bool = False,
-                 mirror_sequence: bool = False, gt_size: int = 256, scale: int = 4, random_reverse: bool = False,
-                 use_hflip: bool = True, use_rot: bool = True, filename_ext: str = "png",
+                 num_frame: PositiveInt = 7, temporal_scale: PositiveInt = 1, pad_sequence: bool = False,
+                 mirror_sequence: bool = False, gt_size: PositiveInt = 256, scale: PositiveInt = 4,
+                 random_reverse: bool = False, use_hflip: bool = True, use_rot: bool = True, filename_ext: str = "png",
                  io_backend: dict | None = None, name: str | None = None, degradation: dict | None = None,
-                 seed: int = 0):
+                 seed: Seed = 0):
         check_backend(io_backend, dataroot_gt, dataroot_lq)
         self.names = names_of(meta_info_file, dataroot_gt)
         self.roots, self.extension, self.seed = (dataroot_gt, dataroot_lq), filename_ext, seed
@@ -85,17 +90,18 @@ class VideoRecurrentTrainVimeoVFIDataset(Dataset):
     Item `(epoch, index)` -> {"L": (T,3,H,W), "H": (1,3,H,W) float32 RGB in [0,1], "key": "00001/0001"}.
 
     Args:
-        temporal_scale: 2 takes im1, im3, im5, im7 out of num_frame 7; im4 must not be among them.
+        temporal_scale: distance in frames from one frame that is taken to the next: 2 takes im1, im3, im5, im7 out of
+            num_frame 7; im4 must not be among them.
         color_jitter: change brightness, contrast, saturation and hue a little, all frames alike.
-        others: see `VideoRecurrentTrainVimeoDataset`.
+        others: as `VideoRecurrentTrainVimeoDataset`.
     Raises:
         FileNotFoundError, ValueError: of one line.
     """
 
-    def __init__(self, *, dataroot_gt: str, meta_info_file: str | None = None, num_frame: int = 7,
-                 temporal_scale: int = 2, gt_size: int = 192, random_reverse: bool = False, use_hflip: bool = True,
-                 use_rot: bool = True, color_jitter: bool = False, filename_ext: str = "png",
-                 io_backend: dict | None = None, name: str | None = None, seed: int = 0):
+    def __init__(self, *, dataroot_gt: str, meta_info_file: str | None = None, num_frame: PositiveInt = 7,
+                 temporal_scale: PositiveInt = 2, gt_size: PositiveInt = 192, random_reverse: bool = False,
+                 use_hflip: bool = True, use_rot: bool = True, color_jitter: bool = False, filename_ext: str = "png",
+                 io_backend: dict | None = None, name: str | None = None, seed: Seed = 0):
         self.around = numbers_of(num_frame, temporal_scale)
         if MIDDLE in self.around or len(self.around) < 2:
             raise ValueError(f"num_frame {num_frame}, temporal_scale {temporal_scale} give frames {self.around}; im4, "
@@ -130,16 +136,16 @@ class VideoTestVimeo90KDataset(Dataset):
     "lq_path": file names, "target_frame": which frame of L is im4, -1 if none}.
 
     Args: cache_data: decode all frames at the start and keep them (3 bytes per pixel).
-        others: see `VideoRecurrentTrainVimeoDataset`.
+        others: as `VideoRecurrentTrainVimeoDataset`.
     Raises:
         FileNotFoundError, ValueError: of one line.
     """
 
     def __init__(self, *, dataroot_gt: str, dataroot_lq: str | None = None, meta_info_file: str | None = None,
-                 num_frame: int = 7, temporal_scale: int = 1, pad_sequence: bool = False,
-                 mirror_sequence: bool = False, scale: int = 4, cache_data: bool = False, filename_ext: str = "png",
-                 io_backend: dict | None = None, name: str | None = None, degradation: dict | None = None,
-                 seed: int = 0):
+                 num_frame: PositiveInt = 7, temporal_scale: PositiveInt = 1, pad_sequence: bool = False,
+                 mirror_sequence: bool = False, scale: PositiveInt = 4, cache_data: bool = False,
+                 filename_ext: str = "png", io_backend: dict | None = None, name: str | None = None,
+                 degradation: dict | None = None, seed: Seed = 0):
         check_backend(io_backend, dataroot_gt, dataroot_lq)
         self.names, self.scale, self.seed = names_of(meta_info_file, dataroot_gt), scale, seed
         self.gt_root, self.lq_root, self.extension = dataroot_gt, dataroot_lq or dataroot_gt, filename_ext
@@ -196,7 +202,9 @@ class InterpolationTestDataset(Dataset):
 class VFI_DAVIS(InterpolationTestDataset):
     """DAVIS at 480p: in windows of seven frames, two frames apart, frame 3 of 0, 2, 4, 6.
 
-    Args: dataroot_gt: folder (or lmdb) of clip folders. io_backend: its kind. name: KAIR's label; not used.
+    Args:
+        dataroot_gt: folder (or lmdb) of clip folders.
+        others: as `VideoRecurrentTrainVimeoDataset`.
     Raises: FileNotFoundError, ValueError: of one line.
     """
 
@@ -212,7 +220,9 @@ class VFI_DAVIS(InterpolationTestDataset):
 class VFI_UCF101(InterpolationTestDataset):
     """UCF101: in each folder frame0 to frame3 and, between the middle two, framet.
 
-    Args: dataroot_gt: folder (or lmdb) of these folders. io_backend: its kind. name: KAIR's label; not used.
+    Args:
+        dataroot_gt: folder (or lmdb) of these folders.
+        others: as `VideoRecurrentTrainVimeoDataset`.
     Raises: FileNotFoundError, ValueError: of one line.
     """
 
@@ -232,9 +242,10 @@ class VFI_UCF101(InterpolationTestDataset):
 class VFI_Vimeo90K(InterpolationTestDataset):
     """Vimeo-90K: im4 of im1, im3, im5, im7.
 
-    Args: dataroot_gt: folder (or lmdb) of sequences. meta_info_file: lines whose first field names one, as
-        Vimeo-90K's own sep_testlist.txt; None takes all. filename_ext: of the frames' files. io_backend: its kind.
-        name: KAIR's label; not used.
+    Args:
+        meta_info_file: list of sequences, named by the first field of each line, as Vimeo-90K's own sep_testlist.txt;
+            None takes all.
+        others: as `VideoRecurrentTrainVimeoDataset`.
     Raises: FileNotFoundError, ValueError: of one line.
     """
 

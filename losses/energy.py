@@ -15,20 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from runtime.ranges import NonNegativeFloat, PositiveInt
+
 
 class PatchSlicedWassersteinLoss(nn.Module):
     """Mean squared distance of the sorted projections of all patches of two batches, each one distribution.
 
     Args:
         patch_size: side p of a patch in latent pixels; borders are padded with zeros.
-        num_projections: random directions.
-        max_samples: if there are more patches, the same random ones of both batches; None: all.
+        num_projections: random directions onto which patches are projected.
+        max_samples: patches compared at most, the same random ones of both batches; None: all.
 
     Raises:
         ValueError: a number below 1.
     """
 
-    def __init__(self, patch_size: int = 3, num_projections: int = 64, max_samples: int | None = 4096):
+    def __init__(self, patch_size: PositiveInt = 3, num_projections: PositiveInt = 64,
+                 max_samples: PositiveInt | None = 4096):
         super().__init__()
         if min(patch_size, num_projections, max_samples or 1) < 1:
             raise ValueError(f"patch_size {patch_size}, num_projections {num_projections} and max_samples "
@@ -67,13 +70,13 @@ class CosineSSMLoss(nn.Module):
     """Mean squared difference of two images' n x n matrices of similarities between their own latent pixels.
 
     Args:
-        max_spatial_samples: if there are more latent pixels, these random ones; None: all.
+        max_spatial_samples: latent pixels compared at most, drawn at random; None: all.
 
     Source: CosineSSMLoss. What differs: with z (c, n), |x'x - y'y|^2 = |xx'|^2 + |yy'|^2 - 2 |xy'|^2 needs no n x n
     matrix, only c x c ones; they are summed in float64, since the terms cancel.
     """
 
-    def __init__(self, max_spatial_samples: int | None = None):
+    def __init__(self, max_spatial_samples: PositiveInt | None = None):
         super().__init__()
         if max_spatial_samples is not None and max_spatial_samples < 1:
             raise ValueError(f"max_spatial_samples must be at least 1, got {max_spatial_samples}")
@@ -100,19 +103,23 @@ class GeometricFreeEnergyLoss(nn.Module):
     """w_style * SWD(end, style) + w_content * SSM(end, source), with an optional price on fast velocities.
 
     Args:
-        w_style, w_content: weights.
-        patch_size, num_projections, max_samples: of the style's term.
-        max_spatial_samples: of the content's term.
-        velocity_weight: of the mean squared velocity, if forward is given one.
-        divergence_weight: of `divergence`, likewise; 0: not computed.
+        w_style: factor of the style's term, a sliced Wasserstein distance.
+        w_content: factor of the content's term, the distance of self-similarities.
+        patch_size: side of the patches that the style's term compares, in latent pixels.
+        num_projections: random directions of the style's term.
+        max_samples: patches that the style's term compares at most; None: all.
+        max_spatial_samples: latent pixels that the content's term compares at most; None: all.
+        velocity_weight: factor of the mean squared velocity, if forward is given one.
+        divergence_weight: factor of the velocity's divergence, if forward is given one; 0: not computed.
 
     Raises:
         ValueError: a negative weight, a number below 1.
     """
 
-    def __init__(self, w_style: float = 1.0, w_content: float = 1.0, patch_size: int = 3, num_projections: int = 64,
-                 max_samples: int | None = 4096, max_spatial_samples: int | None = None,
-                 velocity_weight: float = 0.01, divergence_weight: float = 0.0):
+    def __init__(self, w_style: NonNegativeFloat = 1.0, w_content: NonNegativeFloat = 1.0, patch_size: PositiveInt = 3,
+                 num_projections: PositiveInt = 64, max_samples: PositiveInt | None = 4096,
+                 max_spatial_samples: PositiveInt | None = None, velocity_weight: NonNegativeFloat = 0.01,
+                 divergence_weight: NonNegativeFloat = 0.0):
         super().__init__()
         for name, weight in {"w_style": w_style, "w_content": w_content, "velocity_weight": velocity_weight,
                              "divergence_weight": divergence_weight}.items():

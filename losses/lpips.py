@@ -75,7 +75,7 @@ class LPIPS(nn.Module):
 
     Args:
         vgg_path: file of VGG16's weights, as torchvision publishes it.
-        lpips_path: file of the five linear weights.
+        lpips_path: file of the five linear layers' weights.
         dropout: let dropout act in training mode, as it does in taming by mistake.
 
     Raises:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from runtime.ranges import PositiveFloat
+
 
 class L1Loss(nn.Module):
     """Mean absolute difference."""
@@ -35,10 +37,10 @@ class L2SumLoss(nn.Module):
 class CharbonnierLoss(nn.Module):
     """Mean of sqrt(d^2 + eps): the L1 loss with a rounded corner.
 
-    Args: G_charbonnier_eps: added inside the root, so the loss of a perfect result is sqrt(eps).
+    Args: G_charbonnier_eps: constant inside the root; the loss of a perfect result is its square root.
     """
 
-    def __init__(self, G_charbonnier_eps: float = 1e-9):
+    def __init__(self, G_charbonnier_eps: PositiveFloat = 1e-9):
         super().__init__()
         self.eps = G_charbonnier_eps
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distributed import average, world_size
+from runtime.ranges import NonNegativeFloat
 
 EPSILON = 1e-6  # how close to 0 and 1 a probability may come
 Maps = Mapping[str, Tensor]
@@ -22,11 +23,13 @@ Maps = Mapping[str, Tensor]
 class StructuralPretrainLoss(nn.Module):
     """Skeleton and tangent of the whole strokes, also where the ink is hidden.
 
-    Args: skeleton_weight, tangent_weight: of the terms.
+    Args:
+        skeleton_weight: factor of the skeleton's term.
+        tangent_weight: factor of the tangent's term.
     Raises: ValueError: a negative weight.
     """
 
-    def __init__(self, *, skeleton_weight: float = 1.0, tangent_weight: float = 1.0):
+    def __init__(self, *, skeleton_weight: NonNegativeFloat = 1.0, tangent_weight: NonNegativeFloat = 1.0):
         super().__init__()
         self.weights = checked({"loss_skeleton": skeleton_weight, "loss_tangent": tangent_weight})
 
@@ -39,7 +42,11 @@ class DenseLoss(nn.Module):
     """All five maps.
 
     Args:
-        skeleton_weight, keypoints_weight, tangent_weight, width_weight, offset_weight: of the terms.
+        skeleton_weight: factor of the skeleton's term.
+        keypoints_weight: factor of the keypoints' term.
+        tangent_weight: factor of the tangent's term.
+        width_weight: factor of the stroke width's term.
+        offset_weight: factor of the offset's term.
         keypoint_sigma: pixels over which a keypoint's target falls off, e.g. 1.5; 0: it is one pixel.
 
     Raises: ValueError: a negative weight or sigma.
@@ -48,8 +55,9 @@ class DenseLoss(nn.Module):
     an axis, so that every sample's error counted under every sample's skeleton.
     """
 
-    def __init__(self, *, skeleton_weight: float = 10.0, keypoints_weight: float = 5.0, tangent_weight: float = 1.0,
-                 width_weight: float = 1.0, offset_weight: float = 1.0, keypoint_sigma: float = 0.0):
+    def __init__(self, *, skeleton_weight: NonNegativeFloat = 10.0, keypoints_weight: NonNegativeFloat = 5.0,
+                 tangent_weight: NonNegativeFloat = 1.0, width_weight: NonNegativeFloat = 1.0,
+                 offset_weight: NonNegativeFloat = 1.0, keypoint_sigma: NonNegativeFloat = 0.0):
         super().__init__()
         if keypoint_sigma < 0:
             raise ValueError(f"keypoint_sigma {keypoint_sigma} must be >= 0")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distributed import average, total, world_size
+from runtime.ranges import Fraction, PositiveFloat
 
 
 class TanimotoLoss(nn.Module):
@@ -23,11 +24,11 @@ class TanimotoLoss(nn.Module):
 
     Args:
         complement: average with the same of 1 - p and 1 - l, which has a gradient where a class is absent.
-        smooth: s, which keeps 0 / 0 from happening and, for it is not small beside 1 / V, weighs on large images.
+        smooth: constant s that avoids 0 / 0; not being small beside 1 / V, it has an effect on large images.
     Source: equations 5 and 6; the authors' class returns the similarity, this the loss.
     """
 
-    def __init__(self, complement: bool = True, smooth: float = 1e-5):
+    def __init__(self, complement: bool = True, smooth: PositiveFloat = 1e-5):
         super().__init__()
         self.complement, self.smooth = complement, smooth
 
@@ -58,12 +59,15 @@ class PooledTanimotoLoss(nn.Module):
 
     T = (sum pl + s) / (sum p + sum l - sum pl + s); loss = a (1 - T(p, l)) + (1 - a) (1 - T(1 - p, 1 - l)).
 
-    Args: complement: False leaves out the second term and a. alpha: a, in 0..1. smooth: s.
+    Args:
+        complement: whether there is the second term; False leaves out a, too.
+        alpha: share a of the foreground's term.
+        smooth: constant s that avoids 0 / 0.
     Source: mischiefliao/ResUNeta-Torch. Differs where there are more than two classes: their losses are averaged, where
         the port takes the largest, which has no gradient.
     """
 
-    def __init__(self, complement: bool = True, alpha: float = 0.5, smooth: float = 1e-6):
+    def __init__(self, complement: bool = True, alpha: Fraction = 0.5, smooth: PositiveFloat = 1e-6):
         super().__init__()
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha {alpha} must be in 0..1: the share of the loss that the foreground has")
@@ -85,9 +89,12 @@ class PooledTanimotoLoss(nn.Module):
 
 
 class DiceLoss(nn.Module):
-    """1 - (2 sum pl + s) / (sum p + sum l + s), over all pixels of the batch, foreground only, mean over classes."""
+    """1 - (2 sum pl + s) / (sum p + sum l + s), over all pixels of the batch, foreground only, mean over classes.
 
-    def __init__(self, smooth: float = 1e-6):
+    Args: smooth: constant s that avoids 0 / 0.
+    """
+
+    def __init__(self, smooth: PositiveFloat = 1e-6):
         super().__init__()
         self.smooth = smooth
 

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from distributed import average
 from losses.lpips import LPIPS
 from models.network_discriminator import NLayerDiscriminator
+from runtime.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 LEGACY = {
     "early_discriminator": "the discriminator and its adaptive weight are computed, times 0, before disc_start",
@@ -42,17 +43,20 @@ class VQLPIPSWithDiscriminator(nn.Module):
 
     Args:
         disc_start: iteration from which the discriminator takes part.
-        codebook_weight: of the codebook's loss.
-        pixelloss_weight: of the mean difference in pixels,
-        pixelloss: which is absolute, "l1", or squared, "l2".
-        disc_num_layers, disc_in_channels, disc_ndf, use_actnorm: shape of the discriminator, see
-            NLayerDiscriminator; disc_in_channels counts a condition's channels, too.
-        disc_factor: of everything the discriminator has to say.
-        disc_weight: of the generator's adversarial loss, besides the adaptive weight.
-        perceptual_weight: of LPIPS; 0: no files are needed.
-        disc_conditional: the discriminator also sees `cond`.
-        disc_loss: "hinge" or "vanilla".
-        vgg_path, lpips_path: files of LPIPS's weights.
+        codebook_weight: factor of the codebook's loss.
+        pixelloss_weight: factor of the mean difference in pixels.
+        pixelloss: difference in pixels, absolute ("l1") or squared ("l2").
+        disc_num_layers: layers of stride 2 in the discriminator; more see larger patches.
+        disc_in_channels: channels that the discriminator takes, with those of a condition.
+        disc_ndf: width of the discriminator's first layer.
+        use_actnorm: ActNorm instead of batch norm in the discriminator.
+        disc_factor: factor of both adversarial losses; 0: no discriminator.
+        disc_weight: factor of the generator's adversarial loss, besides the adaptive weight.
+        perceptual_weight: factor of LPIPS; 0: its files are not needed.
+        disc_conditional: show the discriminator the condition `cond`, too.
+        disc_loss: adversarial loss, "hinge" or "vanilla" (cross-entropy).
+        vgg_path: file of VGG16's weights for LPIPS, as torchvision publishes it.
+        lpips_path: file of the five linear layers' weights of LPIPS.
         legacy: mistakes of the original to repeat, names of LEGACY.
 
     Raises:
@@ -61,12 +65,14 @@ class VQLPIPSWithDiscriminator(nn.Module):
     Source: equation 7 for the adaptive weight. What differs, unless legacy says so: see LEGACY.
     """
 
-    def __init__(self, disc_start: int, codebook_weight: float = 1.0, pixelloss_weight: float = 1.0,
-                 disc_num_layers: int = 3, disc_in_channels: int = 3, disc_factor: float = 1.0,
-                 disc_weight: float = 1.0, perceptual_weight: float = 1.0, use_actnorm: bool = False,
-                 disc_conditional: bool = False, disc_ndf: int = 64, disc_loss: Literal["hinge", "vanilla"] = "hinge",
-                 pixelloss: Literal["l1", "l2"] = "l1", vgg_path: str = "weights/vgg16-397923af.pth",
-                 lpips_path: str = "weights/lpips_vgg.pth", legacy: Sequence[str] = ()):
+    def __init__(self, disc_start: NonNegativeInt, codebook_weight: NonNegativeFloat = 1.0,
+                 pixelloss_weight: NonNegativeFloat = 1.0, disc_num_layers: PositiveInt = 3,
+                 disc_in_channels: PositiveInt = 3, disc_factor: NonNegativeFloat = 1.0,
+                 disc_weight: NonNegativeFloat = 1.0, perceptual_weight: NonNegativeFloat = 1.0,
+                 use_actnorm: bool = False, disc_conditional: bool = False, disc_ndf: PositiveInt = 64,
+                 disc_loss: Literal["hinge", "vanilla"] = "hinge", pixelloss: Literal["l1", "l2"] = "l1",
+                 vgg_path: str = "weights/vgg16-397923af.pth", lpips_path: str = "weights/lpips_vgg.pth",
+                 legacy: Sequence[str] = ()):
         super().__init__()
         if unknown := set(legacy) - LEGACY.keys():
             raise ValueError(f"legacy: unknown {', '.join(sorted(unknown))}; valid: {', '.join(LEGACY)}")

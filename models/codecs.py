@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import checkpoint
 from models import NETWORKS
 from options import check, resolve, schema_of
+from runtime.ranges import PositiveFloat, PositiveInt
 
 CODECS = {
     "pixel": "models.codecs:PixelCodec",
@@ -48,12 +49,12 @@ class PixelCodec(nn.Module):
     """Squares of pixels as channels: nothing to learn, nothing lost.
 
     Args:
-        factor: side of a square.
+        factor: side of a square in pixels.
     """
 
     fingerprint = ""
 
-    def __init__(self, factor: int = 4):
+    def __init__(self, factor: PositiveInt = 4):
         super().__init__()
         if factor < 1:
             raise ValueError(f"factor must be at least 1, got {factor}")
@@ -72,16 +73,17 @@ class VQGANCodec(nn.Module):
     """Encoder and decoder of a VQGAN that our own recipe trained.
 
     Args:
-        path: its checkpoint: a folder, a set's member or record, or a bundle; its moving average is used if it has one.
-        net: the section `netG` it was trained with, for a file that does not say; e.g. {"net_type": "vqgan", ...}.
-        scale: of the latents; None: 1 / standard deviation of the codes, which depends on the weights alone.
+        path: checkpoint of the VQGAN: a folder, a set's member or record, or a bundle; its moving average is used if it
+            has one.
+        net: section `netG` it was trained with, for a file that does not say; e.g. {"net_type": "vqgan", ...}.
+        scale: factor of the latents; None: 1 / standard deviation of the codes, which depends on the weights alone.
         quantize: snap latents to their nearest codes before decoding, which is what the decoder was trained on.
 
     Raises:
         ValueError: the checkpoint is no VQGAN's, or does not say how it was built.
     """
 
-    def __init__(self, path: str, net: dict | None = None, scale: float | None = None, quantize: bool = True):
+    def __init__(self, path: str, net: dict | None = None, scale: PositiveFloat | None = None, quantize: bool = True):
         super().__init__()
         weights, net = trained(path, net)
         network = resolve(NETWORKS, net.pop("net_type", None), f"{path}: netG.net_type")
@@ -111,15 +113,16 @@ class SDVAECodec(nn.Module):
     """Stable Diffusion's autoencoder, from diffusers.
 
     Args:
-        path: a local folder or a name of the hub, e.g. "stabilityai/sd-vae-ft-mse".
-        scale: of the latents.
-        posterior: "sample", as LGT was trained, drawn from a generator that depends on the image alone; or "mean".
+        path: local folder of the autoencoder, or its name on the hub, e.g. "stabilityai/sd-vae-ft-mse".
+        scale: factor of the latents.
+        posterior: latents drawn by a generator that depends on the image alone ("sample", as LGT was trained), or the
+            "mean".
 
     Raises:
         ValueError: diffusers is not installed, or there is no such autoencoder.
     """
 
-    def __init__(self, path: str = "stabilityai/sd-vae-ft-mse", scale: float = 0.18215,
+    def __init__(self, path: str = "stabilityai/sd-vae-ft-mse", scale: PositiveFloat = 0.18215,
                  posterior: Literal["sample", "mean"] = "sample"):
         super().__init__()
         try:

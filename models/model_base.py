@@ -20,6 +20,7 @@ import checkpoint
 import distributed
 from models import NETWORKS
 from options import build, models_folder
+from runtime.ranges import NonNegativeInt, PositiveInt, Seed
 from schedules import Schedule
 
 
@@ -30,26 +31,26 @@ class ModelBase:
     class TrainOptions:
         """The `train` section: what the loop reads. Subclasses add their own keys."""
 
-        total_iter: int = 300_000  # optimizer steps of G in the whole run
-        total_epochs: int | None = None  # if given, counts instead of total_iter
-        checkpoint_print: int = 200  # intervals in iterations
-        checkpoint_save: int = 5000  # a checkpoint; the last iteration always is one
-        checkpoint_test: int = 5000  # a validation; the last iteration always is one
-        save_interval: int | None = None  # the same in epochs; if given, they count instead
-        eval_interval: int | None = None  # as save_interval, for validations
-        resume_checkpoint: str | None = None  # go on from this once, as --resume does; then from the run's own newest
-        manual_seed: int = 0  # fixed, so that a run killed before its first checkpoint is repeated as it was
-        on_nan: Literal["stop", "skip"] = "stop"  # skip: leave such a step out and count it
-        amp: Literal["bf16", "fp16"] | None = None  # forward passes in half precision; weights and loss stay in float32
-        compile: bool = False  # torch.compile the forward pass of G: minutes at the start, then faster, mostly on CUDA
-        accumulate: int = 1  # work through a batch in this many parts: less memory, the same step but for rounding
+        total_iter: PositiveInt = 300_000  # optimizer steps of G in the whole run
+        total_epochs: PositiveInt | None = None  # length of the run in epochs, instead of total_iter; null: total_iter
+        checkpoint_print: PositiveInt = 200  # iterations from one line of losses to the next
+        checkpoint_save: PositiveInt = 5000  # iterations from one checkpoint to the next; the last one is always saved
+        checkpoint_test: PositiveInt = 5000  # iterations from one validation to the next; the last one is always done
+        save_interval: PositiveInt | None = None  # epochs from one checkpoint to the next, instead of checkpoint_save
+        eval_interval: PositiveInt | None = None  # epochs from one validation to the next, instead of checkpoint_test
+        resume_checkpoint: str | None = None  # checkpoint to resume from once, as with --resume; then the run's newest
+        manual_seed: Seed = 0  # seed of weights, data order and all random draws; equal seeds repeat a run
+        on_nan: Literal["stop", "skip"] = "stop"  # stop at a non-finite loss, or skip that step and count it
+        amp: Literal["bf16", "fp16"] | None = None  # half precision of forward passes; weights and loss stay in float32
+        compile: bool = False  # torch.compile for the forward pass of G: minutes at the start, then faster on CUDA
+        accumulate: PositiveInt = 1  # micro-batches per step: more take less memory for the same batch
 
     @dataclass
     class ValOptions:
         """The `val` section."""
 
-        save_img: bool = True  # input | restored | target, one PNG a clip
-        num_img: int | None = None  # of how many clips of each test set; null: of all
+        save_img: bool = True  # write a picture of each validated clip: input | restored | target, as PNG
+        num_img: NonNegativeInt | None = None  # clips of each test set that get a picture; null: all
 
     def __init__(self, opt: Mapping[str, Any]):
         self.opt = opt

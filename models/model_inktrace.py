@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from metrics import direction_error, f1, matches, overlap
 from models.model_plain import ModelPlain
 from models.network_inktrace import SIZE, extract_keypoints, keypoint_nms, pack, unpack
 from options import Section, build
+from runtime.ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, ProperFraction, Range
 
 WEIGHTS = [f"{name}_weight" for name in ("skeleton", "tangent", "keypoints", "width", "offset")]
 ENLARGE = 4  # pictures are shown this many times as large
@@ -37,31 +38,33 @@ class ModelInkTrace(ModelPlain):
 
     @dataclass
     class TrainOptions(ModelPlain.TrainOptions):
-        G_lossfn_type: Literal["structural", "dense"] = "structural"  # the mode; dense needs netG.full_heads
-        skeleton_weight: float | None = None  # of the terms of the loss; null: 1 in structural, 10 in dense
-        tangent_weight: float | None = None  # null: 1
-        keypoints_weight: float | None = None  # dense only, null: 5
-        width_weight: float | None = None  # dense only, null: 1
-        offset_weight: float | None = None  # dense only, null: 1
-        keypoint_sigma: float = 0.0  # dense only: pixels over which a keypoint's target falls off; 0: a single pixel
-        mask_ratio: float = 0.6  # structural only: share of blocks that are hidden
-        mask_block: int = 8  # side of a block; 1 hides single pixels
+        G_lossfn_type: Literal["structural", "dense"] = "structural"  # training mode; dense needs netG.full_heads
+        skeleton_weight: NonNegativeFloat | None = None  # factor of the skeleton's loss; null: 1 structural, 10 dense
+        tangent_weight: NonNegativeFloat | None = None  # factor of the tangent's loss; null: 1
+        keypoints_weight: NonNegativeFloat | None = None  # factor of the keypoints' loss, dense only; null: 5
+        width_weight: NonNegativeFloat | None = None  # factor of the stroke width's loss, dense only; null: 1
+        offset_weight: NonNegativeFloat | None = None  # factor of the offset's loss, dense only; null: 1
+        keypoint_sigma: NonNegativeFloat = 0.0  # pixels over which a keypoint's target falls off, dense; 0: one pixel
+        mask_ratio: Fraction = 0.6  # share of the blocks of an image that are hidden, structural only
+        mask_block: PositiveInt = 8  # side in pixels of a hidden block; 1 hides single pixels
         G_optimizer_type: Literal["adam", "adamw"] = "adamw"
-        G_optimizer_lr: float = 1e-3
-        G_optimizer_wd: float = 1e-4
-        G_optimizer_clipgrad: float | None = 1.0
+        G_optimizer_lr: NonNegativeFloat = 1e-3
+        G_optimizer_wd: NonNegativeFloat = 1e-4
+        G_optimizer_clipgrad: PositiveFloat | None = 1.0
+        # Learning rate over time: up and down once, one cosine, in steps, in cosines that start over, or constant.
         G_scheduler_type: Literal["OneCycleLR", "CosineAnnealingLR", "MultiStepLR", "CosineAnnealingWarmRestarts",
                                   "constant"] = "OneCycleLR"
-        G_scheduler_warmup: float = 0.3  # OneCycleLR: share of the run in which the rate goes up to G_optimizer_lr
-        G_scheduler_div_factor: float = 25.0  # how far below it the rate begins
-        G_scheduler_final_div_factor: float = 1e4  # how far below that it ends
-        G_scheduler_momentum: tuple[float, float] | None = (0.85, 0.95)  # lowest and highest beta1; null: as in betas
+        G_scheduler_warmup: Annotated[float, Range(gt=0, lt=1)] = 0.3  # share of the run in which OneCycleLR rises
+        G_scheduler_div_factor: PositiveFloat = 25.0  # G_optimizer_lr divided by the rate at which OneCycleLR starts
+        G_scheduler_final_div_factor: PositiveFloat = 1e4  # OneCycleLR's first learning rate divided by its last
+        # Lowest and highest first beta of OneCycleLR; null: G_optimizer_betas throughout.
+        G_scheduler_momentum: tuple[ProperFraction, ProperFraction] | None = (0.85, 0.95)
 
     @dataclass
     class ValOptions(ModelPlain.ValOptions):
-        skeleton_threshold: float = 0.5  # a pixel above it counts as skeleton
-        keypoint_threshold: float = 0.3  # a peak above it counts as keypoint
-        keypoint_radius: float = 2.0  # pixels by which a keypoint may be off
+        skeleton_threshold: Fraction = 0.5  # probability above which a pixel counts as skeleton
+        keypoint_threshold: Fraction = 0.3  # probability above which a peak counts as a keypoint
+        keypoint_radius: NonNegativeFloat = 2.0  # pixels by which a keypoint that counts as found may be off
 
     best_metric = "skeleton_f1", "max"
 

@@ -41,6 +41,7 @@ from losses.energy import CosineSSMLoss, PatchSlicedWassersteinLoss
 from models.codecs import build_codec
 from models.model_plain import ModelPlain
 from options import OptionError, Section, build
+from runtime.ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ProperFraction, Seed
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x (B,c,h,w), t (B,)) -> (B,c,h,w)
 UNNAMED = "unnamed"  # stands for the styles until a checkpoint is read
@@ -58,42 +59,43 @@ class ModelLGT(ModelPlain):
     @dataclass
     class TrainOptions(ModelPlain.TrainOptions):
         G_lossfn_type: str = "lgt_energy"
-        w_style: float = 1.0  # weights of the two energies
-        w_content: float = 1.0
-        patch_size: int = 3  # of the sliced Wasserstein distance, in latent pixels
-        num_projections: int = 64
-        max_samples: int | None = 4096  # patches compared at most; null: all
-        max_spatial_samples: int | None = None  # latent pixels whose similarity is compared at most
-        swd_groups: Literal["style", "batch"] = "style"  # batch: all styles are one distribution, as published
-        use_velocity_reg: bool = False  # a further forward pass at x_t, for
-        velocity_weight: float = 0.01  # its mean square
-        divergence_weight: float = 0.0
-        ode_integration_steps: int = 5
-        ode_step: Literal["constant", "shrinking"] = "constant"  # shrinking: as published, stops a third short
-        gradient_checkpointing: bool = False  # compute each ODE step twice, hold one in memory
-        label_drop_prob: float = 0.1  # share of batches that learn the average style
-        epsilon: float = 0.01  # smallest t of training
-        epsilon_warmup_epochs: int = 10  # it grows from 0 in that many epochs
+        w_style: NonNegativeFloat = 1.0  # factor of the style's energy, a sliced Wasserstein distance
+        w_content: NonNegativeFloat = 1.0  # factor of the content's energy, the distance of self-similarities
+        patch_size: PositiveInt = 3  # side in latent pixels of the patches that the style's energy compares
+        num_projections: PositiveInt = 64  # random directions of the style's energy
+        max_samples: PositiveInt | None = 4096  # patches that the style's energy compares at most; null: all
+        max_spatial_samples: PositiveInt | None = None  # latent pixels that the content's energy compares; null: all
+        swd_groups: Literal["style", "batch"] = "style"  # one distribution for each style, or (as published) for all
+        use_velocity_reg: bool = False  # penalize fast velocities at x_t, by one more forward pass
+        velocity_weight: NonNegativeFloat = 0.01  # factor of the mean squared velocity, with use_velocity_reg
+        divergence_weight: NonNegativeFloat = 0.0  # factor of the velocity's divergence, with use_velocity_reg
+        ode_integration_steps: PositiveInt = 5  # Euler steps from x_t to the end of the trajectory
+        ode_step: Literal["constant", "shrinking"] = "constant"  # shrinking, as published, stops a third short
+        gradient_checkpointing: bool = False  # compute each Euler step twice, to hold only one in memory
+        label_drop_prob: Fraction = 0.1  # share of batches that learn the average style
+        epsilon: ProperFraction = 0.01  # smallest time t that is trained
+        epsilon_warmup_epochs: NonNegativeInt = 10  # epochs in which the smallest time grows from 0 to epsilon
         G_optimizer_type: Literal["adam", "adamw"] = "adamw"
-        G_optimizer_wd: float = 1e-5
-        G_optimizer_clipgrad: float | None = 1.0
+        G_optimizer_wd: NonNegativeFloat = 1e-5
+        G_optimizer_clipgrad: PositiveFloat | None = 1.0
+        # Learning rate over time; CosineAnnealingLR moves once an epoch with total_epochs, else at each step.
         G_scheduler_type: Literal["CosineAnnealingLR", "MultiStepLR", "CosineAnnealingWarmRestarts",
-                                  "constant"] = "CosineAnnealingLR"  # a step an epoch with total_epochs, else each step
-        G_scheduler_eta_min: float = 1e-6
+                                  "constant"] = "CosineAnnealingLR"
+        G_scheduler_eta_min: NonNegativeFloat = 1e-6
 
     @dataclass
     class ValOptions(ModelPlain.ValOptions):
-        save_img: bool = False  # each source's row of the contact sheet once more, in images/
-        num_steps: int = 15  # Euler steps of the inversion and of the generation
-        temperature_lambda: float = 0.1  # Langevin noise
-        temperature_threshold: float = 0.5  # from this time on
-        use_cfg: bool = True  # guidance: away from the average style
-        cfg_scale: float = 2.0
-        cfg_decay: bool = True  # falling towards 1 on the way
-        sample_seed: int = 0  # of the noise
-        batch: int = 8  # pictures generated at once
-        style: str | None = None  # --test --input: which one to translate to
-        source_style: str | None = None  # and from; null: the average of all
+        save_img: bool = False  # write each source's row of the contact sheet as a picture, too
+        num_steps: PositiveInt = 15  # Euler steps of the inversion, and as many of the generation
+        temperature_lambda: NonNegativeFloat = 0.1  # strength of the Langevin noise
+        temperature_threshold: Fraction = 0.5  # time t from which Langevin noise is added
+        use_cfg: bool = True  # guide away from the average style
+        cfg_scale: NonNegativeFloat = 2.0  # strength of the guidance; 1: none
+        cfg_decay: bool = True  # let the guidance fall towards 1 on the way
+        sample_seed: Seed = 0  # seed of the Langevin noise
+        batch: PositiveInt = 8  # pictures that are generated at once
+        style: str | None = None  # style to translate to, for --test --input
+        source_style: str | None = None  # style to translate from, for --test --input; null: the average of all
 
     def __init__(self, opt: Mapping[str, Any]):
         data, net, where = opt["datasets"]["train"], opt["netG"], opt["opt_path"]

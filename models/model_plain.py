@@ -20,6 +20,7 @@ from losses import LOSSES
 from metrics import video_metrics
 from models.model_base import ModelBase
 from options import Section, build
+from runtime.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ProperFraction
 
 
 class ModelPlain(ModelBase):
@@ -29,26 +30,29 @@ class ModelPlain(ModelBase):
     class StepOptions(ModelBase.TrainOptions):
         """Without the loss, for recipes that have their own."""
 
-        E_decay: float = 0.0  # moving average of G, usually 0.999; 0 is off
-        G_optimizer_type: Literal["adam", "adamw"] = "adam"
-        G_optimizer_lr: float = 1e-4  # learning rate at the start of the schedule
-        G_optimizer_betas: tuple[float, float] = (0.9, 0.999)
-        G_optimizer_wd: float = 0.0  # weight decay
-        G_optimizer_clipgrad: float | None = None  # largest norm of the whole gradient
+        E_decay: ProperFraction = 0.0  # share of the old moving average that a step keeps, usually 0.999; 0: no average
+        G_optimizer_type: Literal["adam", "adamw"] = "adam"  # optimizer of G: Adam, or with decoupled weight decay
+        G_optimizer_lr: NonNegativeFloat = 1e-4  # learning rate of G at the start of the schedule
+        # Shares of the gradient's first and second moment that a step keeps.
+        G_optimizer_betas: tuple[ProperFraction, ProperFraction] = (0.9, 0.999)
+        G_optimizer_wd: NonNegativeFloat = 0.0  # weight decay of G
+        G_optimizer_clipgrad: PositiveFloat | None = None  # largest norm of the whole gradient of G; null: no limit
+        # Learning rate over time: in steps, in cosines that start over, or constant.
         G_scheduler_type: Literal["MultiStepLR", "CosineAnnealingWarmRestarts", "constant"] = "constant"
-        G_scheduler_milestones: list[int] = field(default_factory=list)  # iterations after which MultiStepLR multiplies
-        G_scheduler_gamma: float = 0.1  # by this
-        G_scheduler_periods: int | None = None  # first cosine period in iterations; null: the whole run
-        G_scheduler_restart_weights: int = 1  # each period is this many times the one before
-        G_scheduler_eta_min: float = 0.0  # the lowest learning rate of a cosine
-        G_param_strict: bool = True  # of path.pretrained_netG; of path.init_from: refuse tensors of another shape
-        E_param_strict: bool = True  # of path.pretrained_netE
+        # Iterations after which MultiStepLR multiplies the learning rate by G_scheduler_gamma.
+        G_scheduler_milestones: list[NonNegativeInt] = field(default_factory=list)
+        G_scheduler_gamma: PositiveFloat = 0.1  # factor of the learning rate at each milestone
+        G_scheduler_periods: PositiveInt | None = None  # iterations of the first cosine; null: the whole run
+        G_scheduler_restart_weights: PositiveInt = 1  # factor from the length of a cosine to that of the next
+        G_scheduler_eta_min: NonNegativeFloat = 0.0  # lowest learning rate of a cosine
+        G_param_strict: bool = True  # refuse path.pretrained_netG, and shapes of path.init_from, that do not fit G
+        E_param_strict: bool = True  # refuse path.pretrained_netE where names or shapes do not fit E
 
     @dataclass
     class TrainOptions(StepOptions):
-        G_lossfn_type: str = "l1"  # a row of losses.LOSSES
-        G_lossfn_weight: float = 1.0
-        G_charbonnier_eps: float = 1e-9
+        G_lossfn_type: str = "l1"  # loss of G, a name of losses.LOSSES
+        G_lossfn_weight: NonNegativeFloat = 1.0  # factor of the loss of G
+        G_charbonnier_eps: PositiveFloat = 1e-9  # constant below the root of the Charbonnier loss
 
     def __init__(self, opt: Mapping[str, Any]):
         super().__init__(opt)

@@ -25,6 +25,7 @@ from metrics import confusion, segmentation_metrics
 from models import NETWORKS
 from models.model_plain import ModelPlain, starts
 from options import Section, build
+from runtime.ranges import Fraction, NonNegativeInt
 
 HISTORIES = ("train_losses", "train_metrics_history", "val_losses", "val_metrics_history")
 COUNTS = ("tp", "fp", "fn")  # the columns of metrics.confusion
@@ -41,16 +42,17 @@ class ModelSegmentation(ModelPlain):
     @dataclass
     class TrainOptions(ModelPlain.TrainOptions):
         G_lossfn_type: Literal["tanimoto", "tanimoto_pooled", "dice", "bce"] = "tanimoto"
-        loss_complement: bool = True  # of both Tanimoto losses
-        loss_alpha: float = 0.5  # of tanimoto_pooled: the share of the foreground
+        loss_complement: bool = True  # average both Tanimoto losses with those of 1 - p and 1 - l
+        loss_alpha: Fraction = 0.5  # share of the foreground in tanimoto_pooled
+        # Learning rate over time: in steps, in cosines that start over, lower without gain, or constant.
         G_scheduler_type: Literal["MultiStepLR", "CosineAnnealingWarmRestarts", "ReduceLROnPlateau",
                                   "constant"] = "constant"
-        G_scheduler_patience: int = 5  # ReduceLROnPlateau: times gamma after more validations than this without gain
+        G_scheduler_patience: NonNegativeInt = 5  # validations without gain that ReduceLROnPlateau waits for
 
     @dataclass
     class ValOptions(ModelPlain.ValOptions):
-        tile: int = 0  # prediction: side of tiles in pixels; 0: the image is resized to image_size, as in training
-        tile_overlap: int = 64  # pixels that neighbouring tiles share, where one fades into the other
+        tile: NonNegativeInt = 0  # side in pixels of prediction's tiles; 0: resize to image_size, as in training
+        tile_overlap: NonNegativeInt = 64  # pixels that neighbouring tiles share, where one fades into the other
 
     best_metric = "loss", "min"
 

@@ -36,6 +36,7 @@ from models import NETWORKS
 from models.model_plain import ModelPlain
 from models.network_vqgan import GumbelQuantize, Indices, VQModel, VQNetwork
 from options import OptionError, Section, build, check, resolve, schema_of
+from runtime.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, ProperFraction
 
 BESIDE = re.compile(r"(?:^|\.)(?:loss\.|colorize$)")  # in a file of taming's: what is not the autoencoder's
 CRITIC = "loss.discriminator."  # where such a file keeps the discriminator
@@ -51,14 +52,15 @@ class ModelVQGAN(ModelPlain):
 
     @dataclass
     class TrainOptions(ModelPlain.StepOptions):
-        lossconfig: dict = field(default_factory=dict)  # arguments of VQLPIPSWithDiscriminator; disc_start is needed
-        use_taming_loss: bool | None = None  # null: as the network is; else absolute (true) or squared differences
-        disc_every: int = 3  # iterations from one step of the discriminator to the next
-        temperature_end: float = 1.0  # GumbelVQ: the noise's temperature falls from 1 to this in half a cosine
-        G_optimizer_lr: float = 1e-4  # taming: 4.5e-6 times the pictures in a batch
-        G_optimizer_betas: tuple[float, float] = (0.5, 0.9)
-        D_optimizer_lr: float | None = None  # null: G's
-        D_optimizer_clipgrad: float | None = None
+        lossconfig: dict = field(default_factory=dict)  # keys of VQLPIPSWithDiscriminator; disc_start is needed
+        use_taming_loss: bool | None = None  # pixel differences, absolute (true) or squared; null: as the network's
+        disc_every: PositiveInt = 3  # iterations from one step of the discriminator to the next
+        temperature_end: PositiveFloat = 1.0  # temperature of GumbelVQ's noise at the end, from 1 by half a cosine
+        # Learning rate of G; taming's is 4.5e-6 times the pictures in a batch.
+        G_optimizer_lr: NonNegativeFloat = 1e-4
+        G_optimizer_betas: tuple[ProperFraction, ProperFraction] = (0.5, 0.9)
+        D_optimizer_lr: NonNegativeFloat | None = None  # learning rate of the discriminator; null: that of G
+        D_optimizer_clipgrad: PositiveFloat | None = None  # largest norm of its gradient (discriminator); null: none
 
     def __init__(self, opt: Mapping[str, Any]):
         check_codebook(opt)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from data.video import FrameFolder
 from models.model_plain import ModelPlain, starts
+from runtime.ranges import NonNegativeFloat, NonNegativeInt
 
 TILE_OVERLAP = 20  # input pixels that neighbouring tiles share, as KAIR
 TILE_TRIM = 10  # output pixels dropped on a tile's inner edges, as KAIR: they know least of their surroundings
@@ -26,19 +27,20 @@ class ModelVRT(ModelPlain):
 
     @dataclass
     class TrainOptions(ModelPlain.TrainOptions):
-        fix_iter: int = 0  # parameters named by fix_keys don't learn before this iteration
-        fix_keys: list[str] = field(default_factory=list)  # substrings of parameter names, e.g. "spynet", "deform"
-        fix_lr_mul: float = 1.0  # their learning rate afterwards, times G_optimizer_lr
+        fix_iter: NonNegativeInt = 0  # iterations at the start in which the parameters named by fix_keys do not learn
+        fix_keys: list[str] = field(default_factory=list)  # parts of parameter names, e.g. "spynet", "deform"
+        fix_lr_mul: NonNegativeFloat = 1.0  # factor of G_optimizer_lr for the parameters named by fix_keys
 
     @dataclass
     class ValOptions(ModelPlain.ValOptions):
-        num_frame_testing: int = 0  # frames per window in time; 0: the whole clip at once
-        num_frame_overlapping: int = 2
-        size_patch_testing: int = 0  # input pixels per tile; 0: the whole frame at once
-        size_patch_overlapping: int = TILE_OVERLAP  # of more, a quarter is dropped on each inner edge
-        pad_seq: bool = False  # repeat the last frame once more
-        flip_seq: bool = False  # average with the clip played backwards
-        center_frame_only: bool = False
+        num_frame_testing: NonNegativeInt = 0  # frames that are restored at once; 0: the whole clip
+        num_frame_overlapping: NonNegativeInt = 2  # frames that successive windows in time share
+        size_patch_testing: NonNegativeInt = 0  # side in input pixels of tiles restored at once; 0: the whole frame
+        # Input pixels that neighbouring tiles share; above the default, a quarter is dropped on each inner edge.
+        size_patch_overlapping: NonNegativeInt = TILE_OVERLAP
+        pad_seq: bool = False  # repeat the last frame once before restoring
+        flip_seq: bool = False  # average the result with that of the clip played backwards
+        center_frame_only: bool = False  # measure the middle frame of each clip only
 
     def __init__(self, opt: Mapping[str, Any]):
         super().__init__(opt)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed import whole
+from runtime.ranges import PositiveInt
 
 
 class ActNorm(nn.Module):
@@ -37,13 +38,14 @@ class NLayerDiscriminator(nn.Module):
         input_nc: channels of the images, with those of a condition if there is one.
         ndf: width of the first layer; it doubles from layer to layer, up to eightfold.
         n_layers: layers of stride 2. A logit sees 70 x 70 pixels with 3, 34 x 34 with 2.
-        use_actnorm: ActNorm instead of batch norm.
+        use_actnorm: use ActNorm instead of batch norm.
 
     Raises:
         ValueError: a count that is not positive.
     """
 
-    def __init__(self, input_nc: int = 3, ndf: int = 64, n_layers: int = 3, use_actnorm: bool = False):
+    def __init__(self, input_nc: PositiveInt = 3, ndf: PositiveInt = 64, n_layers: PositiveInt = 3,
+                 use_actnorm: bool = False):
         super().__init__()
         if min(input_nc, ndf, n_layers) < 1:
             raise ValueError(f"input_nc, ndf and n_layers must be positive, got {input_nc}, {ndf} and {n_layers}")

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from runtime.ranges import PositiveInt, ProperFraction
+
 SIZE = 64  # side of the images: the position embedding is fixed
 MAPS = {"skeleton": 1, "tangent": 2, "width": 1, "offset": 2, "keypoints": 2}  # name -> channels; structural: two
 RARE = math.log(0.01 / 0.99)  # bias that starts a sigmoid at 1 %, as the pixels of a line are few
@@ -284,8 +286,10 @@ class UnifiedModel(nn.Module):
 
     Args:
         in_channels: channels of the images.
-        embed_dim: E, width of the tokens; a multiple of num_heads.
-        num_heads, num_layers, dropout: of the transformer.
+        embed_dim: width E of the tokens; a multiple of num_heads.
+        num_heads: attention heads of the transformer.
+        num_layers: layers of the transformer.
+        dropout: share of values that the transformer drops in training.
         full_heads: heads for width, offset and keypoints, too; training them takes two images or more at a time.
 
     Raises:
@@ -295,8 +299,8 @@ class UnifiedModel(nn.Module):
     do not start as copies of one another.
     """
 
-    def __init__(self, in_channels: int = 1, embed_dim: int = 128, num_heads: int = 4, num_layers: int = 4,
-                 dropout: float = 0.1, full_heads: bool = True):
+    def __init__(self, in_channels: PositiveInt = 1, embed_dim: PositiveInt = 128, num_heads: PositiveInt = 4,
+                 num_layers: PositiveInt = 4, dropout: ProperFraction = 0.1, full_heads: bool = True):
         super().__init__()
         if min(in_channels, embed_dim, num_heads, num_layers) < 1 or embed_dim % num_heads:
             raise ValueError(f"in_channels {in_channels}, embed_dim {embed_dim}, num_heads {num_heads} and num_layers "

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from runtime.ranges import PositiveInt
+
 GROUPS = 32
 
 
@@ -102,11 +104,13 @@ class LGTUNet(nn.Module):
     """Velocity of a latent at a time on its way to a style. It starts as the velocity zero.
 
     Args:
-        latent_channels: c, those of the latent codec.
-        base_channels: C, a multiple of 32; the levels are C, 2C and 4C wide.
-        style_dim: S. time_dim: T, even.
-        num_styles: rows of the table of styles.
-        num_encoder_blocks, num_decoder_blocks: residual and style blocks at each of the upper two levels.
+        latent_channels: channels c of the latent codec.
+        base_channels: width C of the first level, a multiple of 32; the levels are C, 2C and 4C wide.
+        style_dim: width S of a style's embedding.
+        time_dim: width T of the time's embedding, even.
+        num_styles: number of styles, one row each in the table of styles.
+        num_encoder_blocks: residual and style blocks at each of the encoder's upper two levels.
+        num_decoder_blocks: residual and style blocks at each of the decoder's upper two levels.
 
     Raises:
         ValueError: numbers that make no network, in one line.
@@ -114,8 +118,9 @@ class LGTUNet(nn.Module):
     Source: LGTUNet of LGT/model.py; what differs is the average style, see StyleEmbedding.
     """
 
-    def __init__(self, latent_channels: int = 4, base_channels: int = 128, style_dim: int = 256, time_dim: int = 256,
-                 num_styles: int = 2, num_encoder_blocks: int = 2, num_decoder_blocks: int = 3):
+    def __init__(self, latent_channels: PositiveInt = 4, base_channels: PositiveInt = 128,
+                 style_dim: PositiveInt = 256, time_dim: PositiveInt = 256, num_styles: PositiveInt = 2,
+                 num_encoder_blocks: PositiveInt = 2, num_decoder_blocks: PositiveInt = 3):
         super().__init__()
         counts = {"latent_channels": latent_channels, "base_channels": base_channels, "style_dim": style_dim,
                   "time_dim": time_dim, "num_styles": num_styles, "num_encoder_blocks": num_encoder_blocks,

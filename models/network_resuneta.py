@@ -8,11 +8,13 @@ Legend: B batch, C channels, K classes, H W pixels, h w those of a level: H / 2^
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from runtime.ranges import PositiveInt, Range
 
 Norm = Literal["batch", "instance", "layer"]
 D6 = ((1, 3, 15, 31), (1, 3, 15, 31), (1, 3, 15), (1, 3, 15), (1,), (1,))
@@ -22,24 +24,26 @@ class ResUNetA(nn.Module):
     """Logits of K classes for each pixel of an RGB image of any size.
 
     Args:
-        in_channels: C of the image.
-        num_classes: K; 1 stands for a single map of foreground.
+        in_channels: channels C of the image.
+        num_classes: number K of classes; 1 stands for a single map of foreground.
         depth: number of levels, each of half the size of the one before; null: as many as `dilations` has.
         width: channels of the first level; each next one has twice as many.
         dilations: rates of the parallel branches of each level of the encoder.
-        decoder_dilations: the same of the decoder's levels, the largest maps first, one less; null: {1} everywhere.
+        decoder_dilations: rates of the decoder's levels, the largest maps first, one level less; null: {1} everywhere.
         image_size: side of the images it will be trained on, in pixels; rates whose kernel, 2 d + 1 wide, does not
             fit into the level's map are left out, and a side too small for the depth is an error. null: neither.
-        layer_norm: over the batch, each channel of an image, or each whole image.
-        multitask: the conditioned head, which also tells boundary, distance and colour.
+        layer_norm: normalisation over the batch, over each channel of an image, or over each whole image.
+        multitask: use the conditioned head, which also predicts boundary, distance and colour.
     Raises: ValueError, one line.
     Source: d6 at its defaults; the paper's decoder. Pooled parts need no map that is a multiple of 8: the last part of
         a row may be smaller. Images whose side is no multiple of 2^(depth - 1) are padded, and the result is cut.
     """
 
-    def __init__(self, *, in_channels: int = 3, num_classes: int = 2, depth: int | None = None, width: int = 32,
-                 dilations: Sequence[Sequence[int]] = D6, decoder_dilations: Sequence[Sequence[int]] | None = None,
-                 image_size: int | None = None, layer_norm: Norm = "batch", multitask: bool = False):
+    def __init__(self, *, in_channels: PositiveInt = 3, num_classes: Annotated[int, Range(ge=1, le=255)] = 2,
+                 depth: PositiveInt | None = None, width: PositiveInt = 32,
+                 dilations: Sequence[Sequence[PositiveInt]] = D6,
+                 decoder_dilations: Sequence[Sequence[PositiveInt]] | None = None,
+                 image_size: PositiveInt | None = None, layer_norm: Norm = "batch", multitask: bool = False):
         super().__init__()
         depth = len(dilations) if depth is None else depth
         check(depth, width, num_classes, dilations, decoder_dilations, image_size)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from options import check, schema_of
+from runtime.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, ProperFraction
 
 GROUPS = 32
 MAX_DISTANCES = 2**24  # distances held at once in a lookup, 64 MiB
@@ -39,28 +40,30 @@ class DDConfig:
 
     Args:
         ch: width at full resolution, a multiple of 32.
-        in_channels, out_ch: channels of the images that come in and go out.
-        resolution: side of a training image. It only places the attention; other sizes work as well.
+        in_channels: channels of the images that come in.
+        out_ch: channels of the images that go out.
+        resolution: side of a training image in pixels. It only places the attention; other sizes work as well.
         z_channels: channels of the latent image.
-        num_res_blocks: residual blocks a level in the encoder, one less than in the decoder.
-        attn_resolutions: sides at which every residual block is followed by attention.
+        num_res_blocks: residual blocks of a level in the encoder, one less than in the decoder.
+        attn_resolutions: sides in pixels at which every residual block is followed by attention.
         ch_mult: width of each level relative to ch; each level but the last halves the size.
-        dropout: in the residual blocks.
+        dropout: share of values that residual blocks drop in training.
         resamp_with_conv: whether a convolution goes with each change of size.
-        double_z: twice z_channels come out of the encoder, mean and variance, for models without a codebook.
+        double_z: let the encoder make mean and variance, for models without a codebook. Taming's files say true,
+            which none of its codebook models can use.
     """
 
-    ch: int
-    in_channels: int
-    out_ch: int
-    resolution: int
-    z_channels: int
-    num_res_blocks: int
-    attn_resolutions: list[int]
-    ch_mult: tuple[int, ...] = (1, 2, 4, 8)
-    dropout: float = 0.0
+    ch: PositiveInt
+    in_channels: PositiveInt
+    out_ch: PositiveInt
+    resolution: PositiveInt
+    z_channels: PositiveInt
+    num_res_blocks: PositiveInt
+    attn_resolutions: list[PositiveInt]
+    ch_mult: tuple[PositiveInt, ...] = (1, 2, 4, 8)
+    dropout: ProperFraction = 0.0
     resamp_with_conv: bool = True
-    double_z: bool = False  # taming: true, which none of its codebook models can use
+    double_z: bool = False
 
     def __post_init__(self):
         require(len(self.ch_mult) > 0 and min(self.ch, *self.ch_mult, self.num_res_blocks, self.z_channels) > 0,
@@ -549,9 +552,12 @@ class VQModel(VQNetwork):
 
     Args:
         ddconfig: shape of encoder and decoder, the keys of DDConfig.
-        n_embed, embed_dim: number and width of the codes.
-        remap, sane_index_shape: what indices look like, see Indices.
-        beta, legacy: of the codebook's loss, see VectorQuantizer.
+        n_embed: number of the codes.
+        embed_dim: width of a code.
+        remap: file (.npy) of the codes in use, along which indices count; None: all codes.
+        sane_index_shape: give indices as (B, h, w) instead of (N,), or (N, 1) with remap.
+        beta: weight of the commitment of latents to their codes; the codes' own term has weight 1.
+        legacy: put beta on the codes' term instead, as taming does.
 
     Raises:
         ValueError: options that fit no network, in one line.
@@ -561,8 +567,8 @@ class VQModel(VQNetwork):
     not a part of the network; decode_code works.
     """
 
-    def __init__(self, ddconfig: dict, n_embed: int, embed_dim: int, remap: str | None = None,
-                 sane_index_shape: bool = False, beta: float = 0.25, legacy: bool = False):
+    def __init__(self, ddconfig: dict, n_embed: PositiveInt, embed_dim: PositiveInt, remap: str | None = None,
+                 sane_index_shape: bool = False, beta: NonNegativeFloat = 0.25, legacy: bool = False):
         self._build(ddconfig, VectorQuantizer(n_embed, embed_dim, beta, remap, sane_index_shape, legacy), embed_dim)
 
     def _build(self, ddconfig: dict, quantize: Indices, embed_dim: int) -> None:
@@ -612,15 +618,17 @@ class EMAVQ(VQModel):
     """VQGAN's autoencoder with a codebook of moving averages; see update_codebook.
 
     Args:
-        ddconfig, n_embed, embed_dim, remap, sane_index_shape, beta: as VQModel.
-        decay, eps, restart_below: of the averages, see EMAVectorQuantizer.
+        decay: share of the old average that an update of the codebook keeps.
+        eps: constant added to every code's count, so that none is divided by zero.
+        restart_below: share of even use below which a code is replaced by a latent of the batch; 0: never.
+        others: as `VQModel`.
 
     Source: EMAVQ of taming, the same keys; EMAVectorQuantizer says what differs.
     """
 
-    def __init__(self, ddconfig: dict, n_embed: int, embed_dim: int, remap: str | None = None,
-                 sane_index_shape: bool = False, beta: float = 0.25, decay: float = 0.99, eps: float = 1e-5,
-                 restart_below: float = 0.0):
+    def __init__(self, ddconfig: dict, n_embed: PositiveInt, embed_dim: PositiveInt, remap: str | None = None,
+                 sane_index_shape: bool = False, beta: NonNegativeFloat = 0.25, decay: ProperFraction = 0.99,
+                 eps: PositiveFloat = 1e-5, restart_below: ProperFraction = 0.0):
         self._build(ddconfig, EMAVectorQuantizer(n_embed, embed_dim, beta, decay, eps, restart_below, remap,
                                                  sane_index_shape), embed_dim)
 
@@ -629,14 +637,16 @@ class GumbelVQ(VQModel):
     """VQGAN's autoencoder with codes drawn from learned probabilities.
 
     Args:
-        ddconfig, n_embed, embed_dim, remap, sane_index_shape: as VQModel; embed_dim equals z_channels.
-        kl_weight, straight_through: see GumbelQuantize.
+        embed_dim: width of a code; equal to z_channels.
+        kl_weight: weight of the divergence of the codes' probabilities from uniform ones.
+        straight_through: choose one code for each latent pixel in training, instead of a mixture.
+        others: as `VQModel`.
 
     Source: GumbelVQ of taming, the same keys. `quantize.temperature` is for the training recipe to lower.
     """
 
-    def __init__(self, ddconfig: dict, n_embed: int, embed_dim: int, remap: str | None = None,
-                 sane_index_shape: bool = False, kl_weight: float = 1e-8, straight_through: bool = True):
+    def __init__(self, ddconfig: dict, n_embed: PositiveInt, embed_dim: PositiveInt, remap: str | None = None,
+                 sane_index_shape: bool = False, kl_weight: NonNegativeFloat = 1e-8, straight_through: bool = True):
         channels = ddconfig.get("z_channels", embed_dim)
         require(channels == embed_dim, f"embed_dim must equal ddconfig.z_channels = {channels}, got {embed_dim}")
         self._build(ddconfig, GumbelQuantize(embed_dim, n_embed, embed_dim, kl_weight, straight_through, remap,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.network_vqgan import EMAVectorQuantizer, Encoded, VectorQuantizer, VQNetwork, require
+from runtime.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, ProperFraction
 
 
 class Residual(nn.Module):
@@ -68,10 +69,12 @@ class VqVae(VQNetwork):
         num_hiddens: width of encoder and decoder.
         num_res_hiddens: width inside a residual block.
         num_res_blocks: residual blocks in the encoder, and as many in the decoder.
-        n_embed, embed_dim: number and width of the codes.
+        n_embed: number of the codes.
+        embed_dim: width of a code.
         beta: weight of the commitment of latents to their codes.
-        decay: of the codebook's moving averages, usually 0.99; 0: it learns by gradient, as in section 3.2.
-        restart_below: see EMAVectorQuantizer.
+        decay: share of the old average that a codebook's update keeps, usually 0.99; 0: it learns by gradient, as in
+            section 3.2.
+        restart_below: share of even use below which a code is replaced by a latent of the batch; 0: never.
 
     Raises:
         ValueError: options that fit no network, in one line.
@@ -82,9 +85,9 @@ class VqVae(VQNetwork):
 
     factor = 4
 
-    def __init__(self, in_channels: int = 3, num_hiddens: int = 256, num_res_hiddens: int = 256,
-                 num_res_blocks: int = 2, n_embed: int = 512, embed_dim: int = 64, beta: float = 0.25,
-                 decay: float = 0.0, restart_below: float = 0.0):
+    def __init__(self, in_channels: PositiveInt = 3, num_hiddens: PositiveInt = 256, num_res_hiddens: PositiveInt = 256,
+                 num_res_blocks: NonNegativeInt = 2, n_embed: PositiveInt = 512, embed_dim: PositiveInt = 64,
+                 beta: NonNegativeFloat = 0.25, decay: ProperFraction = 0.0, restart_below: ProperFraction = 0.0):
         super().__init__()
         check_widths(num_hiddens, num_res_hiddens, num_res_blocks, embed_dim)
         self.in_channels = in_channels
@@ -114,9 +117,7 @@ class VqVae(VQNetwork):
 class VQVAE2(VQNetwork):
     """Two codebooks: the top one, at 1/8, for the whole; the bottom one, at 1/4, for details, which sees the top.
 
-    Args:
-        in_channels, num_hiddens, num_res_hiddens, num_res_blocks, n_embed, embed_dim, beta, decay, restart_below:
-            as VqVae, for both levels; codebooks average unless decay is 0.
+    Args: as `VqVae`, for both levels; codebooks average unless decay is 0.
 
     Codes and indices are pairs (top, bottom); the loss is the sum over both levels, perplexity their mean.
     Raises:
@@ -125,9 +126,9 @@ class VQVAE2(VQNetwork):
 
     factor = 8
 
-    def __init__(self, in_channels: int = 3, num_hiddens: int = 128, num_res_hiddens: int = 64,
-                 num_res_blocks: int = 2, n_embed: int = 512, embed_dim: int = 64, beta: float = 0.25,
-                 decay: float = 0.99, restart_below: float = 0.0):
+    def __init__(self, in_channels: PositiveInt = 3, num_hiddens: PositiveInt = 128, num_res_hiddens: PositiveInt = 64,
+                 num_res_blocks: NonNegativeInt = 2, n_embed: PositiveInt = 512, embed_dim: PositiveInt = 64,
+                 beta: NonNegativeFloat = 0.25, decay: ProperFraction = 0.99, restart_below: ProperFraction = 0.0):
         super().__init__()
         check_widths(num_hiddens, num_res_hiddens, num_res_blocks, embed_dim)
         self.in_channels = in_channels

@@ -10,6 +10,7 @@ of frames. Transformers see (B, D, H, W, C), convolutions see frames, (B*D, C, H
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.network_spynet import SpyNet, chain_flows, deform_conv, warp_frames
+from runtime.ranges import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, ProperFraction
 
 Size = tuple[int, int, int]  # frames, rows, columns
 SCALES = (0, 1, 2, 3, 2, 1, 0)  # stage i + 1 works at 1 / 2**SCALES[i]; stage 8 at full size
@@ -477,15 +479,15 @@ class VRT(nn.Module):
         mlp_ratio: hidden width of feed-forward layers, relative to embed_dims.
         qkv_bias: whether queries, keys and values have a bias.
         qk_scale: factor of query-key products; None: 1 / sqrt(channels of a head).
-        drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first.
+        drop_path_rate: chance that a sample skips the last block in training, growing linearly from 0 at the first.
         norm_layer: normalisation over channels.
         spynet_path: file of pretrained SPyNet weights; None: flow is trained from zero.
         pa_frames: neighbours aligned to a frame, 2, 4 or 6; 0: frame interpolation, no flow or alignment.
         deformable_groups: groups of channels with offsets of their own.
-        recal_all_flows: for KAIR's option files; without effect, as there.
-        nonblind_denoising: the input has one more channel, the noise level.
-        use_checkpoint_attn: attention is computed again for the gradient: less memory, more time.
-        use_checkpoint_ffn: the same for feed-forward layers.
+        recal_all_flows: key of KAIR's option files, without effect, as there.
+        nonblind_denoising: take one more channel of input, the noise level.
+        use_checkpoint_attn: compute attention again for the gradient: less memory, more time.
+        use_checkpoint_ffn: compute feed-forward layers again for the gradient: less memory, more time.
         no_checkpoint_attn_blocks: entries of depths that use_checkpoint_attn leaves out.
         no_checkpoint_ffn_blocks: entries of depths that use_checkpoint_ffn leaves out.
 
@@ -499,30 +501,30 @@ class VRT(nn.Module):
 
     def __init__(
         self,
-        upscale: int = 4,
-        in_chans: int = 3,
-        out_chans: int = 3,
-        img_size: Sequence[int] = (6, 64, 64),
-        window_size: Sequence[int] = (6, 8, 8),
-        depths: Sequence[int] = (8,) * 7 + (4,) * 6,
-        indep_reconsts: Sequence[int] = (11, 12),
-        embed_dims: Sequence[int] = (120,) * 7 + (180,) * 6,
-        num_heads: Sequence[int] = (6,) * 13,
-        mul_attn_ratio: float = 0.75,
-        mlp_ratio: float = 2.0,
+        upscale: PositiveInt = 4,
+        in_chans: PositiveInt = 3,
+        out_chans: PositiveInt = 3,
+        img_size: Sequence[PositiveInt] = (6, 64, 64),
+        window_size: Sequence[PositiveInt] = (6, 8, 8),
+        depths: Sequence[PositiveInt] = (8,) * 7 + (4,) * 6,
+        indep_reconsts: Sequence[NonNegativeInt] = (11, 12),
+        embed_dims: Sequence[PositiveInt] = (120,) * 7 + (180,) * 6,
+        num_heads: Sequence[PositiveInt] = (6,) * 13,
+        mul_attn_ratio: Fraction = 0.75,
+        mlp_ratio: PositiveFloat = 2.0,
         qkv_bias: bool = True,
-        qk_scale: float | None = None,
-        drop_path_rate: float = 0.2,
+        qk_scale: PositiveFloat | None = None,
+        drop_path_rate: ProperFraction = 0.2,
         norm_layer: type[nn.Module] = nn.LayerNorm,
         spynet_path: str | None = None,
-        pa_frames: int = 2,
-        deformable_groups: int = 16,
+        pa_frames: Literal[0, 2, 4, 6] = 2,
+        deformable_groups: NonNegativeInt = 16,
         recal_all_flows: bool = False,
         nonblind_denoising: bool = False,
         use_checkpoint_attn: bool = False,
         use_checkpoint_ffn: bool = False,
-        no_checkpoint_attn_blocks: Sequence[int] = (),
-        no_checkpoint_ffn_blocks: Sequence[int] = (),
+        no_checkpoint_attn_blocks: Sequence[NonNegativeInt] = (),
+        no_checkpoint_ffn_blocks: Sequence[NonNegativeInt] = (),
     ):
         super().__init__()
         num_mutual = [int(depth * mul_attn_ratio) for depth in depths[:NUM_STAGES]]

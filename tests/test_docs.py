@@ -40,3 +40,15 @@ def test_links_lead_to_files_and_commands_are_taken(page):
         known.parse_args(words)
         for key in re.findall(r"--set (\w[\w.]*)=", line):
             assert key.split(".")[0] in options.schema_of(options.Top), line
+
+
+def test_every_option_is_explained_in_a_sentence_of_its_own():
+    """No empty cell, no fragment of a sentence that began elsewhere, no sentence for two keys of one table."""
+    for table in re.findall(r"(?:^\|.*\n)+", reference(), re.MULTILINE):
+        cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines()[2:]]
+        meanings = [meaning for _, _, _, meaning in cells]
+        for key, _, _, meaning in cells:
+            assert re.fullmatch(r"[A-Z\"(].*\w.*\.", meaning) and meaning.count(" ") >= 2, f"{key}: {meaning!r}"
+            assert not re.match(r"(of|as|its|by|and|or|to|from|likewise|others?|the same|these|null|none)\b", meaning,
+                                re.IGNORECASE), f"{key}: {meaning!r}"
+            assert meanings.count(meaning) == 1, f"{key}: {meaning!r} stands twice"
