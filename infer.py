@@ -115,8 +115,9 @@ def work(model: ModelBase, opt: options.Section, source: str, output: Path, trut
             raise
         raise options.OptionError(str(error)) from error
     log.line(f"done     {done} written, {total - done} were there: {output}")
-    if means := rows.close():
-        log.line(f"metrics  {describe_losses(means)}: {rows.path}")
+    if rows.rows:
+        rows.close()
+        log.line(f"metrics  {describe_losses(model.summarize_results(rows.rows))}: {rows.path}")
     return 0
 
 
@@ -168,10 +169,7 @@ class Rows:
                 writer.writeheader()
             writer.writerow({"name": name, **metrics})
 
-    def close(self) -> dict[str, float]:
-        """Write all rows in order of name. Returns the mean of each column."""
-        if not self.rows:
-            return {}
+    def close(self) -> None:
+        """Write all rows in order of name."""
         columns = list(next(iter(self.rows.values())))
         write_table(self.path, ["name", *columns], ({"name": name, **self.rows[name]} for name in sorted(self.rows)))
-        return {key: sum(row[key] for row in self.rows.values()) / len(self.rows) for key in columns}

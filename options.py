@@ -57,8 +57,8 @@ class Path:
 
 @dataclass
 class Checkpoint:
-    layout: Literal["split", "bundle"] = "split"  # split: {iter}_G.pth and its companions; bundle: a single file
-    mode: Literal["epochs", "best"] = "epochs"  # best: keep only the latest and the best bundle, as with name null
+    layout: Literal["split", "bundle"] = "split"  # several files, {iter}_G.pth and its companions, or one
+    mode: Literal["epochs", "best"] = "epochs"  # bundles to keep: all that `name` names, or only the latest and best
     # File name of each bundle, with the fields epoch and iter; null: no file of its own, only latest and best.
     name: str | None = "epoch_{epoch:04d}.pt"
     latest: str | None = "latest.pt"  # hard link to the newest bundle (split: latest.json, its record); null: none
@@ -66,8 +66,8 @@ class Checkpoint:
     interrupted: str = "interrupted.pt"  # bundle saved by a stop; the next regular save removes it
     keep_last_n: PositiveInt | None = None  # how many checkpoints to keep, besides the best; null: all
     best_metric: str | None = None  # column of test.csv that decides the best, or its end ("psnr"); null: the model's
-    best_mode: Literal["max", "min"] | None = None  # whether a larger or a smaller best_metric is better; null: model's
-    on_save_error: Literal["stop", "warn"] = "stop"  # warn: continue after a failed save and retry at the next interval
+    best_mode: Literal["max", "min"] | None = None  # whether larger or smaller is better; null: the model's
+    on_save_error: Literal["stop", "warn"] = "stop"  # what a failed save does; warn: retry at the next interval
     # Whether files are written in the background while training continues; auto: on CUDA.
     background: Literal["auto"] | bool = field(default="auto", metadata={"key": "async"})
 
@@ -91,9 +91,9 @@ class Top:
     scale: PositiveInt = 1  # upscaling factor, handed to every dataset
     n_channels: PositiveInt = 3  # channels of an image, handed to every dataset
     device: str = "auto"  # device to train on: "auto", "cpu", "cuda" or "cuda:N"
-    # CPU threads of each process; sums may depend on it, so set it where a run moves between machines. null: torch's.
+    # CPU threads of each process; sums may depend on it, so set it where a run moves; null: torch's number.
     num_threads: Annotated[int, Range(ge=1, le=1024)] | None = None
-    deterministic: bool = False  # CUDA: use deterministic kernels only, with an error where there is none
+    deterministic: bool = False  # use deterministic kernels only (CUDA), with an error where there is none
     val: dict = field(default_factory=dict)  # section of the validation and of --test
     path: dict = field(default_factory=dict)  # section of folders and of weights to start from
     checkpoint: dict = field(default_factory=dict)  # section of the files that a save writes and keeps

@@ -125,7 +125,13 @@ def meanings_of(component: type) -> dict[str, str]:
                 found |= meanings_of(getattr(sys.modules[kind.__module__], other[1]))
             found |= arguments_in(inspect.cleandoc(text or ""), keys)
         found |= comments_in(kind)
-    return {key: found[key][:1].upper() + found[key][1:].rstrip(".") + "." for key in keys if found.get(key)}
+    return {key: sentence(found[key]) for key in keys if found.get(key)}
+
+
+def sentence(text: str) -> str:
+    """A comment as the page has it: with a capital, a full stop and JSON's words."""
+    text = re.sub(r"\b(None|True|False)\b", lambda word: json.dumps(ast.literal_eval(word[0])), text)
+    return text[:1].upper() + text[1:].rstrip(".") + "."
 
 
 def arguments_in(docstring: str, keys: Iterable[str]) -> dict[str, str]:
@@ -158,4 +164,4 @@ def comments_in(kind: type) -> dict[str, str]:
 
 
 def first_sentence(component: Callable) -> str:
-    return re.split(r"(?<=[.:])\s", " ".join(inspect.cleandoc(component.__doc__ or component.__name__).split()))[0]
+    return re.split(r"(?<=\.)\s", " ".join(inspect.cleandoc(component.__doc__ or component.__name__).split()))[0]

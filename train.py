@@ -116,10 +116,7 @@ def prepare_machine(opt: dict) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it before it is written
     elif device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    seed = opt["train"]["manual_seed"]
-    if seed < 0:
-        raise options.OptionError(f"train.manual_seed: {seed} must be >= 0")
-    seed_generators(seed)
+    seed_generators(opt["train"]["manual_seed"])
 
 
 @contextlib.contextmanager
@@ -251,8 +248,6 @@ class Run:
             raise options.OptionError(f"{loader.where}: {error}") from None
         if train["total_epochs"] is not None:
             train["total_iter"] = self.iteration + self.batches.batches_until(train["total_epochs"])
-        if train["total_iter"] < 1:
-            raise options.OptionError(f"{opt['opt_path']}: train: total_iter (or total_epochs) must be >= 1")
         self.reports = self.model.init_train(parts, str(source.path) if source else "")
         self.model.load_extra_state(state)
         if "ranks" in state:
@@ -290,7 +285,8 @@ class Run:
             say(f"start    at iteration 0 of {train['total_iter']}, learning rate {self.rate(0):.3g}")
             return
         say(f"resume   from {source.path}: iteration {self.iteration} of {train['total_iter']}, "
-            f"epoch {self.batches.position[0]}, next learning rate {self.rate(self.iteration):.3g}")
+            f"epoch {self.batches.position[0]}"
+            + (f", next learning rate {self.rate(self.iteration):.3g}" if self.iteration < train["total_iter"] else ""))
         wanted = [*self.model.networks, *self.model.optimizers, "state"]
         absent = [label for label in wanted if label not in parts]
         own = [name for name in self.model.extra_state(self.iteration) if name not in checkpoint.OF_EVERY_MODEL]

@@ -42,7 +42,7 @@ class ModelBase:
         manual_seed: Seed = 0  # seed of weights, data order and all random draws; equal seeds repeat a run
         on_nan: Literal["stop", "skip"] = "stop"  # stop at a non-finite loss, or skip that step and count it
         amp: Literal["bf16", "fp16"] | None = None  # half precision of forward passes; weights and loss stay in float32
-        compile: bool = False  # torch.compile for the forward pass of G: minutes at the start, then faster on CUDA
+        compile: bool = False  # compile the forward pass of G (torch.compile): minutes at the start, then faster
         accumulate: PositiveInt = 1  # micro-batches per step: more take less memory for the same batch
 
     @dataclass
@@ -101,7 +101,7 @@ class ModelBase:
 
         Each process has tested some of the samples, but here are the rows of all.
         """
-        return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        return mean_of(rows)
 
     def is_printed(self, metric: str) -> bool:
         """Whether a metric stands in the line about a test set, too, not only in `test.csv`."""
@@ -129,6 +129,10 @@ class ModelBase:
         Args: truth: what the results should be; None: unknown, and metrics are None. wanted: by file name.
         """
         raise ValueError(f"model {self.opt['model']!r} can't be used on files of one's own yet; leave --input out")
+
+    def summarize_results(self, rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """Metrics of all results from those of each, by file name: the same way as `summarize` for a test set."""
+        return mean_of(list(rows.values()))
 
     result_options: Sequence[str] = ()  # keys of `val` that results depend on: with others they are kept apart
     shares_tests = True  # whether each process tests some of a set's samples; else the main one tests all
@@ -357,6 +361,11 @@ class ModelBase:
     def current_log(self) -> dict[str, float]:
         """Loss terms of the last step as numbers: this waits for the device."""
         return {name: float(value) for name, value in self.log_dict.items()}
+
+
+def mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each column."""
+    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
 
 def _common_prefix(own: Mapping, weights: Mapping) -> str:

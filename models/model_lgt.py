@@ -65,12 +65,12 @@ class ModelLGT(ModelPlain):
         num_projections: PositiveInt = 64  # random directions of the style's energy
         max_samples: PositiveInt | None = 4096  # patches that the style's energy compares at most; null: all
         max_spatial_samples: PositiveInt | None = None  # latent pixels that the content's energy compares; null: all
-        swd_groups: Literal["style", "batch"] = "style"  # one distribution for each style, or (as published) for all
+        swd_groups: Literal["style", "batch"] = "style"  # one distribution a style, or (as published) for all
         use_velocity_reg: bool = False  # penalize fast velocities at x_t, by one more forward pass
         velocity_weight: NonNegativeFloat = 0.01  # factor of the mean squared velocity, with use_velocity_reg
         divergence_weight: NonNegativeFloat = 0.0  # factor of the velocity's divergence, with use_velocity_reg
         ode_integration_steps: PositiveInt = 5  # Euler steps from x_t to the end of the trajectory
-        ode_step: Literal["constant", "shrinking"] = "constant"  # shrinking, as published, stops a third short
+        ode_step: Literal["constant", "shrinking"] = "constant"  # Euler steps of one size, or (as published) shrinking
         gradient_checkpointing: bool = False  # compute each Euler step twice, to hold only one in memory
         label_drop_prob: Fraction = 0.1  # share of batches that learn the average style
         epsilon: ProperFraction = 0.01  # smallest time t that is trained

@@ -8,7 +8,7 @@ Legend: B batch, K classes, C channels that the network returns, H W pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -187,20 +187,26 @@ class ModelSegmentation(ModelPlain):
 
     def metrics(self) -> dict[str, Any]:
         """Of one image: its name and loss, and the counts that `summarize` adds up, as `tp_<class>` and so on."""
-        counts = self.confusion(self.restored, self.target).tolist()
         row = {"name": self.names[0], "loss": float(self.loss(self.restored.float(), self.target))}
-        return row | {f"{kind}_{c}": float(n) for c, row in enumerate(counts) for kind, n in zip(COUNTS, row)}
+        return row | by_name(self.confusion(self.restored, self.target))
 
     def summarize(self, name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Metrics of a whole test set from those of its images; the set called "test" makes the history."""
-        counts = torch.tensor([[sum(row[f"{kind}_{c}"] for row in rows) for kind in COUNTS]
-                               for c in range(max(2, self.num_classes))])
-        loss, scores = sum(row["loss"] for row in rows) / len(rows), segmentation_metrics(counts)
+        loss, scores = sum(row["loss"] for row in rows) / len(rows), self.pooled(rows)
         if name == "test":
             self.history["val_losses"].append(loss)
             self.history["val_metrics_history"].append(scores)
             self.validated = [row["name"] for row in rows if "name" in row]
         return {"loss": loss, **scores}
+
+    def pooled(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+        """Metrics of several images: their counts are summed before anything is divided."""
+        rows = list(rows)
+        return segmentation_metrics(torch.tensor([[sum(row[f"{kind}_{c}"] for row in rows) for kind in COUNTS]
+                                                  for c in range(max(2, self.num_classes))]))
+
+    def summarize_results(self, rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        return self.pooled(rows.values())
 
     def pictures(self) -> list[Tensor]:
         """Image | truth | prediction."""
@@ -250,8 +256,9 @@ class ModelSegmentation(ModelPlain):
             ids, metrics = self.predict(image).cpu(), None
             if stem in masks:
                 target = read_mask(masks[stem], self.num_classes, self.ignore_index, self.data.get("mask_threshold"))
-                metrics = segmentation_metrics(confusion(ids, target.long(), max(2, self.num_classes),
-                                                         self.ignore_index))
+                counts = confusion(ids, target.long(), max(2, self.num_classes), self.ignore_index)
+                scores = segmentation_metrics(counts)
+                metrics = {name: scores[name] for name in ("iou", "precision", "recall", "f1")} | by_name(counts)
             yield over, self.overlay(image, ids), None
             yield mask, ids[None].float() / (1 if self.num_classes <= 2 else 255), metrics
 
@@ -293,6 +300,11 @@ class ModelSegmentation(ModelPlain):
         for now in own:
             for name in ("loss", "counts"):
                 self.epoch[name] += now[name].to(self.device)
+
+
+def by_name(counts: Tensor) -> dict[str, float]:
+    """The counts of `metrics.confusion` as a row: tp_0, fp_0, fn_0, tp_1, ..."""
+    return {f"{kind}_{c}": float(n) for c, row in enumerate(counts.tolist()) for kind, n in zip(COUNTS, row)}
 
 
 def blended(predict, image: Tensor, tile: int, overlap: int) -> Tensor:

@@ -60,7 +60,7 @@ class ModelVQGAN(ModelPlain):
         G_optimizer_lr: NonNegativeFloat = 1e-4
         G_optimizer_betas: tuple[ProperFraction, ProperFraction] = (0.5, 0.9)
         D_optimizer_lr: NonNegativeFloat | None = None  # learning rate of the discriminator; null: that of G
-        D_optimizer_clipgrad: PositiveFloat | None = None  # largest norm of its gradient (discriminator); null: none
+        D_optimizer_clipgrad: PositiveFloat | None = None  # largest norm of the discriminator's gradient; null: any
 
     def __init__(self, opt: Mapping[str, Any]):
         check_codebook(opt)

@@ -6,17 +6,19 @@ Legend: B batch, T frames, C channels, h w input pixels, H W output pixels. Sour
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from data.video import FrameFolder
+from models.model_base import mean_of
 from models.model_plain import ModelPlain, starts
-from runtime.ranges import NonNegativeFloat, NonNegativeInt
+from runtime.ranges import NonNegativeFloat, NonNegativeInt, Range
 
 TILE_OVERLAP = 20  # input pixels that neighbouring tiles share, as KAIR
 TILE_TRIM = 10  # output pixels dropped on a tile's inner edges, as KAIR: they know least of their surroundings
@@ -27,7 +29,8 @@ class ModelVRT(ModelPlain):
 
     @dataclass
     class TrainOptions(ModelPlain.TrainOptions):
-        fix_iter: NonNegativeInt = 0  # iterations at the start in which the parameters named by fix_keys do not learn
+        # First iterations, in which the parameters that fix_keys names do not learn; 0 and (in KAIR's files) -1: none.
+        fix_iter: Annotated[int, Range(ge=-1)] = 0
         fix_keys: list[str] = field(default_factory=list)  # parts of parameter names, e.g. "spynet", "deform"
         fix_lr_mul: NonNegativeFloat = 1.0  # factor of G_optimizer_lr for the parameters named by fix_keys
 
@@ -105,7 +108,7 @@ class ModelVRT(ModelPlain):
                 rows.append(self.metrics())
                 if t == middle:
                     self.shown = self.pictures()
-        return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        return mean_of(rows)
 
     def baseline(self) -> tuple[str, Tensor]:
         """Of interpolated frames: the mean of their neighbours."""
@@ -140,6 +143,13 @@ class ModelVRT(ModelPlain):
                         self.restored = restored[None].cpu()
                         metrics = self.metrics()
                     yield names[t], restored[0], metrics
+
+    def summarize_results(self, rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """The mean over clips of each clip's mean over frames, as of a test set and as KAIR."""
+        clips: dict[str, list[Mapping[str, float]]] = {}
+        for name, row in rows.items():
+            clips.setdefault(os.path.dirname(name), []).append(row)
+        return mean_of([mean_of(clip) for clip in clips.values()])
 
     def restore(self, network: nn.Module, degraded: Tensor) -> Tensor:
         """A clip of any length and size, (1, T, C, h, w) -> (1, T, C, H, W); interpolated frames where T is fewer."""

@@ -226,7 +226,7 @@ def test_pictures_show_hue_for_direction(tested):
     ({"train": {"G_lossfn_type": "dense"}}, "netG.full_heads: must be true"),
     ({"train": {"mask_block": 7}}, "mask_block 7 must divide 64"), ({"train": {"mask_ratio": 1.0}}, r"in \[0, 1\)"),
     ({"netG": {"full_heads": True}, "train": {"accumulate": 2}}, "leaves a single image"),
-    ({"train": {"skeleton_weight": -1}}, "train: the weight of loss_skeleton must not be negative"),
+    ({"train": {"skeleton_weight": -1}}, "train.skeleton_weight: -1 is not a number >= 0"),
     ({"train": {"total_iter": 1}}, "one cycle of 1 steps")])
 def test_impossible_values_are_refused_in_one_line(tmp_path, over, message):
     with pytest.raises(ValueError, match=message) as error:

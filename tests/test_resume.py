@@ -222,10 +222,11 @@ def test_a_finished_run_says_so_and_goes_on_when_raised(recipe, straight, tmp_pa
     assert run("-opt", tmp_path / "short.json") == 0
     said = capsys.readouterr().out
     assert "finished at iteration 4 of 4: nothing left to do" in said
+    assert "iteration 4 of 4, epoch" in said and "next learning rate" not in said, "there is no next step"
     assert os.stat(tmp_path / "short/models/4.json").st_mtime_ns == before
     assert run("-opt", tmp_path / "short.json", "--set", f"train.total_iter={TOTAL}") == 0
     said = capsys.readouterr().out
-    assert "options  train.total_iter: 4 -> 6" in said
+    assert "options  train.total_iter: 4 -> 6" in said and "next learning rate" in said
     one, two = final(tmp_path / "short"), final(straight)
     two["state"]["history"].insert(1, one["state"]["history"][1])  # a run of 4 validates once more, at its end
     assert differing(one, two) == []
@@ -375,9 +376,9 @@ BAD = [
     (["--set", "netG.num_heads=[3]"], "netG"),
     (["--device", "tpu"], "device"),
     (["--init-from", "none.pth"], "none.pth: no such file"),
-    (["--set", "train.G_scheduler_periods=0"], "must be >= 1"),
-    (["--set", "train.total_iter=0"], "total_iter (or total_epochs) must be >= 1"),
-    (["--seed", "-1"], "must be >= 0"),
+    (["--set", "train.G_scheduler_periods=0"], "0 is not a whole number >= 1"),
+    (["--set", "train.total_iter=0"], "0 is not a whole number >= 1"),
+    (["--seed", "-1"], "-1 is not a whole number from 0 to"),
 ]
 
 

@@ -1,6 +1,8 @@
 """Segmentation: pairs of files, what is drawn at random, counts, and runs that are stopped and gone on with."""
 
+import csv
 import os
+import re
 import signal
 
 import pytest
@@ -229,7 +231,7 @@ def test_prediction_of_any_size_whole_and_in_tiles(tmp_path):
     assert torch.equal(over[:, :, 1:], image[:, :, 1:]) and not torch.equal(over[:, :, 0], image[:, :, 0])
 
 
-def test_a_folder_is_predicted_and_a_half_done_one_finished(tmp_path, straight):
+def test_a_folder_is_predicted_and_a_half_done_one_finished(tmp_path, straight, capsys):
     folders, path = pictures_in(tmp_path, sizes=[(24, 20), (16, 9)]), options_in(tmp_path)
     out, first = tmp_path / "out", tmp_path / "out/image0_pred.png"
     use = ["-opt", path, "--test", "--resume", straight / "models/best_model.pth", "--input", folders["image_path"],
@@ -238,6 +240,10 @@ def test_a_folder_is_predicted_and_a_half_done_one_finished(tmp_path, straight):
     names = {f"image{i}_{kind}.png" for i in (0, 1) for kind in ("overlay", "pred")}
     assert names <= set(os.listdir(out)) and "iou" in (out / "metrics.csv").read_text()
     assert read_mask(first, 2).shape == (24, 20)
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    hits, false, missed = (sum(float(row[f"{kind}_1"]) for row in rows) for kind in ("tp", "fp", "fn"))
+    iou = float(re.search(r"metrics  iou ([\d.e-]+)", capsys.readouterr().out)[1])
+    assert iou == pytest.approx(hits / (hits + false + missed), rel=1e-3), "counted over all images, as a test set is"
     (out / "image1_pred.png").unlink()
     assert run(*use) == 0 and names <= set(os.listdir(out))
     assert run("-opt", path, "--test", "--resume", straight / "models/best_model.pth") == 0  # on the test set
@@ -377,7 +383,7 @@ def test_a_bad_mask_in_mid_epoch_keeps_what_was_learnt(tmp_path):
     ({"net": {"num_classes": 3}}, "netG.num_classes 3"), ({"net": {"multitask": True}}, "multitask must be true"),
     ({"val": {"tile": 32, "tile_overlap": 32}}, "tile_overlap 32 must be below"),
     ({"net": {"depth": 6}, "data": {"image_size": 32}}, "image_size 32 leaves nothing at depth 6"),
-    ({"train": {"loss_alpha": 3.0, "G_lossfn_type": "tanimoto_pooled"}}, "alpha 3.0 must be in 0..1"),
+    ({"train": {"loss_alpha": 3.0, "G_lossfn_type": "tanimoto_pooled"}}, "loss_alpha: 3.0 is not a number from 0 to 1"),
 ], ids=str)
 def test_options_that_contradict_each_other(tmp_path, over, says):
     with pytest.raises(ValueError) as error:

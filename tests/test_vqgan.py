@@ -305,7 +305,7 @@ MISTAKES = {
     "no weights": ({"loss": {"perceptual_weight": 1.0}}, "vgg_path: .* does not exist; download .*perceptual_weight"),
     "no codebook": ({"netG": {"net_type": "spynet"}}, "netG.net_type: spynet has no codebook; valid: vqgan, emavq"),
     "condition": ({"loss": {"disc_conditional": True}}, "disc_conditional: this recipe has no condition"),
-    "disc_every": ({"train": {"disc_every": 0}}, "train: disc_every must be 1 or more"),
+    "disc_every": ({"train": {"disc_every": 0}}, "train.disc_every: 0 is not a whole number >= 1"),
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -279,6 +280,26 @@ def test_a_half_done_output_is_gone_on_with_and_ends_the_same(trained, tmp_path,
     for name in os.listdir(tmp_path / "whole"):
         if name != "made_by.json":
             assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "half" / name).read_bytes(), name
+
+
+def test_truth_is_averaged_over_clips_as_a_test_set_is(trained, tmp_path, capsys):
+    path, _ = trained
+    for name, sizes in (("lq", (19, 23)), ("gt", (76, 92))):
+        frames_in(tmp_path / name, ["long"], [f"{n}.png" for n in range(5)], sizes)
+        frames_in(tmp_path / name, ["short"], ["0.png"], sizes)
+    capsys.readouterr()
+    assert use(path, "--input", tmp_path / "lq", "--truth", tmp_path / "gt", "--output", tmp_path / "out") == 0
+    own = dict(re.findall(r"(psnr|ssim) ([\d.]+)", capsys.readouterr().out.split("metrics  ")[1]))
+    data = [word for key, name in (("dataroot_lq", "lq"), ("dataroot_gt", "gt"))
+            for word in ("--set", f"datasets.test.{key}={tmp_path / name}")]
+    assert use(path, *data) == 0
+    said = dict(re.findall(r"(psnr|ssim) ([\d.]+)", capsys.readouterr().out.split("metrics  ")[1]))
+    rows = [line.split(",") for line in (tmp_path / "out/metrics.csv").read_text().splitlines()]
+    column = rows[0].index("psnr")
+    by_clip = {clip: [float(row[column]) for row in rows[1:] if row[0].startswith(clip)] for clip in ("long", "short")}
+    over_frames = sum(sum(values) for values in by_clip.values()) / 6
+    assert len(by_clip["long"]) == 5 and abs(over_frames - float(said["psnr"])) > 0.01, "the case tells both ways apart"
+    assert {key: float(own[key]) for key in own} == pytest.approx({key: float(said[key]) for key in said}, rel=1e-3)
 
 
 def test_one_frame_and_a_folder_of_clips(trained, tmp_path):
