@@ -32,6 +32,7 @@ import torch
 import foreign
 from durable import (
     CheckpointError,
+    _gone_if_refused,
     check_space,
     find_fault,
     link,
@@ -50,7 +51,8 @@ __all__ = ["CheckpointError", "VERSION", "is_optimizer", "load_file", "save_file
 MEMBER = re.compile(r"(\d+)_([A-Za-z][A-Za-z0-9]*)\.pth")
 RECORD = re.compile(r"(\d+)\.json")
 SUFFIXES = (".pt", ".pth", ".ckpt")  # of files that may be bundles
-OF_EVERY_MODEL = ("skipped", "scheduler_state_dict", "scaler_state_dict")  # in a state, and easily done without
+# in a state, and easily done without
+OF_EVERY_MODEL = ("skipped", "skipped_in_a_row", "scheduler_state_dict", "scaler_state_dict")
 Report = Callable[[str], None]
 
 
@@ -94,7 +96,10 @@ class CheckpointSet:
             return None
         for path in self.files.values():
             facts = self.record["files"].get(path.name) if self.committed and not self.bundled else None
-            if reason := find_fault(path, facts):
+            reason = find_fault(path, facts)
+            if reason and facts and "before" in facts:  # an amendment was cut off between the record and this file
+                reason = find_fault(path, facts["before"]) and reason
+            if reason:
                 return f"{path.name}: {reason}"
         self._checked.append(None)  # good; what is bad is looked at again
         return None
@@ -198,6 +203,37 @@ def _commit_split(folder: Path, iteration: int, parts: Mapping[str, Any], info: 
                 leftover.unlink(missing_ok=True)
         raise
     return CheckpointSet(folder, iteration, {label: folder / name for label, name in names.items()}, record)
+
+
+def amend(folder: Path | str, iteration: int, parts: Mapping[str, Any], layout: Layout,
+          relink: Callable[[CheckpointSet], None], **info: Any) -> CheckpointSet:
+    """Commit another state of a set that exists, e.g. with the metrics of its validation; it is whole at any moment.
+
+    A bundle is written again and replaced. Of a split set only the state is written: first its record is replaced by
+    one that accepts both the new state and the one before, then the state.
+
+    Args: parts, info: as `commit`, and equal to the set's but for "state". relink: renews the links to the record,
+        which name the one before until then.
+    Raises: OSError or RuntimeError; the set is then as it was.
+    """
+    folder, label = Path(folder), "state"
+    path, name = folder / f"{iteration}.json", f"{iteration}_{label}.pth"
+    if layout.kind == "bundle" or not path.exists():
+        found = commit(folder, iteration, parts, layout, **info)
+        relink(found)
+        return found
+    before = _split(path).record
+    temporary = folder / f"{name}.tmp"
+    with _gone_if_refused(temporary):
+        facts = write_durably(temporary, parts[label], {"iteration": iteration, "part": label})
+        old = {key: value for key, value in before["files"][name].items() if key != "before"}
+        record = {**before, **info, "files": {**before["files"], name: {**facts, "before": old}}}
+        save_file(path, signed(record, indent=1))
+        found = _split(path)
+        relink(found)
+        os.replace(temporary, folder / name)
+    sync_folder(folder)
+    return found
 
 
 def _bundle(path: Path, names: tuple[Path, ...] = ()) -> CheckpointSet | None:
@@ -538,6 +574,7 @@ class Saved:
     found: CheckpointSet
     seconds: float  # from the snapshot to the commit
     waited: float  # of these, how long training stood still
+    amended: bool = False  # whether only the state was written, to a set that was there
 
 
 class Saver:
@@ -554,31 +591,41 @@ class Saver:
         self.snapshot, self.pool = Snapshot(), ThreadPoolExecutor(1)
         self.pending: Future | None = None
 
-    def save(self, iteration: int, parts: Mapping[str, Any], best: int | None = None, **info: Any) -> None:
+    def save(self, iteration: int, parts: Mapping[str, Any], best: int | None = None, amend: bool = False,
+             **info: Any) -> None:
         """Commit a set. What becomes of it, `poll` says; when not in background, what it meets is raised here.
 
-        Args: best: iteration of the best set so far. info: see `commit`.
+        Args: best: iteration of the best set so far. amend: the set is there, only its state differs. info: see
+            `commit`.
         """
         assert self.pending is None, "wait for the save before and poll it"
         began = time.monotonic()
+        if amend and self.layout.kind == "split":
+            parts = {"state": parts["state"]}
         if self.background:
             copied = self.snapshot.take(parts)
             waited = time.monotonic() - began
-            self.pending = self.pool.submit(self._commit, iteration, copied, best, info, began, waited)
+            self.pending = self.pool.submit(self._commit, iteration, copied, best, amend, info, began, waited)
         else:
-            saved, self.pending = self._commit(iteration, to_cpu(parts), best, info, began, None), Future()
+            saved, self.pending = self._commit(iteration, to_cpu(parts), best, amend, info, began, None), Future()
             self.pending.set_result(saved)
 
-    def _commit(self, iteration: int, parts: Mapping[str, Any], best: int | None, info: Mapping[str, Any],
+    def _commit(self, iteration: int, parts: Mapping[str, Any], best: int | None, amends: bool, info: Mapping[str, Any],
                 began: float, waited: float | None) -> Saved:
-        found = commit(self.folder, iteration, parts, self.layout, best=best, **info)
-        if info.get("reason") != "interrupted" and (name := self.layout.link_name("latest")):
-            link(found.path, self.folder / name)
-        if best == iteration:
-            self.mark_best(found)
+        def relink(found: CheckpointSet) -> None:
+            if info.get("reason") != "interrupted" and (name := self.layout.link_name("latest")):
+                link(found.path, self.folder / name)
+            if best == iteration:
+                self.mark_best(found)
+
+        if amends:
+            found = amend(self.folder, iteration, parts, self.layout, relink, best=best, **info)
+        else:
+            found = commit(self.folder, iteration, parts, self.layout, best=best, **info)
+            relink(found)
         prune(self.folder, self.keep_last_n, best)
         seconds = time.monotonic() - began
-        return Saved(found, seconds, seconds if waited is None else waited)
+        return Saved(found, seconds, seconds if waited is None else waited, amends)
 
     def relink(self, best: int | None) -> None:
         """Make latest and best name what they should, after a kill between a commit and its links, or a rewind."""

@@ -26,7 +26,8 @@ from data.folders import passed_over
 from log import RunLog, write_picture, write_table
 from models import MODELS
 from models.model_base import ModelBase
-from train import StopRequest, describe_losses, evaluate, prepare_machine
+from runtime.evaluate import describe_losses, evaluate
+from train import StopRequest, prepare_machine
 
 MADE_BY = "made_by.json"
 ANY_NAMES = {"encoding": "utf-8", "errors": "surrogateescape"}  # files are called by whatever bytes

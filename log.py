@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -9,8 +10,9 @@ import os
 import re
 import sys
 import time
+import traceback
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +26,18 @@ ERASE = "\r\x1b[K"  # to the beginning of the line, and nothing right of it
 YELLOW, GREEN, RED = "33", "32", "31"
 COLOURS = {"warning": YELLOW, "absent": YELLOW, "machine": YELLOW, "stopped": YELLOW, "warn": YELLOW, "finished": GREEN,
            "done": GREEN, "ok": GREEN, "fail": RED, "error:": RED}  # by a line's first word
-LOUD = {"warning", "absent", "machine", "stopped", "finished", "done", "metrics", "ok", "warn", "fail"}  # also if quiet
+MOST_UNWRITTEN = 10_000  # lines that wait for a file that cannot be written
+# printed also by a quiet run
+LOUD = {"warning", "absent", "fault", "machine", "stopped", "finished", "done", "metrics", "ok", "warn", "fail"}
+
+
+@contextlib.contextmanager
+def tolerated(path: Path, warn: Callable[[str], Any]) -> Iterator[None]:
+    """Inside, a file that cannot be written is a warning: training is worth more than what is written about it."""
+    try:
+        yield
+    except OSError as error:
+        warn(f"{path} can't be written: {error.strerror or error}")
 
 
 class RunLog:
@@ -50,24 +63,42 @@ class RunLog:
         self.unwritten: list[str] = []  # lines that the file has not got
         self.rows: dict[str, list[Mapping]] = {}  # rows that a table has not got
         self.tables: dict[str, CsvTable] = {}
+        self.refused: set[str] = set()  # files that a warning was printed of
         self.writer_class = summary_writer() if tensorboard else None
         self.board: Board | None = None
 
-    def open(self, folder: Path, iteration: int, settings: Mapping[str, Any] | None = None) -> None:
-        """Begin to write files; rows of the tables past the iteration that the run goes on from are dropped.
+    def open(self, folder: Path, iteration: int, settings: Mapping[str, Any] | None = None,
+             tables: Mapping[str, Sequence[Mapping[str, Any]]] | None = None) -> None:
+        """Begin to write files; rows of the tables past the iteration that the run resumes from are dropped.
 
-        Args: settings: the options as {"a.b": value}, for TensorBoard.
+        What cannot be written is warned of and done without, or tried again with the next line.
+
+        Args: settings: the options as {"a.b": value}, for TensorBoard. tables: rows that a table is to begin with,
+            instead of those of its file.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.file = open(folder / "train.log", "a+b", buffering=0)
+        with tolerated(folder, self.warn):
+            folder.mkdir(parents=True, exist_ok=True)
+        for name, rows in (tables or {}).items():
+            path = folder / f"{name}.csv"
+            with tolerated(path, self.warn):
+                if columns := list(dict.fromkeys(key for row in rows for key in row)):
+                    write_table(path, columns, rows)
+                else:
+                    path.unlink(missing_ok=True)
+        for path in sorted(folder.glob("*.csv")):
+            with tolerated(path, self.warn):
+                self.tables[path.stem] = CsvTable(path, iteration)
+        if self.writer_class:
+            self._draw(lambda _: None, lambda: Board(self.writer_class(str(folder / "tensorboard"),
+                                                                       purge_step=iteration + 1), settings or {}))
+        self._record(None)
+
+    def _open_file(self) -> None:
+        self.file = open(self.folder / "train.log", "a+b", buffering=0)
         if self.file.tell():
             self.file.seek(-1, os.SEEK_END)
             self.unwritten[:0] = [] if self.file.read() == b"\n" else ["\n"]  # a kill tore the last line
-        for path in folder.glob("*.csv"):
-            self.tables[path.stem] = CsvTable(path, iteration)
-        if self.writer_class:
-            self.board = Board(self.writer_class(str(folder / "tensorboard"), purge_step=iteration + 1), settings or {})
 
     def line(self, text: str) -> None:
         """A line for the reader and the file."""
@@ -93,19 +124,30 @@ class RunLog:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             self.live = False
 
-    def _record(self, text: str) -> None:
-        self.unwritten.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        if self.file is None:
+    def _record(self, text: str | None) -> None:
+        if text is not None:
+            self.unwritten.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            del self.unwritten[:-MOST_UNWRITTEN]
+        if self.folder is None:
             return
         try:
+            if self.file is None:
+                self._open_file()
             append(self.file, "".join(self.unwritten).encode(errors="backslashreplace"))
             self.unwritten.clear()
         except OSError as error:
-            self._refused("train.log", error, len(self.unwritten))
+            self._refused("train.log", error)
 
-    def _refused(self, name: str, error: OSError, waiting: int) -> None:
-        if waiting == 1:  # once, until it works again
+    def _refused(self, name: str, error: OSError) -> None:
+        if name not in self.refused:  # once a launch
+            self.refused.add(name)
             self._print(f"warning  {self.folder / name} can't be written: {error.strerror}; the next line tries again")
+
+    def record_traceback(self, error: BaseException) -> None:
+        """The place of a fault in the code, for the reader and the file."""
+        for text in traceback.format_exception(error):
+            for line in text.rstrip().splitlines():
+                self.line(f"fault    {line}")
 
     def progress(self, text: str) -> None:
         """Redraw the live line, cut to the window's width as it is now; nothing where there is no terminal."""
@@ -124,16 +166,23 @@ class RunLog:
                 self.tables[table].append(waiting[0])
                 waiting.pop(0)
         except OSError as error:
-            self._refused(f"{table}.csv", error, len(waiting))
+            self._refused(f"{table}.csv", error)
         self._draw(lambda board: board.row(table, values))
 
     def pictures(self, path: Path, pictures: Sequence[Tensor], tag: str, iteration: int | None) -> None:
         """Images (C, H, W) in [0, 1] of equal size, side by side: a PNG at `path`, and under `tag` for TensorBoard."""
-        picture = save_pictures(path, pictures)
-        self._draw(lambda board: board.picture(tag, picture, iteration))
+        with tolerated(path, self._warn_once):
+            picture = save_pictures(path, pictures)
+            self._draw(lambda board: board.picture(tag, picture, iteration))
 
-    def _draw(self, what) -> None:
+    def _warn_once(self, text: str) -> None:
+        if "pictures" not in self.refused:
+            self.refused.add("pictures")
+            self.warn(f"{text}; training continues without such pictures")
+
+    def _draw(self, what: Callable[[Board], None], make: Callable[[], Board] | None = None) -> None:
         try:
+            self.board = make() if make else self.board
             if self.board:
                 what(self.board)
         except OSError as error:

@@ -27,7 +27,8 @@ from data.loader import clips_of, endless
 from durable import in_units
 from log import RunLog, duration
 from models import MODELS
-from train import Run, StopRequest, describe_losses, fastest_kernels, prepare_machine
+from runtime.evaluate import describe_losses
+from train import Run, StopRequest, fastest_kernels, prepare_machine
 
 LOOK = 0.5  # seconds that a start affords for samples of each data set; a slow first one may take longer
 TRY = 2.0, 10.0  # the same of a dry run, and for its steps

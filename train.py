@@ -10,9 +10,8 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,13 @@ import distributed
 import options
 from checkpoint import CheckpointError, CheckpointSet, Layout, Saver
 from data import DATASETS
-from data.loader import STOP_SIGNALS, clip_name, clips_of, endless
+from data.loader import STOP_SIGNALS, endless
 from data.sampler import EndlessBatches, sample_rng
 from durable import FolderLock
-from log import Pace, RunLog, duration, number, save_pictures
+from log import Pace, RunLog, save_pictures, tolerated
 from models import MODELS
-from models.model_base import ModelBase
 from report import RunReport
+from runtime.evaluate import MOST_ATTEMPTS, Progress, ValidationError, describe_losses, evaluate
 
 
 class NonFiniteLoss(RuntimeError):
@@ -43,8 +42,12 @@ class Silence:
     live = False
 
     def pictures(self, path: Path, pictures: Sequence[torch.Tensor], *_: Any) -> None:
-        """Each process writes those of its own clips."""
-        save_pictures(path, pictures)
+        """Each process writes those of its own clips; the main one warns when the disk takes none."""
+        with tolerated(path, lambda text: None):
+            save_pictures(path, pictures)
+
+    def record_traceback(self, error: BaseException) -> None:
+        traceback.print_exception(error)
 
     def __getattr__(self, name: str) -> Callable:
         return lambda *args, **kwargs: None
@@ -144,8 +147,12 @@ class Run:
         self.opt, self.log = opt, log
         self.iteration = self.started_at = 0
         self.saved_at: int | None = None  # iteration of the last save
+        self.saved_as = "regular"  # the reason of that save
+        self.amending = False  # whether the last save only adds the metrics of its validation
+        self.refusal = ""  # why the last save failed; "" if it did not
         self.history: list[dict[str, Any]] = []  # metrics of every validation
-        self.pending: list[tuple[int, dict[str, torch.Tensor]]] = []  # losses not yet looked at
+        # losses and gradient norms of the steps that are not checked yet
+        self.pending: list[tuple[int, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
         self.train_set = options.build(DATASETS, opt["datasets"]["train"], "dataset_type")
         self.test_sets = {name: options.build(DATASETS, section, "dataset_type")
                           for name, section in opt["datasets"].items() if section["phase"] == "test"}
@@ -166,7 +173,6 @@ class Run:
         self.saver = Saver(self.models, layout, keep["keep_last_n"], background)
         self.launch_file = self.folder / ".launch"  # which launch began here last
         self.lock: FolderLock | None = None
-        self.source: CheckpointSet | None = None  # what this launch goes on from, if it is this run's own
 
     def choose_metric(self) -> tuple[str, str]:
         """Name and mode ("max" or "min") of the test metric that says which checkpoint is the best."""
@@ -352,25 +358,49 @@ class Run:
                 "config": plain(self.opt), "environment": self.environment(), "timestamp": checkpoint.timestamp(),
                 **self.model.extra_state(self.iteration), **several}
 
-    def save(self, reason: str = "regular") -> None:
-        """Commit a checkpoint of this iteration, then drop what it supersedes. All processes come together for it."""
-        if self.iteration == 0 or distributed.from_main(lambda: self.saved_at == self.iteration):
+    def save(self, reason: str = "regular", amend: bool = False) -> None:
+        """Commit a checkpoint of this iteration, then drop what it supersedes. All processes come together for it.
+
+        Args: amend: the checkpoint is there already, and the metrics of its validation are to be in it, too.
+        Raises: NonFiniteLoss before anything is written that training could not continue from.
+        """
+        saved = distributed.from_main(lambda: self.saved_at == self.iteration)
+        if self.iteration == 0 or saved and not amend:
             return
-        if self.save_due():
-            reason = "regular"  # whatever else it is
         self.finish_save()
         self.check_finite()
-        state, self.saved_at = self.state(), self.iteration
-        distributed.from_main(lambda: self.write(state, reason))
+        if fault := distributed.from_main(self.model.find_non_finite):
+            raise NonFiniteLoss(f"after iteration {self.iteration} {fault} is not finite, so no checkpoint of it is "
+                                "written; the last one is intact; lower the learning rate, or set "
+                                "train.G_optimizer_clipgrad")
+        state = self.state()
+        distributed.from_main(lambda: self.write(state, "regular" if self.save_due() else reason))
 
     def write(self, state: dict[str, Any], reason: str) -> None:
         """Begin to write a checkpoint, or do it, as the options say."""
+        self.amending, self.refusal = self.saved_at == self.iteration, ""
+        self.saved_at, self.saved_as = self.iteration, self.saved_as if self.amending else reason
         try:
-            self.saver.save(self.iteration, {**self.model.parts(), "state": state}, best=state["best"], reason=reason,
-                            epoch=state["epoch"], metric=state["metric"])
+            self.saver.save(self.iteration, {**self.model.parts(), "state": state}, best=state["best"],
+                            amend=self.amending, reason=self.saved_as, epoch=state["epoch"], metric=state["metric"])
         except (OSError, RuntimeError) as error:
             self.save_failed(error)
         self.look_at_save()
+
+    def save_surely(self, reason: str) -> None:
+        """Save before the process ends; a save that fails is tried again for some seconds, whatever the options say.
+
+        Raises: CheckpointError when it fails to the end.
+        """
+        for pause in (0, 1, 4):
+            time.sleep(pause)
+            self.save(reason, amend=distributed.from_main(lambda: bool(self.refusal)))
+            distributed.from_main(self.finish_save)
+            if self.iteration == 0 or not distributed.from_main(lambda: self.refusal):
+                return
+        raise CheckpointError(f"{self.models}: checkpoint {self.iteration} was not saved: "
+                              f"{distributed.from_main(lambda: self.refusal)}; older checkpoints are intact; mend the "
+                              "disk and run the same command: it repeats the steps since the newest one")
 
     def finish_save(self) -> None:
         """Wait for the save under way and say what became of it."""
@@ -384,27 +414,32 @@ class Run:
         except (OSError, RuntimeError) as error:
             self.save_failed(error)
             return
-        if saved:
+        if saved and not saved.amended:
             waited = f", {saved.waited:.2f} s of it waited for" if self.saver.background else ""
             self.log.line(f"saved    {saved.found.path} in {saved.seconds:.1f} s{waited}")
 
     def save_failed(self, error: Exception) -> None:
-        """A save that was refused: the run ends, or goes on without, as the options say. Older ones are intact."""
-        problem = f"checkpoint {self.saved_at} was not saved: {str(error).splitlines()[0]}"
+        """A save that failed: the run ends, or continues without, as the options say. Older ones are intact."""
+        self.refusal = str(error).splitlines()[0]
+        problem = f"checkpoint {self.saved_at} was not saved: {self.refusal}"
+        if self.amending:
+            problem = f"checkpoint {self.saved_at} is without the metrics of its validation: {self.refusal}"
         if self.opt["checkpoint"]["on_save_error"] == "stop":
             raise CheckpointError(f"{self.models}: {problem}; older checkpoints are intact") from None
-        self.saved_at = None
+        if not self.amending:
+            self.saved_at = None
         self.log.warn(f"{problem}; the next interval tries again")
 
     def check_finite(self) -> None:
         """Stop at a NaN or infinite loss. Looks at all steps since the last look: the device is waited for rarely."""
         pending, self.pending = self.pending, []
-        for iteration, losses in pending:
-            values = {name: float(value) for name, value in losses.items()}
+        for iteration, losses, norms in pending:
+            values = {name: float(value) for name, value in {**losses, **norms}.items()}
             if not all(math.isfinite(value) for value in values.values()):
                 terms = ", ".join(f"{name} {value}" for name, value in values.items())
-                raise NonFiniteLoss(f"the loss is not finite at iteration {iteration}: {terms}; the last checkpoint is "
-                                    'intact; lower the learning rate, or set train.on_nan to "skip"')
+                what = "loss" if not all(math.isfinite(values[name]) for name in losses) else "gradient"
+                raise NonFiniteLoss(f"the {what} is not finite at iteration {iteration}: {terms}; the last checkpoint "
+                                    'is intact; lower the learning rate, or set train.on_nan to "skip"')
 
     def record(self) -> None:
         """A log line and a CSV row of this iteration."""
@@ -439,30 +474,53 @@ class Run:
         return bool(self.test_sets) and self.iteration > 0 and (
             self.due(train["checkpoint_test"], train["eval_interval"]) or self.iteration == train["total_iter"])
 
-    def validate(self, stop: StopRequest) -> None:
-        """Metrics and pictures of every test set, with the training's generators left as they are.
+    def validation_missing(self) -> bool:
+        """Whether the validation of this iteration is due and not in the history: it was cut off, or never began."""
+        return self.validation_due() and self.iteration not in [row["iteration"] for row in self.history]
 
-        A stop request ends it after the current clip, and the resumed run then repeats it as a whole; but not the
-        last one, after which there is no resumed run.
+    def validate(self, stop: StopRequest) -> None:
+        """Metrics and pictures of every test set; then the checkpoint of this iteration is marked, or the best saved.
+
+        The training's generators are left as they are. A stop request ends it after the current sample, and the
+        resumed run finishes the rest. Whatever fails in it, the steps so far are saved first.
         """
         began = time.monotonic()
-        last = self.iteration == self.opt["train"]["total_iter"]
         for network in self.model.networks.values():
             distributed.share_buffers(network)
-        with checkpoint.rng_untouched():
-            means = evaluate(self.model, self.test_sets, self.log, self.iteration,
-                             lambda: bool(stop.signal) and not last,
-                             self.folder / "images" / f"{self.iteration:06d}" if self.opt["val"]["save_img"] else None)
+        about = [self.iteration, plain(self.opt["val"]), {name: plain(self.opt["datasets"][name])
+                                                          for name in self.test_sets}]
+        progress = Progress(self.folder / "log", about).open()
+        if progress.attempts > MOST_ATTEMPTS:
+            self.log.warn(f"the validation of iteration {self.iteration} was cut off {MOST_ATTEMPTS} times before it "
+                          "finished a sample, and is left out; give the job more time, or test on less")
+            return
+        try:
+            with checkpoint.rng_untouched(), fastest_kernels(False):
+                means = evaluate(self.model, self.test_sets, self.log, self.iteration, lambda: bool(stop.signal),
+                                 self.folder / "images" / f"{self.iteration:06d}" if self.opt["val"]["save_img"]
+                                 else None, progress)
+        except ValidationError as error:
+            self.save(reason="interrupted")
+            distributed.from_main(self.finish_save)
+            if not isinstance(error.__cause__, (ValueError, OSError, MemoryError, torch.OutOfMemoryError, type(None))):
+                self.log.record_traceback(error.__cause__)  # of a fault in the code somebody has to find the place
+            raise ValidationError(f"the validation of iteration {self.iteration} failed: {error}; the steps so far are "
+                                  "saved; mend this and run the same command") from None
         if means is None:
             stop.settle()
             return
+        progress.close()
         self.pace.paused += time.monotonic() - began
         self.history.append({"iteration": self.iteration, **means})
         self.log.row("test", self.history[-1])
         if self.metric(self.history[-1]) is None:
             self.save(reason="interrupted")
-            raise options.OptionError(f"{self.opt['opt_path']}: checkpoint.best_metric: {self.best_metric[0]!r} is no "
-                                      f"metric of this run; valid: {', '.join(means)}")
+            raise options.OptionError(f"{self.opt['opt_path']}: checkpoint.best_metric: {self.best_metric[0]!r} is not "
+                                      f"a metric of this run; valid: {', '.join(means)}")
+        if distributed.from_main(lambda: self.saved_at == self.iteration):
+            self.save(amend=True)
+        elif self.best == self.iteration:
+            self.save(reason="best")
 
     # ------------------------------------------------ the loop
 
@@ -485,22 +543,26 @@ class Run:
             self.log.line(f"archived {'all' if fresh else 'other' if not own else 'newer'} checkpoints: {archive}")
         checkpoint.clean(self.models)
         if own:
-            self.source = resumed_from
             self.saver.relink(self.best)  # what a kill or going back left undone
-        self.log.open(self.folder / "log", self.iteration, options.flatten(plain(self.opt)))
+            self.saved_as = (resumed_from.record or {}).get("reason", "regular")
+        else:
+            Progress(self.folder / "log", None).close()
+        settings = options.flatten(plain(self.opt))
+        self.log.open(self.folder / "log", self.iteration, settings, {"test": self.history})
         record = self.folder / "options" / f"{Path(self.opt['opt_path']).stem}_{time.strftime('%y%m%d_%H%M%S')}.json"
-        record.parent.mkdir(exist_ok=True)
-        record.write_text(json.dumps(plain(self.opt), indent=2) + "\n", encoding="utf-8")
+        with tolerated(record, self.log.warn):
+            record.parent.mkdir(exist_ok=True)
+            record.write_text(json.dumps(plain(self.opt), indent=2) + "\n", encoding="utf-8")
         self.saved_at = self.iteration if own else None
 
     def loop(self, stop: StopRequest) -> None:
         """Steps until the run is finished or a signal asked to stop."""
         self.shown = 0.0
         self.pace = Pace(self.iteration, self.opt["train"]["total_iter"])
-        if self.validation_due() and self.iteration not in [row["iteration"] for row in self.history]:
-            self.validate(stop)  # the interrupted run had not come to it
-            if self.best == self.iteration and self.saved_at == self.iteration and distributed.is_main():
-                self.saver.mark_best(self.source)
+        if self.validation_missing():
+            self.validate(stop)  # the previous launch did not finish it
+        else:
+            Progress(self.folder / "log", None).close()  # of another iteration, which may be trained again differently
         samples = endless(self.train_set, self.batches, self.opt["datasets"]["train"]["dataloader_num_workers"],
                           pinned=self.model.device.type != "cpu")
         with contextlib.closing(samples), fastest_kernels(True):
@@ -518,25 +580,27 @@ class Run:
             self.iteration += 1
             model.update_learning_rate(self.iteration - 1)
             model.feed_data(data)
-            model.optimize_parameters(self.iteration)
+            with model.skipping():
+                model.optimize_parameters(self.iteration)
 
             if train["on_nan"] == "stop":
-                self.pending.append((self.iteration, dict(model.log_dict)))
+                self.pending.append((self.iteration, dict(model.log_dict), dict(model.gradient_norms)))
                 if model.device.type == "cpu":
                     self.check_finite()
+            elif model.skipped_in_a_row >= train["nan_limit"]:
+                raise NonFiniteLoss(f"{model.skipped_in_a_row} steps in a row were left out until iteration "
+                                    f"{self.iteration}, each for a loss or gradient that is not finite; the last "
+                                    "checkpoint is intact; lower the learning rate, or raise train.nan_limit")
             self.show_progress()
             self.look_at_save()
             if self.due(train["checkpoint_print"], None):
                 self.check_finite()
                 self.record()
-            if self.validation_due():
-                self.check_finite()
-                self.validate(stop)
-                if self.best == self.iteration:
-                    self.save(reason="best")
             if self.save_due():
                 self.save()
-            if self.validation_due():
+            if self.validation_due():  # after the save: whatever happens in it, the steps are safe
+                self.check_finite()
+                self.validate(stop)
                 self.report.write()
 
 
@@ -563,7 +627,8 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
         run.claim()
         source = distributed.from_main(lambda: run.find_source(resume, init_from, fresh))
         run.restore(source)
-        if source and run.iteration >= opt["train"]["total_iter"] and not resume:
+        if source and run.iteration >= opt["train"]["total_iter"] and not resume and not (
+                source.committed and run.validation_missing()):
             log.line(f"finished at iteration {run.iteration} of {opt['train']['total_iter']}: nothing left to do; "
                      "raise train.total_iter to go on")
             return 0
@@ -581,73 +646,17 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
                 raise
             raise options.OptionError(f"deterministic: {str(error).split()[0]} has no deterministic kernel on "
                                       f"{run.model.device}; set deterministic to false, or use --device cpu") from None
-        if stop.agreed and run.iteration < opt["train"]["total_iter"]:
-            run.save(reason="interrupted")
-            distributed.from_main(run.finish_save)
+        run.save_surely("interrupted")
+        if stop.agreed and (run.iteration < opt["train"]["total_iter"] or run.validation_missing()):
             log.line(f"stopped  by {stop.agreed.name} after iteration {run.iteration}; go on with: {command}")
             run.report.end("interrupted", f"by {stop.agreed.name}")
             return stop.exit_code
-        distributed.from_main(run.finish_save)
         log.line(f"finished {opt['train']['total_iter']} iterations in {run.folder}")
         run.report.end("finished")
         return 0
 
 
-def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, iteration: int | None,
-             stopped: Callable[[], bool], pictures: Path | None) -> dict[str, float] | None:
-    """Metrics of every test set as {"<set>.<metric>": mean over its clips}; None when `stopped` says so.
-
-    Several processes share the clips, and each writes the pictures of its own.
-
-    Args: iteration: None when nothing is trained. pictures: beginning of the pictures' paths; None: no pictures.
-    """
-    means: dict[str, float] = {}
-    for name, dataset in test_sets.items():
-        began, clips = time.monotonic(), []
-        most, indices = model.opt["val"]["num_img"], range(distributed.rank(), len(dataset), distributed.world_size())
-        if not model.shares_tests:
-            indices = range(len(dataset) if distributed.is_main() else 0)
-        with distributed.apart(), fastest_kernels(False):
-            for index, sample in zip(indices, clips_of(dataset, indices)):
-                if stopped():
-                    clips = None
-                    break
-                log.progress(f"validating {name}: {index} of {len(dataset)}")
-                clips.append(model.validate(sample))
-                if pictures and model.shown and (most is None or index < most):
-                    clip = clip_name(sample).replace(os.sep, "_")
-                    path = pictures.with_name(f"{pictures.name}_{name}_{clip}.png")
-                    log.pictures(path, model.shown, f"{name}/{clip}", iteration)
-        everyones = distributed.gather(clips)
-        if None in everyones:
-            return None
-        clips = [row for rows in zip_longest(*everyones) for row in rows if row is not None]  # in the set's order
-        summarize = partial(model.summarize, name, clips)
-        metrics = summarize() if model.shares_tests else distributed.from_main(summarize)
-        means |= {f"{name}.{key}": value for key, value in metrics.items()}
-        printed = {key: value for key, value in metrics.items() if model.is_printed(key)}
-        when = "metrics " if iteration is None else f"test     {iteration:,}"
-        log.line(f"{when} {name}: {describe_metrics(printed, model.baseline_name)} "
-                 f"({duration(time.monotonic() - began)})")
-    return means
-
-
 # ---------------------------------------------------------------- words
-
-
-def describe_losses(losses: Mapping[str, float]) -> str:
-    """'G_loss 0.0123  D_loss 0.4560'."""
-    return "  ".join(f"{name} {number(value)}" for name, value in losses.items())
-
-
-def describe_metrics(metrics: Mapping[str, float], baseline: str) -> str:
-    """'psnr 31.20 (bicubic 30.80), ssim ...' of one test set; the baseline's are called <metric>_<baseline>."""
-    words = []
-    for key, value in metrics.items():
-        if not (baseline and key.endswith(f"_{baseline}")):
-            base = metrics.get(f"{key}_{baseline}")
-            words.append(f"{key} {value:.4f}" + (f" ({baseline} {base:.4f})" if base is not None else ""))
-    return ", ".join(words)
 
 
 def plain(tree: Any) -> Any:

@@ -6,6 +6,7 @@ and the learning rate is a function of the step, so there is no scheduler to res
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ class ModelBase:
         resume_checkpoint: str | None = None  # checkpoint to resume from once, as with --resume; then the run's newest
         manual_seed: Seed = 0  # seed of weights, data order and all random draws; equal seeds repeat a run
         on_nan: Literal["stop", "skip"] = "stop"  # stop at a non-finite loss, or skip that step and count it
+        nan_limit: PositiveInt = 20  # steps skipped in a row (on_nan "skip") at which the run stops
         amp: Literal["bf16", "fp16"] | None = None  # half precision of forward passes; weights and loss stay in float32
         compile: bool = False  # compile the forward pass of G (torch.compile): minutes at the start, then faster
         accumulate: PositiveInt = 1  # micro-batches per step: more take less memory for the same batch
@@ -64,7 +66,8 @@ class ModelBase:
         self.baseline_name = ""  # of what a result has to beat, in the names of metrics
         self.shown: list[Tensor] = []  # pictures of what was validated last, (C, H, W) in [0, 1]
         self.log_dict: dict[str, Tensor] = OrderedDict()  # loss terms of the last step, still tensors
-        self.skipped = 0  # steps left out because of train.on_nan
+        self.gradient_norms: dict[str, Tensor] = {}  # of the last step, by optimizer, still tensors
+        self.skipped = self.skipped_in_a_row = 0  # steps left out because of train.on_nan
         self.scaler = torch.amp.GradScaler(self.device.type) if self.opt_train["amp"] == "fp16" else None
 
     # ------------------------------------------------ a subclass says
@@ -185,13 +188,13 @@ class ModelBase:
         """What else of the model makes the step after n finished ones, plain types and tensors; recipes add to it."""
         rates = {label: [self.schedules[label](group["initial_lr"], finished) for group in optimizer.param_groups]
                  for label, optimizer in self.optimizers.items()}  # for others: ours follow from the step
-        return {"skipped": self.skipped,
+        return {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row,
                 "scheduler_state_dict": {k: {"last_epoch": finished, "_last_lr": v} for k, v in rates.items()},
                 "scaler_state_dict": self.scaler.state_dict() if self.scaler else {}}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """The same back; what is absent stays as it is."""
-        self.skipped = state.get("skipped", 0)
+        self.skipped, self.skipped_in_a_row = state.get("skipped", 0), state.get("skipped_in_a_row", 0)
         if self.scaler and state.get("scaler_state_dict"):
             self.scaler.load_state_dict(state["scaler_state_dict"])
 
@@ -319,17 +322,62 @@ class ModelBase:
         """Add a loss's gradients, scaled where fp16 needs it."""
         (self.scaler.scale(loss) if self.scaler else loss).backward()
 
-    def step(self, optimizer: torch.optim.Optimizer, clip: float | None = None) -> None:
-        """One optimizer step, the norm of its whole gradient cut to `clip`."""
-        if clip:
-            if self.scaler:
-                self.scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    def step(self, optimizer: torch.optim.Optimizer, clip: float | None = None) -> bool:
+        """Make one optimizer step, the norm of its whole gradient limited to `clip`.
+
+        Returns: whether it was made: a gradient that is not finite would spoil weights and moments for good. Where
+        looking costs nothing or was asked for (see `unusable`) the step is left out; else the loop looks at the norms
+        before the next checkpoint. With fp16 the scaler leaves such steps out by itself.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self.scaler:
+            if clip:
+                self.scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(parameters, clip)
             self.scaler.step(optimizer)
             self.scaler.update()
-        else:
-            optimizer.step()
+            return True
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        label = next((label for label, own in self.optimizers.items() if own is optimizer), "optimizer")
+        self.gradient_norms[f"gradient norm of {label}"] = norm
+        if self.unusable(norm):
+            return False
+        if clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        optimizer.step()
+        return True
+
+    @contextlib.contextmanager
+    def skipping(self) -> Iterator[None]:
+        """Around a step: with `on_nan` "skip", put back the buffers that a step that is left out has spoilt."""
+        if self.opt_train["on_nan"] != "skip":
+            yield
+            return
+        moving = [tensor for network in self.networks.values()
+                  for tensor in (*network.buffers(), *(p for p in network.parameters() if not p.requires_grad))
+                  if tensor.is_floating_point()]
+        kept, skipped = [tensor.clone() for tensor in moving], self.skipped
+        yield
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.skipped > skipped else 0
+        if self.skipped_in_a_row:
+            with torch.no_grad():
+                for tensor, before in zip(moving, kept):
+                    if not tensor.isfinite().all():
+                        tensor.copy_(before)
+
+    def find_non_finite(self) -> str | None:
+        """The name of a weight or moment that is NaN or infinite, or of a buffer that is NaN; waits for the device."""
+        named = {f"{label}.{name}": value.detach() for label, network in self.networks.items()
+                 for name, value in (*network.named_parameters(), *network.named_buffers())}
+        named |= {f"{label}.{i}.{name}": value for label, optimizer in self.optimizers.items()
+                  for i, values in enumerate(optimizer.state.values()) for name, value in values.items()
+                  if isinstance(value, Tensor) and value.ndim}
+        named = {name: value for name, value in named.items() if value.is_floating_point() and value.numel()}
+        norms = torch._foreach_norm(list(named.values()), float("inf"))
+        largest = torch.stack([norm.to(self.device, torch.float32) for norm in norms]).cpu()
+        buffers = {f"{label}.{name}" for label, network in self.networks.items() for name, _ in network.named_buffers()}
+        return next((name for name, value in zip(named, largest.tolist())
+                     if value != value or value == float("inf") and name not in buffers), None)
 
     # ------------------------------------------------ learning rate and log
 

@@ -35,7 +35,7 @@ from data.images import images_by_name
 from data.sampler import sample_rng
 from data.styles import style_names
 from foreign import unpack
-from log import write_picture
+from log import tolerated, write_picture
 from losses import LOSSES
 from losses.energy import CosineSSMLoss, PatchSlicedWassersteinLoss
 from models.codecs import build_codec
@@ -230,11 +230,11 @@ class ModelLGT(ModelPlain):
                 losses["vel_reg"] = sum(self.regularise(part, len(x_t), dropped, last=part is parts[-1])
                                         for part in parts)
                 losses["total"] = losses["total"] + losses["vel_reg"]
-            self.step(self.G_optimizer, t["G_optimizer_clipgrad"])
-            self.get_bare_model(self.netG).style_embed.refresh()
-            if self.netE is not None:
-                self.update_E(t["E_decay"])
-                self.get_bare_model(self.netE).style_embed.refresh()
+            if self.step(self.G_optimizer, t["G_optimizer_clipgrad"]):
+                self.get_bare_model(self.netG).style_embed.refresh()
+                if self.netE is not None:
+                    self.update_E(t["E_decay"])
+                    self.get_bare_model(self.netE).style_embed.refresh()
             self.count += 1
             self.sums = {name: self.sums.get(name, 0) + loss.detach().double() for name, loss in losses.items()}
         self.log_dict = {f"loss_{name}": loss.detach() for name, loss in losses.items()}
@@ -272,10 +272,11 @@ class ModelLGT(ModelPlain):
             row = [self.epoch, *(f"{means[name]:.6f}" for name in COLUMNS[1:4]),
                    f"{next_rate:.2e}", f"{time.monotonic() - self.began:.2f}"]
             path = self.save_dir.parent / "logs" / f"training_{self.launched}.csv"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            new = not path.exists()
-            with open(path, "a", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([COLUMNS, row] if new else [row])
+            with tolerated(path, warnings.warn):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                new = not path.exists()
+                with open(path, "a", newline="", encoding="utf-8") as file:
+                    csv.writer(file).writerows([COLUMNS, row] if new else [row])
         self.sums, self.count, self.began = {}, 0, time.monotonic()
 
     # ------------------------------------------------ testing
@@ -326,12 +327,13 @@ class ModelLGT(ModelPlain):
 
     def write_pictures(self) -> None:
         """Each translation, whole or not at all."""
-        self.pictures_folder.mkdir(parents=True, exist_ok=True)
         latents = torch.stack([self.ends.get(style, self.source[0]) for style in self.styles])
         row = torch.cat([self.decode(part) for part in latents.split(self.opt["val"]["batch"])]).cpu()
-        for style, picture in zip(self.styles, row):
-            if style in self.ends:
-                write_picture(self.pictures_folder / f"{self.source_name}_to_{style}.jpg", picture)
+        with tolerated(self.pictures_folder, warnings.warn):
+            self.pictures_folder.mkdir(parents=True, exist_ok=True)
+            for style, picture in zip(self.styles, row):
+                if style in self.ends:
+                    write_picture(self.pictures_folder / f"{self.source_name}_to_{style}.jpg", picture)
         self.made[self.source_name] = row
 
     def metrics(self) -> dict[str, float]:
@@ -360,7 +362,8 @@ class ModelLGT(ModelPlain):
                 warnings.warn(f"style {style!r} has no picture in the test folder: nothing is made from it",
                               stacklevel=2)
         sheet = make_grid(torch.cat(list(made.values())), nrow=len(self.styles), padding=4, pad_value=1)
-        write_picture(self.pictures_folder / "sheet.jpg", sheet)
+        with tolerated(self.pictures_folder, warnings.warn):
+            write_picture(self.pictures_folder / "sheet.jpg", sheet)
         means = {}
         for key in ("swd", "swd_source", "ssm"):
             values = [pair[key] for pair in measured if key in pair]

@@ -160,8 +160,7 @@ class ModelPlain(ModelBase):
                     break
                 self.backward(loss)
         else:
-            self.step(self.G_optimizer, t["G_optimizer_clipgrad"])
-            if self.netE is not None:
+            if self.step(self.G_optimizer, t["G_optimizer_clipgrad"]) and self.netE is not None:
                 self.update_E(t["E_decay"])
         self.log_dict["G_loss"] = sum(losses)
         self.degraded, self.target = whole

@@ -122,7 +122,7 @@ def test_parts_of_a_batch_make_the_same_step(tmp_path):
         model = ModelPlain.__new__(ModelPlain)
         net = tiny.Net().eval()
         model.__dict__ |= {"netG": net, "forward_G": net, "netE": None, "G_lossfn": torch.nn.L1Loss(),
-                           "scaler": None, "log_dict": {},
+                           "scaler": None, "log_dict": {}, "optimizers": {}, "gradient_norms": {},
                            "device": torch.device("cpu"), "degraded": data, "target": data * 0.5, "skipped": 0,
                            "G_optimizer": torch.optim.SGD(net.parameters(), 0.0),
                            "opt_train": {"accumulate": parts, "amp": None, "G_lossfn_weight": 2.0, "on_nan": "stop",

@@ -220,7 +220,7 @@ def test_names_that_no_file_could_have_are_refused(tmp_path, keep, words):
 
 def test_a_metric_that_there_is_not_is_said_with_those_that_there_are(tmp_path):
     tree = tiny.options(tmp_path, "run", checkpoint={"best_metric": "lpips", "best_mode": "min"})
-    with pytest.raises(options.OptionError, match="'lpips' is no metric of this run; valid: test.psnr, test.ssim"):
+    with pytest.raises(options.OptionError, match="'lpips' is not a metric of this run; valid: test.psnr, test.ssim"):
         run("-opt", write_json(tmp_path / "run.json", tree))
     assert checkpoint.find_newest(tmp_path / "run/models").iteration == 3  # what was learnt is kept
 

@@ -51,6 +51,9 @@ def arrange(acts):
     def no_space(*_, **__):
         raise OSError(28, "No space left on device")
 
+    def damaged():
+        raise ValueError("damaged on purpose")
+
     def show_progress(self):
         shown(self)
         for step, what in acts:
@@ -72,6 +75,8 @@ def arrange(acts):
     def validating(self, stop):
         if (self.iteration, "SIGTERM at validation") in acts:
             os.kill(os.getpid(), signal.SIGTERM)
+        if (self.iteration, "bad validation") in acts:
+            self.model.metrics = damaged
         validate(self, stop)
 
     train.Run.show_progress, train.Run.validate = show_progress, validating

@@ -1,0 +1,200 @@
+"""Validate a model on its test sets, sample by sample: a validation that is cut off is resumed, not repeated."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import distributed
+from data.loader import clip_name, clips_of
+from durable import save_file, signed, unsigned
+from log import RunLog, duration, number
+from models.model_base import ModelBase
+from options import OptionError
+
+WRITE_EVERY = 5.0  # seconds between two writings of what a validation has so far
+MOST_ATTEMPTS = 3  # at one validation without one more sample finished: then training continues without it
+NAME_BYTES = 120  # of a sample's name in a picture's file name; file systems end at 255 with everything else in it
+
+
+class ValidationError(OptionError):
+    """A validation that failed, here or in another process: one line that names the sample and the cause."""
+
+
+class Progress:
+    """The metrics of the samples that a validation has finished, in `log/validation_<rank>.json` until it ends.
+
+    Each process writes its own file; a resumed validation reads all of them, whatever the world size is now. A file
+    that cannot be written costs nothing but the repetition.
+
+    Args:
+        folder: where the files lie. about: what the metrics depend on (iteration, options): files about anything else
+            are ignored.
+    """
+
+    def __init__(self, folder: Path, about: Any):
+        self.path = folder / f"validation_{distributed.rank()}.json"
+        self.folder = folder
+        self.about = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+        self.rows: dict[str, dict[int, dict[str, float]]] = {}  # by test set and index, of every process
+        self.own: dict[str, dict[int, dict[str, float]]] = {}  # of this process, in all launches
+        self.attempts = 0  # launches that began this validation and finished no sample of it
+        self.wrote = time.monotonic()
+
+    def open(self) -> Progress:
+        """Read what earlier launches finished. All processes call this together."""
+        found = distributed.from_main(self._read)
+        self.rows = {name: {index: row for part in found["parts"] for index, row in part.get(name, {}).items()}
+                     for name in {name for part in found["parts"] for name in part}}
+        self.own = found["parts"][distributed.rank()] if distributed.rank() < len(found["parts"]) else {}
+        if distributed.is_main():  # parts of a larger world would be lost with their ranks
+            self.own = {name: dict(rows) for name, rows in self.rows.items()}
+        self.attempts = found["attempts"] + 1
+        distributed.from_main(lambda: self._write())
+        return self
+
+    def _read(self) -> dict[str, Any]:
+        parts, attempts = [], 0
+        for rank in range(1024):
+            path = self.folder / f"validation_{rank}.json"
+            if not path.exists():
+                break
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                kept = unsigned(path.read_bytes())
+                if kept["about"] == self.about:
+                    parts.append({name: {int(index): row for index, row in rows.items()}
+                                  for name, rows in kept["rows"].items()})
+                    attempts = max(attempts, kept["attempts"])
+        return {"parts": parts, "attempts": attempts}
+
+    def add(self, name: str, index: int, row: dict[str, float]) -> None:
+        """Note a finished sample."""
+        self.rows.setdefault(name, {})[index] = self.own.setdefault(name, {})[index] = row
+        self.attempts = 0
+        if time.monotonic() - self.wrote > WRITE_EVERY:
+            self._write()
+
+    def flush(self) -> None:
+        """Write what this process has, before a launch ends in mid-validation."""
+        self._write()
+
+    def _write(self) -> None:
+        kept = {"about": self.about, "attempts": self.attempts, "rows": self.own}
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(self.path, signed(json.loads(json.dumps(kept))))
+        self.wrote = time.monotonic()
+
+    def close(self) -> None:
+        """Forget the finished validation."""
+        if distributed.is_main():
+            for path in self.folder.glob("validation_*.json"):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
+def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, iteration: int | None,
+             stopped: Callable[[], bool], pictures: Path | None,
+             progress: Progress | None = None) -> dict[str, float] | None:
+    """Metrics of every test set as {"<set>.<metric>": mean over its samples}; None when `stopped` returns True.
+
+    Several processes share the samples, and each writes the pictures of its own.
+
+    Args:
+        iteration: None when nothing is trained. pictures: prefix of the pictures' paths; None: no pictures.
+        progress: rows that an earlier launch finished, and where to note new ones; None: start over.
+    Raises: ValidationError in every process when a sample of any fails.
+    """
+    means: dict[str, float] = {}
+    shared = model.shares_tests  # else a summary needs more than the rows: the pictures of this very launch
+    progress = progress if shared else None
+    for name, dataset in test_sets.items():
+        began, rows = time.monotonic(), {}
+        known = dict(progress.rows.get(name, {})) if progress else {}
+        if len(known) == len(dataset):  # only the summary is missing; it also needs what the model knows of a sample
+            del known[max(known)]
+        left = [index for index in range(len(dataset)) if index not in known]
+        mine = left[distributed.rank() :: distributed.world_size()]
+        if not shared:
+            mine = left if distributed.is_main() else []
+        most = model.opt["val"]["num_img"]
+        failure, sample = None, None
+        with distributed.apart():
+            try:
+                for index, sample in zip(mine, clips_of(dataset, mine)):
+                    if stopped():
+                        rows = None
+                        break
+                    log.progress(f"validating {name}: {len(known) + len(rows)} of {len(dataset)}")
+                    rows[index] = model.validate(sample)
+                    if progress:
+                        progress.add(name, index, rows[index])
+                    if pictures and model.shown and (most is None or index < most):
+                        clip = short_name(clip_name(sample))
+                        path = pictures.with_name(f"{pictures.name}_{name}_{clip}.png")
+                        log.pictures(path, model.shown, f"{name}/{clip}", iteration)
+                    sample = None
+            except Exception as error:
+                failure = error
+        where = f"test set {name}" if sample is None else f"test set {name}, {clip_name(sample)}"
+        everyones = distributed.gather((rows, failure and f"{where}: {explain(failure)}"))
+        if progress and (failure or None in [part for part, _ in everyones]):
+            progress.flush()
+        if reasons := [reason for _, reason in everyones if reason]:
+            raise ValidationError(reasons[0]) from failure
+        everyones = [part for part, _ in everyones]
+        if None in everyones:
+            return None
+        for part in everyones:
+            known |= part
+        summarize = partial(model.summarize, name, [known[index] for index in sorted(known)])
+        metrics = summarize() if shared else distributed.from_main(summarize)
+        means |= {f"{name}.{key}": value for key, value in metrics.items()}
+        printed = {key: value for key, value in metrics.items() if model.is_printed(key)}
+        when = "metrics " if iteration is None else f"test     {iteration:,}"
+        log.line(f"{when} {name}: {describe_metrics(printed, model.baseline_name)} "
+                 f"({duration(time.monotonic() - began)})")
+    return means
+
+
+def explain(error: BaseException) -> str:
+    """An error in one line, with a remedy where memory is short."""
+    text = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return f"out of memory ({text[:160]}); test on smaller pieces (val.num_frame_testing, val.size_patch_testing," \
+               " val.tile) or smaller pictures"
+    return text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
+
+
+def short_name(name: str) -> str:
+    """A sample's name as part of a file name: no separators, at most NAME_BYTES bytes, unique through a digest."""
+    name = name.replace(os.sep, "_")
+    text = os.fsencode(name)
+    if len(text) <= NAME_BYTES:
+        return name
+    digest = hashlib.sha256(text).hexdigest()[:8]
+    return f"{os.fsdecode(text[: NAME_BYTES - 9]).encode(errors='ignore').decode(errors='ignore')}_{digest}"
+
+
+def describe_losses(losses: Mapping[str, float]) -> str:
+    """'G_loss 0.0123  D_loss 0.4560'."""
+    return "  ".join(f"{name} {number(value)}" for name, value in losses.items())
+
+
+def describe_metrics(metrics: Mapping[str, float], baseline: str) -> str:
+    """'psnr 31.20 (bicubic 30.80), ssim ...' of one test set; the baseline's are called <metric>_<baseline>."""
+    words = []
+    for key, value in metrics.items():
+        if not (baseline and key.endswith(f"_{baseline}")):
+            base = metrics.get(f"{key}_{baseline}")
+            words.append(f"{key} {value:.4f}" + (f" ({baseline} {base:.4f})" if base is not None else ""))
+    return ", ".join(words)

@@ -1,0 +1,127 @@
+"""Nothing that is not finite gets into a checkpoint: neither by a loss nor by a gradient nor by what a step leaves."""
+
+import json
+
+import pytest
+import torch
+
+import checkpoint
+import train
+from models.model_plain import ModelPlain
+from tests import tiny
+from tests.conftest import write_json
+from tests.test_exact import assert_equal, stopped_at
+from tests.test_resume import run
+
+pytestmark = pytest.mark.usefixtures("tiny_tables")
+
+
+def all_finite(folder):
+    parts = checkpoint.find_newest(folder / "models").load()
+    moments = [v for values in parts["optimizerG"]["state"].values() for v in values.values()]
+    return all(v.isfinite().all() for v in [*parts["G"].values(), *parts["E"].values(), *moments])
+
+
+def spoil_gradients(patch, steps):
+    """Make the gradient of these steps NaN at a finite loss, as sqrt at 0 does."""
+    real = ModelPlain.backward
+
+    def backward(self, loss):
+        real(self, loss)
+        if len(self.netG.seen) in steps:
+            next(self.netG.parameters()).grad.fill_(float("nan"))
+
+    forward = ModelPlain.netG_forward
+
+    def counted(self):
+        self.netG.seen = [*getattr(self.netG, "seen", []), 1]
+        forward(self)
+
+    patch.setattr(ModelPlain, "backward", backward)
+    patch.setattr(ModelPlain, "netG_forward", counted)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_its_step(tmp_path, shared):
+    tree = json.loads((shared / "field/nan_gradient.json").read_text())
+    tree["path"]["root"] = str(tmp_path)
+    path = write_json(tmp_path / "nan.json", tree)
+    for _ in range(2):  # the same command again meets the same end, and no checkpoint is spoilt by it
+        with pytest.raises(train.NonFiniteLoss, match=r"the gradient is not finite at iteration \d+: G_loss 0\.\d+, "
+                                                      "gradient norm of optimizerG nan"):
+            run("-opt", path)
+        assert all_finite(tmp_path / "nan_gradient")
+
+
+def test_a_gradient_that_is_not_finite_is_named_with_its_step(tmp_path, monkeypatch):
+    spoil_gradients(monkeypatch, {5})
+    with pytest.raises(train.NonFiniteLoss, match="the gradient is not finite at iteration 5: "):
+        run("-opt", write_json(tmp_path / "one.json", tiny.options(tmp_path, "one")))
+    assert checkpoint.find_newest(tmp_path / "one/models").iteration == 4 and all_finite(tmp_path / "one")
+
+
+@pytest.mark.parametrize("clip", [0.5, None], ids=["clipped", "not clipped"])
+def test_skipping_leaves_such_a_step_out_and_resumes_exactly(tmp_path, monkeypatch, clip):
+    over = {"train": {"on_nan": "skip", "G_optimizer_clipgrad": clip}}
+    for name in ("one", "two"):
+        path = write_json(tmp_path / f"{name}.json", tiny.options(tmp_path, name, **over))
+        with monkeypatch.context() as patch:
+            spoil_gradients(patch, {3})
+            if name == "two":
+                stopped_at(patch, 4)
+            assert run("-opt", path) == (143 if name == "two" else 0)
+    assert run("-opt", tmp_path / "two.json") == 0
+    assert all_finite(tmp_path / "one")
+    assert checkpoint.find_newest(tmp_path / "one/models").load()["state"]["skipped"] == 1
+    assert_equal(tmp_path / "one", tmp_path / "two")
+
+
+def test_batch_statistics_that_a_skipped_step_spoilt_are_put_back(tmp_path, monkeypatch):
+    real = ModelPlain.feed_data
+
+    def poisoned(self, data, **kwargs):
+        real(self, data, **kwargs)
+        self.fed = getattr(self, "fed", 0) + 1
+        if self.fed == 3:
+            self.degraded = self.degraded * float("nan")
+
+    monkeypatch.setattr(ModelPlain, "feed_data", poisoned)
+    path = write_json(tmp_path / "one.json", tiny.options(tmp_path, "one", train={"on_nan": "skip"}))
+    assert run("-opt", path) == 0
+    assert all_finite(tmp_path / "one")
+
+
+def test_many_skips_in_a_row_end_the_run(tmp_path, monkeypatch):
+    spoil_gradients(monkeypatch, set(range(4, 100)))
+    path = write_json(tmp_path / "one.json", tiny.options(tmp_path, "one", train={"on_nan": "skip", "nan_limit": 3}))
+    with pytest.raises(train.NonFiniteLoss, match="3 steps in a row were left out until iteration 6"):
+        run("-opt", path)
+    assert all_finite(tmp_path / "one")
+
+
+@pytest.mark.parametrize("part", ["weight", "moment", "batch statistics"])
+def test_weights_or_moments_that_are_not_finite_are_never_committed(tmp_path, monkeypatch, part):
+    real = ModelPlain.optimize_parameters
+
+    def overflowing(self, step):
+        real(self, step)
+        if step == 5:
+            target = {"weight": next(self.netG.parameters()).data, "batch statistics": self.netG.body[1].running_var,
+                      "moment": next(iter(self.G_optimizer.state.values()))["exp_avg_sq"]}[part]
+            target.view(-1)[0] = float("nan") if part == "batch statistics" else float("inf")
+
+    monkeypatch.setattr(ModelPlain, "optimize_parameters", overflowing)
+    path = write_json(tmp_path / "one.json", tiny.options(tmp_path, "one", train={"checkpoint_save": 5}))
+    with pytest.raises(train.NonFiniteLoss, match="after iteration 5 .* is not finite, so no checkpoint"):
+        run("-opt", path)
+    assert not checkpoint.find_newest(tmp_path / "one/models") or \
+        checkpoint.find_newest(tmp_path / "one/models").iteration == 3
+
+
+def test_infinity_in_a_buffer_is_a_mask_and_is_saved():
+    model = ModelPlain.__new__(ModelPlain)
+    net = tiny.Net()
+    net.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+    model.__dict__ |= {"networks": {"G": net}, "optimizers": {}, "device": torch.device("cpu")}
+    assert model.find_non_finite() is None
+    net.mask[0] = float("nan")
+    assert model.find_non_finite() == "G.mask"
