@@ -226,7 +226,9 @@ def amend(folder: Path | str, iteration: int, parts: Mapping[str, Any], layout: 
     temporary = folder / f"{name}.tmp"
     with _gone_if_refused(temporary):
         facts = write_durably(temporary, parts[label], {"iteration": iteration, "part": label})
-        old = {key: value for key, value in before["files"][name].items() if key != "before"}
+        old = dict(before["files"][name])
+        if (older := old.pop("before", None)) and find_fault(folder / name, old):
+            old = older  # an earlier amendment was cut off before its state was in place
         record = {**before, **info, "files": {**before["files"], name: {**facts, "before": old}}}
         save_file(path, signed(record, indent=1))
         found = _split(path)
