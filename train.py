@@ -24,7 +24,7 @@ import options
 from checkpoint import CheckpointError, CheckpointSet, Layout, Saver
 from data import DATASETS
 from data.loader import STOP_SIGNALS, endless
-from data.sampler import EndlessBatches, sample_rng
+from data.sampler import EndlessBatches, names_digest, sample_rng
 from durable import FolderLock
 from log import Pace, RunLog, save_pictures, tolerated
 from models import MODELS
@@ -154,6 +154,7 @@ class Run:
         # losses and gradient norms of the steps that are not checked yet
         self.pending: list[tuple[int, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
         self.train_set = options.build(DATASETS, opt["datasets"]["train"], "dataset_type")
+        self.names = names_digest(self.train_set)
         self.test_sets = {name: options.build(DATASETS, section, "dataset_type")
                           for name, section in opt["datasets"].items() if section["phase"] == "test"}
         try:
@@ -246,6 +247,9 @@ class Run:
         if position.get("length", length) != length:
             self.log.line(f"data     {position['length']} -> {length} samples: the epoch is begun anew")
             position = {"epoch": position["epoch"], "offset": 0}
+        elif position.get("names", self.names) != self.names:
+            self.log.warn(f"the training set has {length} samples as before, but others, or in another order: the "
+                          "steps from here on are not those of a run that was never stopped")
         try:
             self.batches = EndlessBatches(length, size, seed=seed, shuffle=loader["dataloader_shuffle"],
                                           position=(position["epoch"], position["offset"]), rank=rank,
@@ -350,7 +354,8 @@ class Run:
         validated = self.history and self.history[-1]["iteration"] == self.iteration
         several = {"ranks": distributed.gather(self.model.local_state())} if distributed.world_size() > 1 else {}
         return {"version": checkpoint.VERSION, "iteration": self.iteration, "epoch": self.epochs_done,
-                "sampler_state": {"epoch": epoch, "offset": offset, "length": len(self.train_set)},
+                "sampler_state": {"epoch": epoch, "offset": offset, "length": len(self.train_set),
+                                  "names": self.names},
                 "rng_state": distributed.gather(checkpoint.rng_state()), "history": self.history, "best": self.best,
                 "metric": self.metric(self.history[-1]) if validated else None,
                 "metadata": {"model": self.opt["model"], "stage": self.opt["stage"],

@@ -88,6 +88,10 @@ class ImageTrainDataset(Dataset):
     def __len__(self) -> int:
         return len(self.drawn or self.items)
 
+    def sample_names(self) -> list[str]:
+        """File name of the first picture of each item, without its folder; [] of drawn ones."""
+        return [] if self.drawn else [os.path.basename(paths[places[0]]) for paths, places in self.items]
+
     def __getitem__(self, key: Key | int) -> dict[str, Tensor | str]:
         if self.drawn:
             return self.drawn[key]

@@ -97,6 +97,10 @@ class MaskDataset(Dataset):
     def __len__(self) -> int:
         return len(self.drawn or self.pairs)
 
+    def sample_names(self) -> list[str]:
+        """Stem of each image; [] of drawn ones."""
+        return [] if self.drawn else [image.stem for image, _ in self.pairs]
+
     def read(self, index: int) -> tuple[Tensor, Tensor, str]:
         """Image (3,S,S), mask (S,S) of class ids, and stem, as they are but for their size."""
         if self.drawn:

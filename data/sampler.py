@@ -6,6 +6,7 @@ can change what is drawn. Source: DESIGN 5; the permutation per epoch follows to
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -26,6 +27,15 @@ def order(seed: int, epoch: int, length: int, shuffle: bool = True) -> list[int]
     """The order of an epoch: a permutation of range(length) seeded by (seed, epoch), or plain counting."""
     # 3 numbers would collide with sample_rng's seeds; the fourth sets this stream apart.
     return np.random.default_rng((seed, epoch, 0, 1)).permutation(length).tolist() if shuffle else list(range(length))
+
+
+def names_digest(dataset) -> str | None:
+    """A digest of the names of a dataset's samples, in their order; None if it has no `sample_names`, e.g. drawn data.
+
+    The names are relative to the data's folder, which may be moved.
+    """
+    names = dataset.sample_names() if hasattr(dataset, "sample_names") else None
+    return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16] if names else None
 
 
 class EndlessBatches:

@@ -136,6 +136,11 @@ class StyleDataset(Dataset):
             raise ValueError(f"{dataroot or 'generated'}: has one style, {self.styles[0]!r}; a transfer needs two or "
                              "more, a folder each")
 
+    def sample_names(self) -> list[str]:
+        """Style and file name of each picture; [] of drawn ones."""
+        return [] if self.latents.drawn else [f"{style}/{os.path.basename(path)}"
+                                              for style, paths in self.latents.files.items() for path in paths]
+
     def __len__(self) -> int:
         return len(self.styles) * max(map(len, self.latents.files.values()))
 

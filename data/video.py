@@ -127,6 +127,10 @@ class VideoRecurrentTrainDataset(Dataset):
     def __len__(self) -> int:
         return len(self.drawn or self.samples)
 
+    def sample_names(self) -> list[str]:
+        """Clip and first frame of each sample; [] of drawn ones."""
+        return [] if self.drawn else [f"{clip.name}/{clip.frames[frame]}" for clip, frame in self.samples]
+
     def __getitem__(self, key: Key | int) -> dict[str, Tensor | str]:
         if self.drawn:
             return self.drawn[key]

@@ -72,6 +72,10 @@ class VideoRecurrentTrainVimeoDataset(Dataset):
     def __len__(self) -> int:
         return len(self.names)
 
+    def sample_names(self) -> list[str]:
+        """Name of each sequence."""
+        return self.names
+
     def __getitem__(self, key: Key | int) -> dict[str, Tensor | str]:
         epoch, index = split_key(key, len(self))
         rng, name = sample_rng(self.seed, epoch, index), self.names[index]
@@ -114,6 +118,10 @@ class VideoRecurrentTrainVimeoVFIDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def sample_names(self) -> list[str]:
+        """Name of each sequence."""
+        return self.names
 
     def __getitem__(self, key: Key | int) -> dict[str, Tensor | str]:
         epoch, index = split_key(key, len(self))
@@ -159,6 +167,10 @@ class VideoTestVimeo90KDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def sample_names(self) -> list[str]:
+        """Name of each sequence."""
+        return self.names
 
     def __getitem__(self, key: Key | int) -> dict[str, Tensor | str | int | list[str]]:
         _, index = split_key(key, len(self))

@@ -326,3 +326,14 @@ def test_a_stop_whose_save_fails_tries_again(tmp_path, monkeypatch, capsys):
         os.getpid(), signal.SIGTERM)))
     assert run("-opt", path) == 143
     assert refused == [2, 2] and checkpoint.find_newest(tmp_path / "one/models").iteration == 2
+
+
+def test_other_samples_of_equal_number_are_said_at_the_resume(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tiny.Images, "sample_names", lambda self: [f"{i}.png" for i in range(11)], raising=False)
+    path = option_file(tmp_path, "one", train={"total_iter": 3})
+    assert run("-opt", path) == 0
+    more = ["-opt", path, "--set", "train.total_iter=6"]
+    assert run(*more) == 0 and "but others, or in another order" not in capsys.readouterr().out
+    monkeypatch.setattr(tiny.Images, "sample_names", lambda self: [f"{i}.jpg" for i in range(11)])
+    assert run(*more, "--set", "train.total_iter=9") == 0
+    assert "warning  the training set has 11 samples as before, but others" in capsys.readouterr().out
