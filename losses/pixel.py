@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime.ranges import PositiveFloat
+from runtime.ranges import NonNegativeFloat
 
 
 class L1Loss(nn.Module):
@@ -40,7 +40,7 @@ class CharbonnierLoss(nn.Module):
     Args: G_charbonnier_eps: constant inside the root; the loss of a perfect result is its square root.
     """
 
-    def __init__(self, G_charbonnier_eps: PositiveFloat = 1e-9):
+    def __init__(self, G_charbonnier_eps: NonNegativeFloat = 1e-9):
         super().__init__()
         self.eps = G_charbonnier_eps
 

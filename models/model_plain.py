@@ -52,7 +52,7 @@ class ModelPlain(ModelBase):
     class TrainOptions(StepOptions):
         G_lossfn_type: str = "l1"  # loss of G, a name of losses.LOSSES
         G_lossfn_weight: NonNegativeFloat = 1.0  # factor of the loss of G
-        G_charbonnier_eps: PositiveFloat = 1e-9  # constant below the root of the Charbonnier loss
+        G_charbonnier_eps: NonNegativeFloat = 1e-9  # constant below the root of the Charbonnier loss
 
     def __init__(self, opt: Mapping[str, Any]):
         super().__init__(opt)
