@@ -21,6 +21,7 @@ import copy
 import gc
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic kernels need
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -278,7 +280,7 @@ class Kernels(TorchDispatchMode):
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if found := re.match(r"aten\._scaled_dot_product_(\w+?)(_attention\w*)?\.", str(function)):
+        if found := re.match(r"aten\._scaled_dot_product_.*?(flash|efficient|cudnn|math)", str(function)):
             self.seen.append(found[1])
         return function(*args, **(kwargs or {}))
 
@@ -293,6 +295,7 @@ ATTENTIONS = {  # tokens of a window, channels of a head, windows of a sample, b
 
 def attention(machine: Machine) -> Iterator[Finding]:
     """Forward and backward at VRT 001's sizes, eight samples together, against the way that stores N x N."""
+    torch.set_float32_matmul_precision("high" if machine.cuda else "highest")  # as in training
     for name, (tokens, width, windows, has_bias, shifted) in ATTENTIONS.items():
         batch, heads = (8, 6) if machine.cuda else (1, 2)
         if not machine.cuda:
@@ -314,8 +317,8 @@ def one_attention(machine: Machine, name: str, shape: Sequence[int], dtype: torc
             "plain": lambda: vrt.attention(qkv, width**-0.5, [b for b in (bias, mask) if b is not None])}
     said, outputs, kernel = [], [], ""
     for way, function in ways.items():
-        with Kernels() as kernels, torch.no_grad():
-            outputs.append(function())
+        with Kernels() as kernels:
+            outputs.append(function().detach())
         kernel = kernel or (kernels.seen or ["math"])[0]  # of the first way
         held = torch.cuda.memory_allocated() if machine.cuda else 0
         ms, peak = machine.measure(lambda function=function: function().sum().backward(), warm_up=1)
@@ -358,6 +361,7 @@ def fit(machine: Machine) -> Iterator[Finding]:
             model.optimize_parameters(1)
 
         torch.use_deterministic_algorithms(exact and machine.cuda)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # as train.prepare_machine does
         torch.set_float32_matmul_precision("highest" if exact else "high")
         try:
             with train.fastest_kernels(True):
