@@ -333,6 +333,8 @@ def fit(machine: Machine) -> Iterator[Finding]:
     """One network for all configurations: building it takes as long as ten steps."""
     began = time.perf_counter()
     changes = {"netG.spynet_path": None, "train.fix_iter": 0, "train.fix_keys": [], "device": machine.device, **NO_DATA}
+    if not machine.cuda:
+        changes |= {"netG.embed_dims": [8] * 8, "netG.num_heads": [2] * 8, "netG.deformable_groups": 2}
     opt, _ = options.parse(str(ROOT / (VRT_001 if machine.cuda else "options/train_vrt.json")),
                            [(key, value, "gpu.py") for key, value in changes.items()], MODELS, NETWORKS, DATASETS)
     train.prepare_machine(opt)

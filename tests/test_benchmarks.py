@@ -14,6 +14,7 @@ import torch
 import main as door
 from tests import world
 from tests.conftest import ROOT
+from tests.test_keeping import in_this_process  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
@@ -78,9 +79,6 @@ def gpu(monkeypatch):
 
 def call(words, seconds=0):
     """A program of the repository in this process."""
-    if "--prove-resume" in words:  # runs of its own, which take processes
-        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-        return done.returncode, done.stdout + done.stderr
     with contextlib.redirect_stdout(io.StringIO()) as said:
         if words[0] == "main.py":
             return door.main([str(word) for word in words[1:]]), said.getvalue()
@@ -92,7 +90,7 @@ def call(words, seconds=0):
         return 0, said.getvalue()
 
 
-def test_every_section_that_has_a_cpu_form_runs(gpu, tmp_path, monkeypatch, capsys):
+def test_every_section_that_has_a_cpu_form_runs(gpu, in_this_process, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(gpu, "at_once", lambda function, tasks: (function(*task) for task in tasks))
     monkeypatch.setattr(torch.Tensor, "backward", torch.Tensor.backward)
     small = shlex.split(f"-opt {world.recipe('vqvae', tmp_path, 'run')}")
