@@ -13,11 +13,13 @@ Folders that KAIR wrote (no record) and single files that others wrote are read 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import random
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +33,7 @@ import torch
 
 import foreign
 from durable import (
+    MARK,
     CheckpointError,
     _gone_if_refused,
     check_space,
@@ -42,6 +45,7 @@ from durable import (
     save_file,
     signed,
     sync_folder,
+    tail_of,
     unsigned,
     write_durably,
 )
@@ -50,9 +54,11 @@ from foreign import VERSION, is_optimizer, weights_in
 __all__ = ["CheckpointError", "VERSION", "is_optimizer", "load_file", "save_file", "weights_in"]  # of durable, foreign
 MEMBER = re.compile(r"(\d+)_([A-Za-z][A-Za-z0-9]*)\.pth")
 RECORD = re.compile(r"(\d+)\.json")
+BASICSR = re.compile(r"net_([a-z])_(\d+)\.pth")  # its networks, beside ../training_states/{iter}.state
 SUFFIXES = (".pt", ".pth", ".ckpt")  # of files that may be bundles
 # in a state, and easily done without
 OF_EVERY_MODEL = ("skipped", "skipped_in_a_row", "scheduler_state_dict", "scaler_state_dict")
+ABOUT = ("timestamp", "epoch", "reason", "best", "metric")  # of a set, in its record and in each seal
 Report = Callable[[str], None]
 
 
@@ -90,6 +96,11 @@ class CheckpointSet:
             return self.files["bundle"]
         return self.folder / f"{self.iteration}.json" if self.committed else self.files["G"]
 
+    @property
+    def ours(self) -> bool:
+        """Whether this program wrote it: sealed or recorded, or of a version that did neither."""
+        return self.committed or "state" in self.files and self.files["state"].suffix == ".pth"
+
     def fault(self) -> str | None:
         """What is wrong with the set, or None: each file's size and checksum against the record, or its own."""
         if self._checked:
@@ -105,12 +116,17 @@ class CheckpointSet:
         return None
 
     def load(self) -> dict[str, Any]:
-        """Every part, by label, verified first. Raises CheckpointError."""
+        """Every part, by label, verified first. Raises CheckpointError, also when there is no network to load."""
         if fault := self.fault():
             raise CheckpointError(f"{self.folder}: {fault}")
         parts = {label: read_torch(path) for label, path in self.files.items()}
         if self.bundled:
-            parts = foreign.unpack(parts["bundle"], self.path)
+            payload = parts["bundle"]
+            parts = foreign.unpack(payload, self.path)
+            if "G" not in parts:
+                raise foreign.no_network(payload, self.path)
+        elif not self.committed:
+            parts = foreign.unpack_members(parts, self.path)
         if "state" in parts:
             parts["state"] = foreign.migrate(parts["state"], self.path)
         return parts
@@ -181,8 +197,11 @@ def _commit_split(folder: Path, iteration: int, parts: Mapping[str, Any], info: 
     temporary = {folder / name: folder / f"{name}.tmp" for name in (*names.values(), path.name)}
     renamed: list[Path] = []
     try:
+        whole = {**{key: info.get(key) for key in ABOUT}, "parts": sorted(parts)}
+
         def write(label: str) -> dict[str, int]:
-            return write_durably(folder / f"{names[label]}.tmp", parts[label], {"iteration": iteration, "part": label})
+            about = {"iteration": iteration, "part": label, "set": whole}  # the record, should it get lost
+            return write_durably(folder / f"{names[label]}.tmp", parts[label], about)
 
         with ThreadPoolExecutor(4) as pool:  # torch.save leaves other threads room while it sums and writes
             files = dict(zip(names.values(), pool.map(write, names)))
@@ -280,25 +299,76 @@ def find_sets(folder: Path | str, report: Report | None = None) -> list[Checkpoi
         except CheckpointError as error:
             report(str(error))
     for iteration, files in members.items():
-        if iteration not in records and "G" in files and not _is_ours(files):
-            sets.append(CheckpointSet(Path(folder), iteration, files))
+        if iteration not in records and (found := _unrecorded(Path(folder), iteration, files, report)):
+            sets.append(found)
+    sets += _basicsrs(Path(folder))
     for names in singles:
         try:
             found = _bundle(names[0], names)
         except (CheckpointError, OSError) as error:
-            report(str(error).removeprefix(f"{folder}/"))
+            if counts(names[0]):
+                report(str(error).removeprefix(f"{folder}/"))
             continue
         if found:
             sets.append(found)
     return sorted(sets, key=lambda found: found.iteration)
 
 
-def _is_ours(files: Mapping[str, Path]) -> bool:
-    """Whether members that no record speaks for are what an interrupted save or removal of ours left."""
+def _unrecorded(folder: Path, iteration: int, files: Mapping[str, Path], report: Report) -> CheckpointSet | None:
+    """The set that members without a record make: KAIR's, or ours where their seals say that all are there."""
     try:
-        return "state" in files or any("part" in (read_seal(path) or {}) for path in files.values())
-    except (CheckpointError, OSError):
-        return False  # the reason is said when the set is looked at
+        seals = {label: read_seal(path) for label, path in files.items()}
+    except (CheckpointError, OSError) as error:
+        report(str(error).removeprefix(f"{folder}/"))
+        return None
+    if not any(seals.values()):
+        if "G" not in files:
+            report(f"{iteration}: there is {', '.join(files)} of this iteration, but no G")
+            return None
+        return CheckpointSet(folder, iteration, files)
+    own = {label: seal for label, seal in seals.items()
+           if seal and (seal.get("iteration"), seal.get("part")) == (iteration, label)}
+    about = [seal.get("set") for seal in own.values()]
+    wanted = set(about[0]["parts"] if about and about[0] else ("G", "state", "optimizerG"))
+    if wanted <= set(own) and all(other == about[0] for other in about):
+        facts = {label: {"size": files[label].stat().st_size, "body_crc32": seal["body_crc32"]}
+                 for label, seal in own.items()}
+        record = {"version": VERSION, "iteration": iteration, "reason": "regular", **(about[0] or {}),
+                  "files": {files[label].name: facts[label] for label in own}}
+        record.pop("parts", None)
+        return CheckpointSet(folder, iteration, {label: files[label] for label in own}, record)
+    if not _cut_off(folder, iteration):
+        strays = [f"{files[label].name} is {seal.get('part')} of iteration {seal.get('iteration')}"
+                  for label, seal in seals.items() if seal and label not in own]
+        report(f"{iteration}: there is no {iteration}.json, and to do without it "
+               + ("; ".join(strays) or f"{', '.join(sorted(wanted - set(own)) or ['one save of all'])} is missing"))
+    return None
+
+
+def _cut_off(folder: Path, iteration: int) -> Mapping[str, Mapping]:
+    """Files by name that belong to a commit or removal which a kill cut off: its record has a temporary name."""
+    try:
+        return unsigned((folder / f"{iteration}.json.tmp").read_bytes())["files"]
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def _basicsrs(folder: Path) -> list[CheckpointSet]:
+    """BasicSR's networks in a folder, with the optimizers in `training_states` beside it."""
+    sets: dict[int, dict[str, Path]] = {}
+    for path in sorted(folder.glob("net_*_*.pth")):
+        if (match := BASICSR.fullmatch(path.name)) and path.is_file():
+            sets.setdefault(int(match[2]), {})[match[1].upper()] = path
+    for iteration, files in sets.items():
+        for place in (folder.parent / "training_states", folder):
+            if (state := place / f"{iteration}.state").is_file():
+                files.setdefault("state", state)
+    return [CheckpointSet(folder, iteration, files) for iteration, files in sets.items() if "G" in files]
+
+
+def counts(path: Path) -> bool:
+    """Whether a file that can't be read may be a checkpoint by its name, rather than a loss's or codec's weights."""
+    return bool(foreign.TRAINING.search(path.name) or not foreign.HELPERS.search(path.name))
 
 
 def _alike(a: str, b: str) -> bool:
@@ -309,15 +379,20 @@ def _alike(a: str, b: str) -> bool:
 def _scan(folder: Path) -> tuple[dict[int, dict[str, Path]], dict[int, tuple[Path, ...]], list[tuple[Path, ...]]]:
     """Files that may be checkpoints, by name: members by iteration and label, records, others; each with its links."""
     members: dict[int, dict[str, Path]] = {}
-    linked: dict[tuple[int, int], list[Path]] = {}
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    linked: dict[Any, list[Path]] = {}
+    try:
         for path in sorted(folder.iterdir()):
             if match := MEMBER.fullmatch(path.name):
                 if path.is_file():
                     members.setdefault(int(match[1]), {})[match[2]] = path
             elif path.suffix in (*SUFFIXES, ".json") and path.is_file():
-                facts = path.stat()
-                linked.setdefault((facts.st_dev, facts.st_ino), []).append(path)
+                facts = path.stat()  # without links an inode number means nothing on some file systems
+                same = (facts.st_dev, facts.st_ino) if facts.st_nlink > 1 else path
+                linked.setdefault(same, []).append(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise CheckpointError(f"{folder}: can't be looked into: {error.strerror}") from None
     groups = [tuple(sorted(names, key=lambda path: not RECORD.fullmatch(path.name))) for names in linked.values()]
     records = {int(match[1]): names for names in groups if (match := RECORD.fullmatch(names[0].name))}
     return members, records, [names for names in groups if names[0].suffix != ".json"]
@@ -326,19 +401,31 @@ def _scan(folder: Path) -> tuple[dict[int, dict[str, Path]], dict[int, tuple[Pat
 def has_traces(folder: Path | str) -> bool:
     """Whether anything in the folder looks like a checkpoint, good or not."""
     bad: list[str] = []
-    return bool(find_sets(folder, bad.append) or bad or _find_foreign(Path(folder)))
+    return bool(find_sets(folder, bad.append) or bad or any(_find_foreign(Path(folder))))
 
 
-def _find_foreign(folder: Path) -> list[CheckpointSet]:
-    """Single files of others that hold a training state, oldest first; known by their names before they are read."""
-    found = []
+def _find_foreign(folder: Path) -> tuple[list[CheckpointSet], dict[Path, str]]:
+    """Single files of others that hold a training state, oldest first; and those that may, but can't be used: why."""
+    found, bad = [], {}
     for (path, *_) in _scan(folder)[2]:
-        with contextlib.suppress(CheckpointError):
-            if foreign.TRAINING.search(path.name) and read_seal(path) is None:
-                state = foreign.unpack(load_file(path), path).get("state")
-                if state:
-                    found.append((state.get("iteration") or 0, state.get("epoch") or 0, path.stat().st_mtime, path))
-    return [CheckpointSet(folder, iteration or None, {"bundle": path}) for iteration, _, _, path in sorted(found)]
+        try:
+            if read_seal(path) is not None or BASICSR.fullmatch(path.name):
+                continue
+        except (CheckpointError, OSError):
+            continue  # find_sets has said so
+        try:
+            payload = load_file(path)
+            parts = foreign.unpack(payload, path)
+            state = parts.get("state")
+            if state and "G" not in parts:
+                raise foreign.no_network(payload, path)
+            if state:
+                found.append((state["iteration"] or 0, state["epoch"], path.stat().st_mtime, path))
+        except CheckpointError as error:
+            if counts(path):
+                bad[path] = str(error).removeprefix(f"{folder}/")
+    return [CheckpointSet(folder, iteration or None, {"bundle": path})
+            for iteration, _, _, path in sorted(found)], bad
 
 
 def find_newest(folder: Path | str, report: Report | None = None) -> CheckpointSet | None:
@@ -348,7 +435,11 @@ def find_newest(folder: Path | str, report: Report | None = None) -> CheckpointS
     all of them is used, and the difference is reported.
     """
     report = report or (lambda line: None)
-    sets = find_sets(folder, report) or _find_foreign(Path(folder))
+    sets = find_sets(folder, report)
+    if not sets:
+        sets, bad = _find_foreign(Path(folder))
+        for line in bad.values():
+            report(line)
     kairs = [s for s in sets if not s.committed and not s.bundled]
     everything = set().union(*(s.labels for s in kairs)) if kairs else set()
     for candidate in reversed(sets):
@@ -394,10 +485,11 @@ def locate(path: Path | str, report: Report | None = None) -> CheckpointSet:
     """
     path = Path(path)
     if path.is_dir():
-        for folder in (path, path / "models"):
-            if found := find_newest(folder, report):
+        why: list[str] = []
+        for folder in (path, path / "models", *([path.parent / "models"] if path.name == "training_states" else [])):
+            if found := find_newest(folder, lambda line: (why.append(line), report and report(line))):
                 return found
-        raise CheckpointError(f"{path}: no usable checkpoint in this folder")
+        raise CheckpointError(f"{path}: no usable checkpoint in this folder" + reasons(why))
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint; give a file, a commit record or a folder")
     if path.stat().st_size == 0:
@@ -406,6 +498,11 @@ def locate(path: Path | str, report: Report | None = None) -> CheckpointSet:
     if fault := found.fault():
         raise CheckpointError(f"{path.parent}: checkpoint {found.iteration} is damaged: {fault}")
     return found
+
+
+def reasons(lines: list[str]) -> str:
+    """Why nothing was usable, as the end of a line."""
+    return f" ({lines[-1]}{f'; and {len(lines) - 1} more' if len(lines) > 1 else ''})" if lines else ""
 
 
 def _located_record(path: Path) -> CheckpointSet:
@@ -419,6 +516,14 @@ def _located_record(path: Path) -> CheckpointSet:
 
 def _located_file(path: Path) -> CheckpointSet:
     """The set of a member, or a bundle, ours or of others."""
+    if path.suffix == ".state" or BASICSR.fullmatch(path.name):
+        for folder in (path.parent, path.parent.parent / "models"):
+            for candidate in _basicsrs(folder):
+                if path.resolve() in [file.resolve() for file in candidate.files.values()]:
+                    return candidate
+        if path.suffix == ".state":
+            raise CheckpointError(f"{path}: is a training state without a network; net_g_{path.stem}.pth is missing "
+                                  f"beside it and in {path.parent.parent / 'models'}")
     if member := MEMBER.fullmatch(path.name):
         if member[2].startswith("optimizer"):
             raise CheckpointError(f"{path}: is an optimizer's state; to resume, name its set: {member[1]}_G.pth "
@@ -433,8 +538,9 @@ def _located_file(path: Path) -> CheckpointSet:
     if found := _bundle(path):
         return found
     payload = load_file(path)
-    if state := foreign.unpack(payload, path).get("state"):
-        return CheckpointSet(path.parent, state.get("iteration"), {"bundle": path})
+    parts = foreign.unpack(payload, path)
+    if "state" in parts and "G" in parts:
+        return CheckpointSet(path.parent, parts["state"]["iteration"], {"bundle": path})
     weights_in(payload, path)  # an optimizer or rubbish is named as such
     raise CheckpointError(f"{path}: holds weights only, no iteration; start from them with --init-from {path}")
 
@@ -460,6 +566,30 @@ def read_weights(path: Path | str) -> tuple[dict[str, torch.Tensor], Mapping[str
 # ---------------------------------------------------------------- keeping and putting away
 
 
+def try_out(folder: Path, layout: Layout = Layout()) -> None:
+    """Commit, link, read and remove a tiny set in a folder of its own below `folder`, as a run does with its own.
+
+    Raises: CheckpointError, one line with the cause and a remedy.
+    """
+    place = folder / ".probe"
+    shutil.rmtree(place, ignore_errors=True)  # of a kill
+    try:
+        place.mkdir()
+        found = commit(place, 1, {"G": {"w": torch.ones(1)}, "state": {"iteration": 1}}, layout)
+        link(found.path, place / f"link{found.path.suffix}")
+        find_newest(place, report=print).load()
+        remove(found)
+    except (OSError, RuntimeError, CheckpointError, AttributeError) as error:
+        number = getattr(error, "errno", None)
+        remedy = "make room there, or set path.root to another disk" if number in (errno.ENOSPC, errno.EDQUOT) else \
+            "give this user the right to write there, or set path.root to another folder" \
+            if number in (errno.EACCES, errno.EPERM, errno.EROFS) else "set path.root to another disk"
+        raise CheckpointError(f"{folder}: a checkpoint can't be written here: "
+                              f"{getattr(error, 'strerror', None) or str(error).splitlines()[0]}; {remedy}") from None
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def remove(old: CheckpointSet) -> None:
     """Delete a set: its record first, so that it is gone at once.
 
@@ -468,22 +598,51 @@ def remove(old: CheckpointSet) -> None:
     if old.bundled:
         (old.folder / old.record["name"]).unlink(missing_ok=True)
         return
-    (old.folder / f"{old.iteration}.json").unlink(missing_ok=True)
+    record = old.folder / f"{old.iteration}.json"
+    leaving = record.with_name(f"{record.name}.tmp")
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(record, leaving)  # speaks for the files until they are gone, see _cut_off
     sync_folder(old.folder)
     for path in old.files.values():
         path.unlink(missing_ok=True)
+    sync_folder(old.folder)
+    leaving.unlink(missing_ok=True)
 
 
-def clean(folder: Path | str) -> None:
-    """Remove what an interrupted save left: temporary files, and members that no record speaks for."""
-    folder = Path(folder)
+def clean(folder: Path | str) -> list[str]:
+    """End what a kill cut off: remove temporary files, write a lost record anew. Returns lines to be said.
+
+    Nothing else is deleted: members of ours that no record speaks for, and that make no set, are put aside.
+    """
+    folder, said, strays = Path(folder), [], []
+    members, records, _ = _scan(folder)
+    for iteration, files in members.items():
+        if iteration in records:
+            continue
+        leaving, found = _cut_off(folder, iteration), _unrecorded(folder, iteration, files, lambda line: None)
+        if found and found.committed and not found.fault():
+            save_signed(folder / f"{iteration}.json", found.record)
+            if not leaving:
+                said.append(f"{iteration}.json was missing; written anew from the seals of its files, which are whole")
+        elif found is None or found.committed:
+            for path in files.values():
+                facts = leaving.get(path.name)
+                if facts and find_fault(path, facts) is None:
+                    path.unlink()
+                else:
+                    strays.append(path)
     for path in folder.glob("*.tmp"):
         if path.stem.endswith((*SUFFIXES, ".json")):
             path.unlink(missing_ok=True)
-    members, records, _ = _scan(folder)
-    for iteration, files in members.items():
-        if iteration not in records and _is_ours(files):
-            remove(CheckpointSet(folder, iteration, files))
+    if strays:
+        names = ", ".join(path.name for path in strays[:4]) + (f" and {len(strays) - 4} more" if strays[4:] else "")
+        said.append(f"put aside what belongs to no checkpoint, {names}: {_move(strays, folder)}")
+    return said
+
+
+def save_signed(path: Path, facts: Mapping[str, Any]) -> None:
+    """Write a commit record."""
+    save_file(path, signed(facts, indent=1))
 
 
 def prune(folder: Path | str, keep_last_n: int | None, best: int | None = None) -> None:
@@ -502,19 +661,29 @@ def prune(folder: Path | str, keep_last_n: int | None, best: int | None = None) 
 
 
 def put_away(folder: Path | str, after: int = -1, only: int | None = None) -> Path | None:
-    """Move what is newer than an iteration (or `only` one) into a dated folder beside it. Returns that, if any."""
+    """Move what is newer than an iteration (or `only` one) into a dated folder beside it. Returns that, if any.
+
+    Where all goes (`after` is -1), so do training files of others; what is no checkpoint is never touched.
+    """
     folder = Path(folder)
     members, records, singles = _scan(folder)
     wanted = (lambda iteration: iteration == only) if only is not None else (lambda iteration: iteration > after)
     moved = [path for iteration, files in members.items() if wanted(iteration) for path in files.values()]
     moved += [path for names in singles for path in names if wanted(_iteration_of(path))]
+    if only is None and after < 0:
+        found, bad = _find_foreign(folder)
+        moved += [*bad, *(path for one in (*found, *_basicsrs(folder)) for path in one.files.values()
+                          if path.parent == folder)]
     moved += [path for iteration, names in records.items() if wanted(iteration) for path in reversed(names)]
-    if not moved:
-        return None
+    return _move(moved, folder) if moved else None
+
+
+def _move(paths: list[Path], folder: Path) -> Path:
+    """Move files into a dated folder beside theirs. Returns it."""
     archive = unused_name(folder.parent / f"{folder.name}_{time.strftime('%Y%m%d_%H%M%S')}")
     archive.mkdir()
-    # Records go last: a set that is half moved stays whole in neither place, but none is lost; a rerun moves the rest.
-    for path in moved:
+    # Records come last: a set half moved is whole in neither place, but none is lost; a rerun moves the rest.
+    for path in dict.fromkeys(paths):
         os.replace(path, archive / path.name)
     sync_folder(archive)
     sync_folder(folder)
@@ -522,12 +691,12 @@ def put_away(folder: Path | str, after: int = -1, only: int | None = None) -> Pa
 
 
 def _iteration_of(path: Path) -> int:
-    """Of a bundle; a damaged one and one of others count as newer than anything."""
-    with contextlib.suppress(CheckpointError):
+    """Of a bundle of ours; a damaged one counts as newer than anything, a file of others as older."""
+    try:
         seal = read_seal(path)
-        if seal and "parts" in seal:
-            return seal["iteration"]
-    return sys.maxsize
+        return seal["iteration"] if seal and "parts" in seal else -2
+    except CheckpointError:
+        return sys.maxsize if MARK in tail_of(path) or foreign.TRAINING.search(path.name) else -2
 
 
 def unused_name(path: Path) -> Path:

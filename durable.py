@@ -28,9 +28,13 @@ from typing import Any
 
 import torch
 
+import inert
+
 END = b"PK\x05\x06"  # signature of a zip archive's last record: 22 bytes, the last two say how long the comment is
 MARK = b'{"perdure": '
 CHUNK = 1 << 20
+LACKS = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what a call that a disk does not have answers
+notices: list[str] = []  # what a disk does not have, once each; a run says them
 
 
 class CheckpointError(ValueError):
@@ -67,7 +71,8 @@ def _written_back(descriptor: int) -> Iterator[None]:
             while not done.wait(0.02):
                 os.fdatasync(descriptor)
         except OSError as error:  # told once and only here: the data may be gone, so the file is
-            errors.append(error)
+            if error.errno not in LACKS:  # else there is the fsync at the end
+                errors.append(error)
 
     thread = threading.Thread(target=write_back, daemon=True)
     thread.start()
@@ -99,7 +104,8 @@ def write_durably(path: Path, payload: Any, about: Mapping[str, Any] | None = No
                     raise writer.refusal or OSError("torch.save failed") from None
                 facts = _seal(writer, about or {})
         file.flush()
-        os.fsync(file.fileno())
+        with _lacking("files"):
+            os.fsync(file.fileno())
         return {"size": file.tell(), **facts}
 
 
@@ -187,12 +193,27 @@ def unsigned(text: bytes) -> dict[str, Any]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Force a folder's entries (renames, links, removals) to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    """Force a folder's entries (renames, links, removals) to the disk, where it can (not all CIFS, FUSE, DrvFs can)."""
+    with _lacking("folders", errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _lacking(what: str, *further: int) -> Iterator[None]:
+    """Do without fsync where the disk has none, and note it; other errors are errors."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        if error.errno not in (*LACKS, *further):
+            raise
+        notice = (f"this disk can't be told to write {what} down at once (fsync: {error.strerror}): a kill loses "
+                  "nothing, a power cut may lose the newest checkpoint")
+        if notice not in notices:
+            notices.append(notice)
 
 
 def save_file(path: Path | str, payload: Any, about: Mapping[str, Any] | None = None) -> dict[str, int]:
@@ -223,8 +244,9 @@ def link(source: Path, target: Path) -> None:
 
 def check_space(folder: Path, needed: int) -> None:
     """Raise OSError (ENOSPC) when the folder's disk has less room than `needed` bytes."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
+    usage = shutil.disk_usage(folder)
+    free = usage.free
+    if free < needed and usage.total:  # some network disks do not say
         raise OSError(errno.ENOSPC, f"the disk of {folder} has {in_units(free)} free, {in_units(needed)} are needed")
 
 
@@ -240,6 +262,13 @@ def in_units(size: float) -> str:
 # ---------------------------------------------------------------- reading
 
 
+def tail_of(path: Path) -> bytes:
+    """Where a file's seal is, if it has one."""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 22 - 0xFFFF))
+        return file.read()
+
+
 def read_seal(path: Path) -> dict[str, Any] | None:
     """What a torch file of ours says it is, or None for a file that others wrote. Raises CheckpointError if damaged.
 
@@ -248,8 +277,7 @@ def read_seal(path: Path) -> dict[str, Any] | None:
     with open(path, "rb") as file:
         head = file.read(4)
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 22 - 0xFFFF))
-        tail = file.read()
+    tail = tail_of(path)
     end = tail.rfind(END)
     comment = tail[end + 22 :] if end >= 0 else b""
     if MARK not in tail:
@@ -278,6 +306,8 @@ def find_fault(path: Path, facts: Mapping[str, int] | None = None) -> str | None
     if size == 0:
         return "is empty"
     try:
+        if not facts and (kind := what_else(path)):
+            return kind
         if facts:
             if size != facts["size"]:
                 return f"has {size} bytes, was committed with {facts['size']}"
@@ -298,7 +328,30 @@ def find_fault(path: Path, facts: Mapping[str, int] | None = None) -> str | None
             read_torch(path)
     except (OSError, ValueError, zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return reason if (reason := reason.removeprefix(f"{path}: ")).startswith("damaged") else f"damaged ({reason})"
+        reason = reason.removeprefix(f"{path}: ")
+        return reason if reason.startswith(("damaged", "refused")) else f"damaged ({reason})"
+    return None
+
+
+def what_else(path: Path) -> str | None:
+    """What a file is that is called like a torch file and is none, with a way out; None: it may be one."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(512)
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "is a web page, not a checkpoint: its download asked for something; fetch it again"
+    if text.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS, not the file itself: run git lfs pull where it came from"
+    if size > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= size - 8:
+        return ("is a safetensors file: convert it with python -c \"import torch, safetensors.torch as s; "
+                f"torch.save(s.load_file('{path.name}'), '{path.stem}_weights.pth')\"")
+    for kind, mark in (("a gzip archive: unpack it", b"\x1f\x8b"), ("an HDF5 file, as Keras writes", b"\x89HDF"),
+                       ("a GGUF file", b"GGUF"), ("a picture", b"\x89PNG"), ("a 7z archive: unpack it", b"7z\xbc\xaf")):
+        if head.startswith(mark):
+            return f"is {kind}, not a torch file"
+    if head[257:262] == b"ustar":
+        return "is a tar archive, not a torch file: unpack it"
     return None
 
 
@@ -311,7 +364,7 @@ def _crc32(path: Path) -> int:
 
 
 def load_file(path: Path | str) -> Any:
-    """Verify a torch file, then read it to the CPU, tensors and plain types only: code in it is never run.
+    """Verify a torch file, then read it to the CPU: code in it is never run.
 
     Raises: CheckpointError in one line: missing, empty, truncated, damaged, not a torch file, or refused.
     """
@@ -322,21 +375,32 @@ def load_file(path: Path | str) -> Any:
         raise CheckpointError(f"{path}: no such file")
     if fault := find_fault(path):
         hint = ", its writer was interrupted" if fault == "is empty" else ""
-        raise CheckpointError(f"{path}: {fault}{hint}; name another checkpoint")
+        raise CheckpointError(f"{path}: {fault}" + (f"{hint}; name another checkpoint" if len(fault) < 60 else ""))
     return read_torch(path)
 
 
 def read_torch(path: Path) -> Any:
-    """Read a torch file that was found good. Raises CheckpointError in one line."""
+    """Read a torch file that was found good: tensors and plain values. Raises CheckpointError in one line.
+
+    In a file of others that holds more, the rest is stood in for (see inert.py) and nothing of it is run.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         blamed = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class|operand)[: ]+(?:GLOBAL )?(\S+)", str(error))
         what = f"it asks for {blamed.group(1) or blamed.group(2)}" if blamed else "it is no plain torch file"
+        if read_seal(path) is None:
+            try:
+                return inert.read(path)
+            except ValueError as reason:
+                what = _first_line(reason)
         raise CheckpointError(f"{path}: refused: {what}; only tensors and plain values are read") from None
     except Exception as error:  # torch's reader fails in many ways on bytes that nobody wrote on purpose
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: can't be read as a torch file: {reason}") from None
+        raise CheckpointError(f"{path}: can't be read as a torch file: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
 
 
 # ---------------------------------------------------------------- one writer

@@ -36,8 +36,9 @@ def train_stages(option_file: str, overrides: Iterable[Override], only: str | No
     Raises: OptionError, CheckpointError: one line, before anything is trained; NonFiniteLoss.
     """
     chain = options.stage_names(option_file)
-    if only is None and resume:
-        names = chain[chain.index(stage_of(resume, chain)):]
+    if resume:
+        stage = stage_of(resume, chain, only)
+        names = [only] if only else chain[chain.index(stage):]
     else:
         names = chain if only is None else [only]
     parsed = {}
@@ -45,7 +46,7 @@ def train_stages(option_file: str, overrides: Iterable[Override], only: str | No
         own = [("path.init_from", init_from, "--init-from")] if init_from and name == names[0] else []
         parsed[name] = options.parse(option_file, [*overrides, *own], MODELS, NETWORKS, DATASETS, name)
     opts = {name: opt for name, (opt, _) in parsed.items()}
-    for name in names:
+    for name in names[1:] if resume else names:
         if fresh or not checkpoint.has_traces(folder_of(opts[name])):
             check_origin(name, names, chain, opts)
     with StopRequest() as stop:
@@ -55,8 +56,8 @@ def train_stages(option_file: str, overrides: Iterable[Override], only: str | No
                 say(f"stopped  by {stop.agreed.name} before stage {name}; go on with: {command}")
                 return stop.exit_code
             opt, notices = parsed[name]
-            said = resolve_origin(name, chain, opts)
             first = name == names[0]
+            said = f", resumed from {resume}" if resume and first else resolve_origin(name, chain, opts)
             code = launch(opt, notices, resume=resume if first else None, init_from=init_from if first else None,
                           fresh=fresh, command=command, preface=[f"stage    {name}, {chain.index(name) + 1} of "
                                                                  f"{len(chain)}{said}", *table(option_file, name, opt)])
@@ -70,13 +71,19 @@ def say(text: str) -> None:
         print(text)
 
 
-def stage_of(path: str, chain: Iterable[str]) -> str:
-    """The stage that a checkpoint is of. Raises CheckpointError where it does not say so."""
-    name = (checkpoint.locate(path).load()["state"].get("metadata") or {}).get("stage")
-    if name not in chain:
-        raise CheckpointError(f"{path}: is of {f'stage {name!r}' if name else 'no stage'}; say with --stage where to "
-                              f"go on: {', '.join(chain)}")
-    return name
+def stage_of(path: str, chain: list[str], only: str | None) -> str:
+    """The stage to resume with a checkpoint: its own, or what --stage says of one that is of none of these.
+
+    Raises: CheckpointError where that is not clear, with what to type instead.
+    """
+    name = (checkpoint.locate(path).load().get("state", {}).get("metadata") or {}).get("stage")
+    if only is None and name not in chain:
+        raise CheckpointError(f"{path}: is of {f'stage {name!r}' if name else 'no stage'}; say which of the stages it "
+                              f"is to resume: {' or '.join(f'--stage {one}' for one in chain)}")
+    if only and name in chain and name != only:
+        raise CheckpointError(f"{path}: is of stage {name!r}; resume that with --stage {name} --resume {path}, or "
+                              f"start {only} with its weights: --stage {only} --init-from {path}")
+    return only or name
 
 
 def folder_of(opt: Mapping[str, Any]) -> Path:

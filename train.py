@@ -20,6 +20,8 @@ import torch
 
 import checkpoint
 import distributed
+import durable
+import foreign
 import options
 from checkpoint import CheckpointError, CheckpointSet, Layout, Saver
 from data import DATASETS
@@ -174,6 +176,8 @@ class Run:
         self.saver = Saver(self.models, layout, keep["keep_last_n"], background)
         self.launch_file = self.folder / ".launch"  # which launch began here last
         self.lock: FolderLock | None = None
+        self.resumed_from: str | None = None  # what elsewhere this run was resumed from, by --resume
+        self.remembered = False  # --resume names what this run was resumed from before: it goes on from its own
 
     def choose_metric(self) -> tuple[str, str]:
         """Name and mode ("max" or "min") of the test metric that says which checkpoint is the best."""
@@ -208,18 +212,19 @@ class Run:
         again = distributed.restarted() and self.launch_file.exists()
         if again and self.launch_file.read_text() == distributed.launch():
             source = checkpoint.find_newest(self.models, self.log.line)
-            return checkpoint.locate(resume, self.log.line) if resume and not source else source
+            return self.named(resume) if resume and not source else source
         if resume:
-            return checkpoint.locate(resume, self.log.warn)
+            return (None if fresh else self.resumed_before(resume)) or self.named(resume)
         if (named := self.opt["train"]["resume_checkpoint"]) and (init_from or fresh):
             raise CheckpointError(f"{'--fresh' if fresh else '--init-from'} starts at iteration 0, but "
                                   f"train.resume_checkpoint is {named}; leave one of them out")
         if fresh:
             return None
-        source = checkpoint.find_newest(self.models, self.log.warn)
-        if source is None and checkpoint.has_traces(self.models):
-            raise CheckpointError(f"{self.models}: there are checkpoints, but none is usable; name another one with "
-                                  "--resume, or begin anew with --fresh")
+        why: list[str] = []
+        source = checkpoint.find_newest(self.models, lambda line: (why.append(line), self.log.warn(line)))
+        if source is None and (why or checkpoint.has_traces(self.models)):
+            raise CheckpointError(f"{self.models}: there are checkpoints, but none is usable{checkpoint.reasons(why)}; "
+                                  "name another one with --resume, or start over with --fresh, which puts them aside")
         config = source.load().get("state", {}).get("config") if source and (init_from or named) else None
         config = config if options.is_ours(config or {}) else {}
         if source and init_from and config.get("path", {}).get("init_from") != init_from:
@@ -228,6 +233,24 @@ class Run:
         if named and config.get("train", {}).get("resume_checkpoint") != named:
             return checkpoint.locate(named, self.log.line)
         return source
+
+    def named(self, resume: str) -> CheckpointSet:
+        """The set that `--resume` names; where it is not this run's own, it is remembered."""
+        found = checkpoint.locate(resume, self.log.warn)
+        if found.folder.resolve() != self.models.resolve():
+            self.resumed_from = str(Path(resume).resolve())
+        return found
+
+    def resumed_before(self, resume: str) -> CheckpointSet | None:
+        """This run's own newest set, if it was resumed from the same place before: the command is being repeated."""
+        own = checkpoint.find_newest(self.models)
+        metadata = own.load().get("state", {}).get("metadata") if own else None
+        if not isinstance(metadata, Mapping) or metadata.get("resumed_from") != str(Path(resume).resolve()):
+            return None
+        self.log.line(f"note     this run was resumed from {resume} before and is at iteration {own.iteration}; it "
+                      "resumes from there. To go back to that file once more, add --fresh")
+        self.remembered = True
+        return own
 
     def restore(self, source: CheckpointSet | None) -> None:
         """Bring model, data order, history and generators to where the set was saved."""
@@ -241,7 +264,8 @@ class Run:
         if self.iteration is None:  # others count epochs only
             self.iteration = state["epoch"] * per_epoch
         self.started_at = self.iteration
-        self.history = state.get("history", [])
+        self.history = state["history"] if "history" in state else foreign.validations(state, self.iteration)
+        self.resumed_from = self.resumed_from or (state.get("metadata") or {}).get("resumed_from")
         seed, rank = train["manual_seed"], distributed.rank()
         position = state.get("sampler_state") or {"epoch": self.iteration // per_epoch, "offset": 0}
         if position.get("length", length) != length:
@@ -305,6 +329,8 @@ class Run:
             say(f"absent   {', '.join(absent)}: begun anew, so not bit for bit the run that was interrupted")
         if state and "scheduler_state_dict" not in state:
             say("note     no scheduler in it, and none is needed: the learning rate follows from the iteration")
+        if "sampler_state" not in state:
+            self.banner_of_others(state)
         if state.get("config") and not options.is_ours(state["config"]):
             say("note     its options are another program's and are not compared")
         if not source.committed and torch.__version__ < (2, 10):  # CVE-2026-24747
@@ -316,6 +342,22 @@ class Run:
             say(f"machine  changed, so results may differ in the last bits: {', '.join(changed)}")
         for line in differences(state.get("config", {}), opt):
             say(f"options  {line}")
+
+    def banner_of_others(self, state: Mapping[str, Any]) -> None:
+        """What of another program's state was taken over, and what can't be."""
+        if self.history:
+            best = next(row for row in self.history if row["iteration"] == self.best) if self.best else {}
+            self.log.line(f"history  {len(self.history)} validations taken over"
+                          + (f", the best at iteration {self.best}: {self.best_metric[0]} {number(self.metric(best))}"
+                             if best else f"; none of them has this run's metric, {self.best_metric[0]}"))
+        elif "metric" in state:
+            self.log.line(f"note     its own value {number(state['metric'])} is of no validation of this run: the best "
+                          "starts over")
+        if found := foreign.describe_scheduler(state):
+            rate, kind = found
+            if abs(rate - self.rate(self.iteration)) > 1e-3 * rate:
+                self.log.line(f"note     its {kind} stood at learning rate {rate:.3g}; here it follows from the "
+                              f"options: {self.rate(self.iteration):.3g}")
 
     def environment(self) -> dict[str, Any]:
         return {**checkpoint.environment(), "device": self.model.device.type, "processes": distributed.world_size()}
@@ -359,7 +401,7 @@ class Run:
                 "rng_state": distributed.gather(checkpoint.rng_state()), "history": self.history, "best": self.best,
                 "metric": self.metric(self.history[-1]) if validated else None,
                 "metadata": {"model": self.opt["model"], "stage": self.opt["stage"],
-                             "best_metric": list(self.best_metric)},
+                             "best_metric": list(self.best_metric), "resumed_from": self.resumed_from},
                 "config": plain(self.opt), "environment": self.environment(), "timestamp": checkpoint.timestamp(),
                 **self.model.extra_state(self.iteration), **several}
 
@@ -540,13 +582,17 @@ class Run:
             if resumed_from is None and checkpoint.has_traces(self.models):
                 raise CheckpointError(f"{self.folder}: another process began this run just now; run the same command "
                                       "again to go on from there")
+        checkpoint.try_out(self.models, self.saver.layout)
+        for notice in durable.notices:
+            self.log.warn(notice)
         own = resumed_from is not None and resumed_from.folder.resolve() == self.models.resolve()
         if launch := distributed.launch():
             self.launch_file.write_text(launch)
         archive = checkpoint.put_away(self.models, after=self.iteration if own else -1)
         if archive:
             self.log.line(f"archived {'all' if fresh else 'other' if not own else 'newer'} checkpoints: {archive}")
-        checkpoint.clean(self.models)
+        for line in checkpoint.clean(self.models):
+            self.log.warn(line)
         if own:
             self.saver.relink(self.best)  # what a kill or going back left undone
             self.saved_as = (resumed_from.record or {}).get("reason", "regular")
@@ -632,7 +678,8 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
         run.claim()
         source = distributed.from_main(lambda: run.find_source(resume, init_from, fresh))
         run.restore(source)
-        if source and run.iteration >= opt["train"]["total_iter"] and not resume and not (
+        if source and run.iteration >= opt["train"]["total_iter"] and (
+                not resume or run.remembered) and not (
                 source.committed and run.validation_missing()):
             log.line(f"finished at iteration {run.iteration} of {opt['train']['total_iter']}: nothing left to do; "
                      "raise train.total_iter to go on")
