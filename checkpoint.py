@@ -321,7 +321,7 @@ def _unrecorded(folder: Path, iteration: int, files: Mapping[str, Path], report:
     except (CheckpointError, OSError) as error:
         report(str(error).removeprefix(f"{folder}/"))
         return None
-    if not any(seals.values()):
+    if not any("part" in (seal or {}) for seal in seals.values()):
         if "G" not in files:
             report(f"{iteration}: there is {', '.join(files)} of this iteration, but no G")
             return None

@@ -1,7 +1,8 @@
 """The one dictionary that holds a whole training state: ours, older ones of ours, and those of other programs.
 
 Understood besides our own: KAIR, BasicSR (`params`, and its `.state`), taming and PyTorch Lightning (`state_dict`,
-`global_step`, `optimizer_states`), InkTrace, LGT and plain scripts (`model_state_dict`, `optimizer_state_dict`, `epoch`).
+`global_step`, `optimizer_states`), InkTrace, LGT and plain scripts (`model_state_dict`, `optimizer_state_dict`,
+`epoch`).
 """
 
 from __future__ import annotations

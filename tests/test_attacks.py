@@ -1,13 +1,19 @@
 """Bit flips, power loss, full and failing disks, hostile files: nothing committed is lost, nothing bad is used."""
 
+import argparse
 import builtins
+import collections
 import errno
 import json
 import os
+import pickle
 import random
 import resource
 import shutil
+import struct
 import subprocess
+import sys
+import zipfile
 
 import pytest
 import torch
@@ -15,6 +21,7 @@ import torch
 import checkpoint
 import checkpoint_cli
 import durable
+import inert
 from checkpoint import CheckpointError, Layout, Saver, commit, find_newest, locate
 from tests.conftest import ROOT
 from tests.test_checkpoint import flip, parts
@@ -368,3 +375,138 @@ def test_a_seal_is_not_taken_from_a_file_of_another_size(tmp_path):
     data = (tmp_path / "it1.pt").read_bytes()
     (tmp_path / "it1.pt").write_bytes(b"x" * 100 + data)
     assert "damaged" in durable.find_fault(tmp_path / "it1.pt")
+
+
+# ---------------------------------------------------------------- what is in a file of others
+
+
+def with_pickle(path, program):
+    """A torch file whose pickle is this."""
+    torch.save({"w": torch.ones(2)}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in records.items():
+            archive.writestr(name, program if name.endswith("data.pkl") else data)
+    return path
+
+
+def doubled(op_in, op_out, times=60):
+    """A value that holds the one before twice, so many times: small in the file, endless for who goes through it."""
+    return op_in + b"".join(b"q%cr%sh%c" % (i, struct.pack("<I", 300 + i), i) + op_out for i in range(times))
+
+
+class Trap:
+    """Writes a file when it is imported, made, called, filled, set or hashed."""
+
+    def __new__(cls, *_):
+        open("HOSTILE", "w").close()
+        return object.__new__(cls)
+
+    __setstate__ = __setitem__ = append = extend = __call__ = __reduce__ = __hash__ = __new__
+
+
+HERE = b"ctests.test_attacks\nTrap\n"
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n("
+STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\0" + b"0X\x03\0\0\0cpuK\x02tQ"
+PROGRAMS = {
+    "made": (HERE + b")R", "stands"), "made anew": (HERE + b")\x81", "stands"),
+    "set": (HERE + b")R}X\x01\0\0\0aK\x01sb", "stands"),
+    "set by slots": (HERE + b")RN}X\x01\0\0\0aK\x01s\x86b", "stands"),
+    "filled": (HERE + b")RK\x01a", "stands"), "filled by keys": (HERE + b")RK\x01K\x02s", "stands"),
+    "called twice": (HERE + b")R)R", "stands"), "a key": (b"}" + HERE + b")RK\x01s", "stands"),
+    "by instance": (b"(K\x01itests.test_attacks\nTrap\n", "stands"), "by object": (b"(" + HERE + b"K\x01o", "stands"),
+    "a module that is nowhere": (b"cno_such_module\nThing\n)R", "stands"),
+    "a method of a call": (b"cbuiltins\ngetattr\n" + HERE + b"X\x06\0\0\0append\x86RK\x01\x85R", "stands"),
+    "a function of torch is changed": (b"ctorch._utils\n_rebuild_tensor_v2\n}X\x0c\0\0\0__defaults__Nsb", "stands"),
+    "system": (b"cos\nsystem\nX\x0d\0\0\0touch HOSTILE\x85R", "it asks for os.system"),
+    "system within": (b"cbuiltins\ngetattr\n(cos\nsystem\nX\x08\0\0\0__call__tR", "it asks for os.system"),
+    "eval by stack": (b"X\x08\0\0\0builtinsX\x04\0\0\0eval\x93X\x01\0\0\0" + b"1\x85R", "asks for builtins.eval"),
+    "lists in lists": (doubled(b"]", b"\x86"), "too many values"),
+    "a list in itself": (b"]q\0h\0a", "holds too many values, or itself"),
+    "tuples as a key": (b"}" + doubled(b")", b"\x86") + b"K\x01s", "a key in it is nested"),
+    "a path of tuples": (b"cpathlib\nPosixPath\n" + doubled(b")", b"\x86") + b"\x85R", "is no text"),
+    "a tensor beyond its data": (TENSOR + STORAGE + b"K\0J\xff\xff\xff\x7f\x85K\x01\x85\x89}tR", "beyond its data"),
+    "a tensor before its data": (TENSOR + STORAGE + b"J\xf0\xff\xff\xffK\x01\x85K\x01\x85\x89}tR", "beyond its data"),
+    "an extension": (b"\x82\x01", "torch does not write"), "no end": (b"K\x01K\x02", "exhausted before"),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_pickle_of_others_is_read_and_never_run(tmp_path, monkeypatch, name):
+    """Each instruction that could run something, in a file that weights_only refuses; as zip archive and as old row."""
+    monkeypatch.chdir(tmp_path)
+    defaults = torch._utils._rebuild_tensor_v2.__defaults__
+    program, expected = PROGRAMS[name]
+    program = b"\x80\x02}X\x04\0\0\0oddlcno_such_module\nOdd\nsX\x01\0\0\0x" + program
+    program += b"" if name == "no end" else b"s."
+    rows = b"".join(pickle.dumps(head, 2) for head in (inert.MAGIC, 1001, {"little_endian": True}))
+    old = tmp_path / "old.pth"
+    old.write_bytes(rows + program + pickle.dumps(["0"] if STORAGE in program else [], 2)
+                    + (struct.pack("<qff", 2, 1, 1) if STORAGE in program else b""))
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "no_such_module", raising=False)
+        for path in (with_pickle(tmp_path / "new.pth", program), old):
+            if expected == "stands":
+                assert isinstance(inert.read(path)["oddl"], inert.Unread)
+            else:
+                with pytest.raises(ValueError, match=expected):
+                    inert.read(path)
+                with pytest.raises(CheckpointError, match="refused|can't be read|damaged") as caught:
+                    durable.load_file(path)
+                assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert not os.path.exists("HOSTILE") and torch._utils._rebuild_tensor_v2.__defaults__ == defaults
+
+
+def test_an_old_file_that_promises_more_than_it_has_takes_no_memory(tmp_path):
+    huge = STORAGE.replace(b"K\x02tQ", b"\x8a\x05" + b"\xff" * 4 + b"\x7ftQ")
+    program = b"\x80\x02}X\x01\0\0\0x" + TENSOR + huge + b"K\0K\x01\x85K\x01\x85\x89}tRs."
+    rows = b"".join(pickle.dumps(head, 2) for head in (inert.MAGIC, 1001, {"little_endian": True}))
+    (tmp_path / "x.pth").write_bytes(rows + program + pickle.dumps(["0"], 2))
+    with pytest.raises(ValueError, match="not all there"):
+        inert.read(tmp_path / "x.pth")
+
+
+def test_every_instruction_that_torch_and_numpy_write_is_understood(tmp_path):
+    """The same values as torch's own reader gives, by each protocol, in the old layout too."""
+    weights = {"w": torch.randn(3, 4).t(), "half": torch.ones(5, dtype=torch.bfloat16), "none": torch.empty(0, 3),
+               "number": torch.tensor(3), "parameter": torch.nn.Parameter(torch.ones(2))}
+    plain = {"a": [1, 2.5, None, True, "text", b"bytes", (1, (2,)), -5, 2**80], "c": collections.OrderedDict(b=1)}
+    odd = {"path": checkpoint.Path("/a/b"), "default": collections.defaultdict(list, {"k": [1]}), "set": {1},
+           "options": argparse.Namespace(lr=0.1, inner=argparse.Namespace(n=2)), "size": torch.Size([1, 2])}
+    odd |= {"scalar": torch.ones(1).numpy()[0], "array": torch.arange(6.0).reshape(2, 3).numpy().T}
+    for protocol in (2, 3, 4, 5):
+        for zipped in (True, False):
+            torch.save(weights | plain | odd, tmp_path / "x.pth", pickle_protocol=protocol,
+                       _use_new_zipfile_serialization=zipped)
+            found = inert.read(tmp_path / "x.pth")
+            for key, value in weights.items():
+                assert torch.equal(found[key], value) and found[key].dtype == value.dtype
+                assert found[key].stride() == value.stride()
+            assert {key: found[key] for key in plain} == plain and found["path"] == "/a/b" and found["set"] == [1]
+            assert found["default"] == {"k": [1]} and found["options"] == {"lr": 0.1, "inner": {"n": 2}}
+            assert found["scalar"] == 1 and found["size"] == (1, 2)
+            assert torch.equal(found["array"], torch.arange(6.0).reshape(2, 3).t())
+
+
+KINDS = {"a web page": (b"\n<!DOCTYPE html><html>Sign in</html>", "is a web page, not a checkpoint"),
+         "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+         "safetensors": (struct.pack("<Q", 40) + b'{"w":{"dtype":"F32","shape":[0],"data_of' + bytes(9), "safetensors"),
+         "gzip": (b"\x1f\x8b" + bytes(40), "is a gzip archive"), "HDF5": (b"\x89HDF\r\n" + bytes(40), "is an HDF5"),
+         "tar": (b"x" * 257 + b"ustar" + bytes(250), "is a tar archive"),
+         "text": (b"hello there, this is text", "refused|damaged")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_only_is_called_a_checkpoint_is_called_by_its_name(tmp_path, kind):
+    content, words = KINDS[kind]
+    for name in ("model.ckpt", "weights.pth", "5_G.pth"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=words) as caught:
+            checkpoint.read_weights(tmp_path / name)
+        assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+    (tmp_path / "run").mkdir()
+    os.replace(tmp_path / "model.ckpt", tmp_path / "run/model.ckpt")
+    said = []
+    assert find_newest(tmp_path / "run", said.append) is None and checkpoint.has_traces(tmp_path / "run")
+    assert any(durable.re.search(words, line) for line in said)

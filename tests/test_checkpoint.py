@@ -253,3 +253,148 @@ def test_what_is_no_network_is_refused_by_name():
     for payload, words in ((parts()["optimizerG"], "optimizer"), ([1], "holds a list"), ({"a": 1}, "no weights")):
         with pytest.raises(CheckpointError, match=words):
             checkpoint.weights_in(payload, "x.pth")
+
+
+# ---------------------------------------------------------------- what lies there besides
+
+
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("sealed", [True, False], ids=["as now", "as before the seals told the set"])
+def test_a_lost_record_is_rebuilt_from_the_seals_of_whole_members(tmp_path, monkeypatch, sealed):
+    models = tmp_path / "models"
+    models.mkdir()
+    if not sealed:
+        write = checkpoint.write_durably
+        monkeypatch.setattr(checkpoint, "write_durably", lambda path, payload, about=None: write(
+            path, payload, {key: value for key, value in (about or {}).items() if key != "set"} or None))
+    commit(models, 7, parts(7.0), epoch=3, best=7, metric=0.5)
+    record = json.loads((models / "7.json").read_text())
+    (models / "7.json").unlink()
+    found = find_newest(models)
+    assert found.iteration == 7 and torch.equal(found.load()["G"]["w"], torch.full((64,), 7.0))
+    assert checkpoint.clean(models) == ["7.json was missing; written anew from the seals of its files, which are whole"]
+    again = json.loads((models / "7.json").read_text())
+    assert again["files"] == record["files"] and find_newest(models).fault() is None
+    if sealed:
+        assert {key: again[key] for key in checkpoint.ABOUT} == {key: record[key] for key in checkpoint.ABOUT}
+    assert checkpoint.clean(models) == []
+
+
+@pytest.mark.parametrize("damage", ["flipped", "one missing", "of another save", "copied from another iteration"])
+def test_members_that_make_no_set_are_said_and_put_aside_not_deleted(tmp_path, damage):
+    models = tmp_path / "models"
+    models.mkdir()
+    commit(models, 20, parts(20))
+    names = ["20_G.pth"]
+    if damage == "copied from another iteration":
+        shutil.copy(models / "20_G.pth", models / "15_E.pth")
+        names = ["15_E.pth"]
+    else:
+        (models / "20.json").unlink()
+        if damage == "flipped":
+            flip(models / "20_G.pth", 0.4)
+        elif damage == "one missing":
+            (models / "20_state.pth").unlink()
+        else:
+            shutil.copy(models / "20_G.pth", tmp_path / "kept")
+            commit(models, 20, parts(20), epoch=5)
+            (models / "20.json").unlink()
+            os.replace(tmp_path / "kept", models / "20_G.pth")
+    before, said = files_in(models), []
+    found = find_newest(models, said.append)
+    assert len(said) == 1 and names[0].partition("_")[0] in said[0] and checkpoint.has_traces(models)
+    assert (found is not None) == (damage == "copied from another iteration")
+    (line,) = checkpoint.clean(models)
+    archive = checkpoint.Path(line.rpartition(": ")[2])
+    assert "put aside what belongs to no checkpoint" in line and set(names) <= set(os.listdir(archive))
+    assert files_in(models) | files_in(archive) == before
+
+
+def test_what_a_kill_left_of_a_commit_or_a_removal_is_removed_quietly(tmp_path, monkeypatch):
+    models = tmp_path / "models"
+    models.mkdir()
+    commit(models, 1, parts(1))
+    real = os.replace
+
+    def killed(source, target):
+        if str(target).endswith("2_state.pth"):
+            raise KeyboardInterrupt
+        real(source, target)
+
+    for call in ("commit", "remove"):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "no")))
+            if call == "commit":
+                patch.setattr(os, "replace", killed)
+                with pytest.raises(KeyboardInterrupt):
+                    commit(models, 2, parts(2))
+            else:
+                commit(models, 2, parts(2))
+                with pytest.raises(OSError):
+                    checkpoint.remove(find_newest(models))
+                os.unlink(models / "2_G.pth")
+        said = []
+        assert find_newest(models, said.append).iteration == 1 and said == []
+        assert checkpoint.clean(models) == []
+        assert sorted(os.listdir(tmp_path)) == ["models"] and len(os.listdir(models)) == 4
+
+
+def test_files_of_others_beside_the_checkpoints_are_not_touched(tmp_path):
+    models = tmp_path / "models"
+    models.mkdir()
+    for n in (1, 2, 3):
+        commit(models, n, parts(n))
+    others = {"vgg16.pth": b"not even a torch file", "notes.txt": b"x", "config.json": b"{}", "lpips.pt": b""}
+    for name, content in others.items():
+        (models / name).write_bytes(content)
+    torch.save({"features.0.weight": torch.ones(3)}, models / "resnet50.pth")
+    torch.save({"state_dict": {"w": torch.ones(3)}}, models / "pretrained.ckpt")
+    others = {name: content for name, content in files_in(models).items() if not name[0].isdigit()}
+    said = []
+    assert find_newest(models, said.append).iteration == 3 and said == []
+    checkpoint.clean(models)
+    checkpoint.prune(models, 1)
+    commit(models, 4, parts(4))
+    archives = [checkpoint.put_away(models, after=3), checkpoint.put_away(models)]
+    assert all(archives) and files_in(models) == others
+    assert not checkpoint.has_traces(models)  # a new run may start among them
+
+
+@pytest.mark.parametrize("left", ["only E", "only an optimizer", "a folder as record", "state without the rest"])
+def test_a_folder_with_traces_and_nothing_usable_is_never_taken_for_empty(tmp_path, left):
+    if left == "only E":
+        torch.save(parts()["G"], tmp_path / "300_E.pth")
+    elif left == "only an optimizer":
+        torch.save(parts()["optimizerG"], tmp_path / "300_optimizerG.pth")
+    else:
+        commit(tmp_path, 300, parts())
+        (tmp_path / "300.json").unlink()
+        (tmp_path / ("300_G.pth" if left == "a folder as record" else "300_optimizerG.pth")).unlink()
+        (tmp_path / "300.json").mkdir()
+    said = []
+    assert find_newest(tmp_path, said.append) is None and "300" in said[0] and checkpoint.has_traces(tmp_path)
+    with pytest.raises(CheckpointError, match="no usable checkpoint in this folder .*300"):
+        locate(tmp_path)
+
+
+def test_a_folder_that_cant_be_looked_into_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.Path, "iterdir", lambda _: (_ for _ in ()).throw(PermissionError(13, "Permission")))
+    with pytest.raises(CheckpointError, match="can't be looked into: Permission"):
+        find_newest(tmp_path)
+
+
+def test_files_without_links_are_told_apart_where_a_disk_has_one_number_for_all(tmp_path, monkeypatch):
+    """Some FUSE and CIFS mounts give each file the same inode number."""
+    real = os.stat
+
+    def same_number(path, *args, **kwargs):
+        facts = real(path, *args, **kwargs)
+        return os.stat_result((facts.st_mode, 7, *facts[2:]))
+
+    for n in (1, 2):
+        commit(tmp_path, n, parts(n))
+    monkeypatch.setattr(os, "stat", same_number)
+    assert [found.iteration for found in find_sets(tmp_path)] == [1, 2]

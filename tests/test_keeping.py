@@ -1,6 +1,7 @@
 """One run's folder over time: a lock, saves on a thread, refused saves, links, and what proves that a run resumes."""
 
 import contextlib
+import errno
 import io
 import os
 import shutil
@@ -359,3 +360,113 @@ def test_the_search_for_reasons_compares_runs_under_the_same_kernels(tmp_path, m
     monkeypatch.setattr(ModelPlain, "feed_data", feed_data)
     assert prove.prove(str(write_json(tmp_path / "run.json", tiny.options(tmp_path, "run"))), [], 4) == 1
     assert "because  a run that nobody stopped repeats itself" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- disks that have less, or nothing
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("kind", ["folders", "files"])
+def test_a_disk_without_fsync_is_accepted_and_said_once(tmp_path, monkeypatch, capsys, kind, number):
+    real = os.fsync
+
+    def refuse(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}") == (kind == "folders"):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    path = write_json(tmp_path / "run.json", tiny.options(tmp_path, "run"))
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(durable, "notices", [])
+    if number in (errno.EINVAL, errno.ENOTSUP) or kind == "folders" and number in (errno.EBADF, errno.EACCES):
+        assert run("-opt", path) == 0
+        assert capsys.readouterr().out.count(f"this disk can't be told to write {kind} down at once") == 1
+        assert final(tmp_path / "run")["state"]["iteration"] == 9
+    else:
+        with pytest.raises(CheckpointError, match=f"models: a checkpoint can't be written here: {os.strerror(number)}; "
+                                                  f"(set path.root|make room|give this user)"):
+            run("-opt", path)
+        assert "iter " not in capsys.readouterr().out and os.listdir(tmp_path / "run/models") == []
+
+
+@pytest.mark.parametrize("number, harmless", [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_a_disk_without_fdatasync_is_accepted(tmp_path, monkeypatch, number, harmless):
+    asked = threading.Event()
+
+    def refuse(_):
+        asked.set()
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fdatasync", refuse)
+    with open(tmp_path / "x", "w+b") as file, contextlib.nullcontext() if harmless else pytest.raises(OSError):
+        with durable._written_back(file.fileno()):
+            assert asked.wait(10)
+
+
+@pytest.mark.parametrize("call, number, remedy", [("replace", errno.EROFS, "give this user the right to write"),
+                                                  ("fsync", errno.EIO, "set path.root to another disk"),
+                                                  ("replace", errno.ENOSPC, "make room there")])
+def test_a_folder_that_takes_no_checkpoint_is_found_before_the_first_step(tmp_path, monkeypatch, capsys, call, number,
+                                                                        remedy):
+    path = write_json(tmp_path / "run.json", tiny.options(tmp_path, "run"))
+    (tmp_path / "run/models/.probe").mkdir(parents=True)  # a kill in the trial of an earlier start
+    (tmp_path / "run/models/.probe/1.json").write_text("{}")
+
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match=remedy) as caught:
+        patch.setattr(os, call, refuse)
+        run("-opt", path)
+    assert "\n" not in str(caught.value) and "iter " not in capsys.readouterr().out
+    assert run("-opt", path) == 0 and not (tmp_path / "run/models/.probe").exists()
+
+
+# ---------------------------------------------------------------- the same command, again
+
+
+@pytest.mark.parametrize("named", ["4.json", "4_G.pth", "."])
+def test_a_repeated_resume_of_another_run_resumes_its_own_newest(tmp_path, monkeypatch, capsys, named):
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 4)
+        assert run("-opt", write_json(tmp_path / "a.json", tiny.options(tmp_path, "other"))) == 143
+    path = write_json(tmp_path / "b.json", tiny.options(tmp_path, "run"))
+    words = ("-opt", path, "--resume", tmp_path / "other/models" / named)
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 7)
+        assert run(*words) == 143
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 8)
+        assert run(*words) == 143  # as a supervisor does
+    said = capsys.readouterr().out
+    assert "before and is at iteration 7; it resumes from there" in said and "iteration 7 of 9" in said
+    assert run(*words) == 0 and "iteration 8 of 9" in capsys.readouterr().out
+    assert run(*words) == 0 and "nothing left to do" in capsys.readouterr().out
+    assert not list((tmp_path / "run").glob("models_*"))  # nothing was put aside on the way
+    assert run(*words, "--fresh") == 0 and "iteration 4 of 9" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("left", ["refused", "cut off", "members", "BasicSR without a network"])
+def test_a_run_never_starts_over_silently_beside_what_it_cant_use(tmp_path, capsys, left):
+    models = tmp_path / "run/models"
+    models.mkdir(parents=True)
+    if left == "members":
+        checkpoint.commit(models, 4, parts(4))
+        (models / "4.json").unlink(), (models / "4_state.pth").unlink()
+    elif left == "BasicSR without a network":
+        torch.save({"iter": 5, "network_of_mine": {"w": torch.ones(2)}}, models / "last.pth")
+    else:
+        torch.save({"iter": 5, "model": {"w": torch.ones(999)}, "optimizer": torch.optim.SGD([torch.ones(1)], 0.1)},
+                   models / "model.ckpt")
+        if left == "cut off":
+            os.truncate(models / "model.ckpt", 900)
+    before = sorted(os.listdir(models))
+    path = write_json(tmp_path / "run.json", tiny.options(tmp_path, "run"))
+    reason = {"refused": "holds an object .torch.optim", "cut off": "damaged", "members": "state is missing"}
+    with pytest.raises(CheckpointError, match=f"none is usable .*{reason.get(left, 'network_of_mine .1 tensors')}"):
+        run("-opt", path)
+    assert "iter " not in capsys.readouterr().out and sorted(os.listdir(models)) == before
+    assert run("-opt", path, "--fresh", "--set", "train.total_iter=1") == 0
+    (archive,) = (tmp_path / "run").glob("models_*")
+    assert sorted(os.listdir(archive)) == before
