@@ -539,7 +539,9 @@ def _located_file(path: Path) -> CheckpointSet:
         return found
     payload = load_file(path)
     parts = foreign.unpack(payload, path)
-    if "state" in parts and "G" in parts:
+    if "state" in parts:
+        if "G" not in parts:
+            raise foreign.no_network(payload, path)
         return CheckpointSet(path.parent, parts["state"]["iteration"], {"bundle": path})
     weights_in(payload, path)  # an optimizer or rubbish is named as such
     raise CheckpointError(f"{path}: holds weights only, no iteration; start from them with --init-from {path}")

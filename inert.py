@@ -55,9 +55,8 @@ class _Dtype:
     """A numpy dtype whose byte order is still to come."""
 
     def __init__(self, code: str, *_: Any):
-        if not isinstance(code, str) or not re.fullmatch(r"[biufcSU]\d{1,4}|[?b]1?", code):
-            raise ValueError("numpy values of a kind that is not read")
-        self.code, self.order = code, "="
+        plain = isinstance(code, str) and re.fullmatch(r"[biufcSU]\d{1,4}|[?b]1?", code)
+        self.code, self.order = code if plain else None, "="
 
     def kind(self) -> np.dtype:
         return np.dtype(self.code).newbyteorder(self.order)
@@ -71,11 +70,15 @@ class _Array:
 
 
 def _scalar(kind: _Dtype, data: bytes | str) -> Any:
+    if kind.code is None:
+        return Unread("numpy.generic")
     return np.frombuffer(_raw(data), kind.kind(), 1)[0].item()
 
 
 def _array(state: tuple) -> Any:
     _, shape, kind, fortran, data = state
+    if kind.code is None:
+        return Unread("numpy.ndarray")
     values = np.frombuffer(_raw(data), kind.kind())
     values = values.reshape(shape, order="F" if fortran else "C")
     if values.dtype.kind in "SU":

@@ -282,6 +282,39 @@ def test_a_named_checkpoint_says_which_stage_goes_on(copied, capsys):
     assert "stage    one, 1 of 2" in said and "stage    two, 2 of 2" in said  # and then the stages after it
 
 
+@pytest.mark.parametrize("stage", ["one", "two"])
+def test_a_stages_checkpoint_resumes_into_another_folder(straight, tmp_path, stage):
+    """With --save_dir elsewhere, nothing of the stages before is there, and nothing of them is needed."""
+    newest = straight / stage / "checkpoint_latest.pth"
+    path = option_file(tmp_path)
+    words = ("--set", f"path.models={tmp_path / 'else'}", "--resume", newest)
+    assert run("-opt", path, "--stage", stage, *words, "--set", "train.total_iter=7") == 0
+    assert checkpoint.find_newest(tmp_path / "else" / stage).iteration == 7
+    assert run("-opt", path, "--stage", stage, *words, "--set", "train.total_iter=8") == 0  # repeated by a supervisor
+    assert checkpoint.find_newest(tmp_path / "else" / stage).iteration == 8
+
+
+def test_a_stage_resumes_from_a_file_that_tells_no_stage(straight, tmp_path):
+    weights = checkpoint.find_newest(straight / "two").load()
+    torch.save({"state_dict": weights["G"], "optimizer": weights["optimizerG"], "iter": 3}, tmp_path / "theirs.pth")
+    path = option_file(tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match="is of no stage; .*: --stage one or --stage two") as caught:
+        run("-opt", path, "--resume", tmp_path / "theirs.pth")
+    assert run("-opt", path, *str(caught.value).rpartition(" or ")[2].split(), "--resume", tmp_path / "theirs.pth") == 0
+    assert checkpoint.find_newest(tmp_path / "run/two").iteration == 4
+
+
+def test_the_remedy_for_another_stages_checkpoint_can_be_typed(straight, tmp_path, capsys):
+    one = straight / "one/checkpoint_latest.pth"
+    with pytest.raises(checkpoint.CheckpointError, match="is of stage 'one'; resume that with --stage one") as caught:
+        run("-opt", option_file(tmp_path), "--stage", "two", "--resume", one)
+    remedies = str(caught.value).partition("resume that with ")[2].split(", or start two with its weights: ")
+    assert run("-opt", option_file(tmp_path), *remedies[1].split()) == 0
+    assert "start    at iteration 0 of 4" in capsys.readouterr().out
+    assert run("-opt", option_file(tmp_path), *remedies[0].split(), "--set", "train.total_iter=7") == 0
+    assert "iteration 6 of 7" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- ranking
 
 
