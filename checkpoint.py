@@ -106,7 +106,9 @@ class CheckpointSet:
         if self._checked:
             return None
         for path in self.files.values():
-            facts = self.record["files"].get(path.name) if self.committed and not self.bundled else None
+            facts = None
+            if self.committed and not self.bundled:
+                facts = {**self.record["files"][path.name], "iteration": self.iteration}
             reason = find_fault(path, facts)
             if reason and facts and "before" in facts:  # an amendment was cut off between the record and this file
                 reason = find_fault(path, facts["before"]) and reason

@@ -314,7 +314,7 @@ def find_fault(path: Path, facts: Mapping[str, int] | None = None) -> str | None
             if "crc32" in facts:  # version 1: of the whole file
                 return None if _crc32(path) == facts["crc32"] else "damaged (checksum differs)"
         seal = read_seal(path)
-        if facts and (not seal or seal["body_crc32"] != facts["body_crc32"]):
+        if facts and (not seal or any(seal.get(key, facts[key]) != facts[key] for key in facts if key != "size")):
             return "is not the file that was committed"
         if seal:
             with open(path, "rb") as file:
@@ -326,7 +326,7 @@ def find_fault(path: Path, facts: Mapping[str, int] | None = None) -> str | None
             return f"damaged (record {broken})" if broken else None
         else:
             read_torch(path)
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         reason = reason.removeprefix(f"{path}: ")
         return reason if reason.startswith(("damaged", "refused")) else f"damaged ({reason})"

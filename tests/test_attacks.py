@@ -230,7 +230,8 @@ def test_an_error_at_any_operation_is_said_and_harms_nothing(tmp_path, monkeypat
             path.unlink()
         for name, data in before.items():
             (tmp_path / name).write_bytes(data)
-    assert found.iteration == 2 and (failing > 2 or call == "link")  # links that fail become copies
+    spared = call == "link" or call == "fsync" and number == errno.EACCES  # copies; folders without fsync
+    assert found.iteration == 2 and (failing > 2 or spared)
 
 
 def test_a_file_size_limit_leaves_nothing_partial(tmp_path, layout):
