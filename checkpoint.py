@@ -22,7 +22,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -199,11 +199,8 @@ def _commit_split(folder: Path, iteration: int, parts: Mapping[str, Any], info: 
     temporary = {folder / name: folder / f"{name}.tmp" for name in (*names.values(), path.name)}
     renamed: list[Path] = []
     try:
-        whole = {**{key: info.get(key) for key in ABOUT}, "parts": sorted(parts)}
-
         def write(label: str) -> dict[str, int]:
-            about = {"iteration": iteration, "part": label, "set": whole}  # the record, should it get lost
-            return write_durably(folder / f"{names[label]}.tmp", parts[label], about)
+            return write_durably(folder / f"{names[label]}.tmp", parts[label], _about(iteration, label, parts, info))
 
         with ThreadPoolExecutor(4) as pool:  # torch.save leaves other threads room while it sums and writes
             files = dict(zip(names.values(), pool.map(write, names)))
@@ -226,6 +223,12 @@ def _commit_split(folder: Path, iteration: int, parts: Mapping[str, Any], info: 
     return CheckpointSet(folder, iteration, {label: folder / name for label, name in names.items()}, record)
 
 
+def _about(iteration: int, label: str, labels: Iterable[str], info: Mapping[str, Any]) -> dict[str, Any]:
+    """What the seal of a member tells, also of its set, should the record get lost."""
+    return {"iteration": iteration, "part": label,
+            "set": {**{key: info.get(key) for key in ABOUT}, "parts": sorted(labels)}}
+
+
 def amend(folder: Path | str, iteration: int, parts: Mapping[str, Any], layout: Layout,
           relink: Callable[[CheckpointSet], None], **info: Any) -> CheckpointSet:
     """Commit another state of a set that exists, e.g. with the metrics of its validation; it is whole at any moment.
@@ -246,7 +249,8 @@ def amend(folder: Path | str, iteration: int, parts: Mapping[str, Any], layout: 
     before = _split(path).record
     temporary = folder / f"{name}.tmp"
     with _gone_if_refused(temporary):
-        facts = write_durably(temporary, parts[label], {"iteration": iteration, "part": label})
+        labels = [MEMBER.fullmatch(member)[2] for member in before["files"]]
+        facts = write_durably(temporary, parts[label], _about(iteration, label, labels, {**before, **info}))
         old = dict(before["files"][name])
         if (older := old.pop("before", None)) and find_fault(folder / name, old):
             old = older  # an earlier amendment was cut off before its state was in place
@@ -330,12 +334,13 @@ def _unrecorded(folder: Path, iteration: int, files: Mapping[str, Path], report:
         return CheckpointSet(folder, iteration, files)
     own = {label: seal for label, seal in seals.items()
            if seal and (seal.get("iteration"), seal.get("part")) == (iteration, label)}
-    about = [seal.get("set") for seal in own.values()]
-    wanted = set(about[0]["parts"] if about and about[0] else ("G", "state", "optimizerG"))
-    if wanted <= set(own) and all(other == about[0] for other in about):
+    about = {label: seal.get("set") or {} for label, seal in own.items()}
+    saves = {json.dumps([told.get(key) for key in ("timestamp", "epoch", "parts")]) for told in about.values()}
+    wanted = set(next(iter(about.values()), {}).get("parts") or ("G", "state", "optimizerG"))
+    if wanted <= set(own) and len(saves) == 1:
         facts = {label: {"size": files[label].stat().st_size, "body_crc32": seal["body_crc32"]}
                  for label, seal in own.items()}
-        record = {"version": VERSION, "iteration": iteration, "reason": "regular", **(about[0] or {}),
+        record = {"version": VERSION, "iteration": iteration, "reason": "regular", **about["state"],
                   "files": {files[label].name: facts[label] for label in own}}
         record.pop("parts", None)
         return CheckpointSet(folder, iteration, {label: files[label] for label in own}, record)

@@ -28,7 +28,7 @@ from data import DATASETS
 from data.loader import STOP_SIGNALS, endless
 from data.sampler import EndlessBatches, names_digest, sample_rng
 from durable import FolderLock
-from log import Pace, RunLog, save_pictures, tolerated
+from log import Pace, RunLog, number, save_pictures, tolerated
 from models import MODELS
 from report import RunReport
 from runtime.evaluate import MOST_ATTEMPTS, Progress, ValidationError, describe_losses, evaluate

@@ -271,12 +271,15 @@ def test_a_lost_record_is_rebuilt_from_the_seals_of_whole_members(tmp_path, monk
         monkeypatch.setattr(checkpoint, "write_durably", lambda path, payload, about=None: write(
             path, payload, {key: value for key, value in (about or {}).items() if key != "set"} or None))
     commit(models, 7, parts(7.0), epoch=3, best=7, metric=0.5)
+    if sealed:  # and validated since
+        checkpoint.amend(models, 7, parts(7.0), checkpoint.Layout(), lambda found: None, best=7, metric=0.25)
     record = json.loads((models / "7.json").read_text())
     (models / "7.json").unlink()
     found = find_newest(models)
     assert found.iteration == 7 and torch.equal(found.load()["G"]["w"], torch.full((64,), 7.0))
     assert checkpoint.clean(models) == ["7.json was missing; written anew from the seals of its files, which are whole"]
     again = json.loads((models / "7.json").read_text())
+    record["files"]["7_state.pth"].pop("before", None)
     assert again["files"] == record["files"] and find_newest(models).fault() is None
     if sealed:
         assert {key: again[key] for key in checkpoint.ABOUT} == {key: record[key] for key in checkpoint.ABOUT}
