@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 from data.image_files import EXTENSIONS, KINDS, printable, read_bytes, unreadable
 
-OTHERS = (".tif", ".tiff", ".bmp", ".gif", ".jfif", ".jp2", ".jxl", ".avif", ".heic", ".ppm", ".pgm", ".tga", ".exr")
+OTHERS = (".tif", ".tiff", ".bmp", ".gif", ".jfif", ".jp2", ".jxl", ".avif", ".heic", ".ppm", ".pgm", ".tga", ".exr",
+          ".mp4", ".mov", ".avi", ".mkv", ".webm")
 SYSTEM = {"@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"}
 
 _passed: dict[str, tuple[Counter, str]] = {}  # folder -> files passed over by their endings, and one of them

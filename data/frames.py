@@ -227,11 +227,10 @@ def check_numbers(clip: str, frames: Iterable[str]) -> None:
     parts = [re.fullmatch(r"(.*?)([0-9]+)([^0-9]*)", frame) for frame in frames]
     if len(parts) < 3 or not all(parts) or len({(part[1], part[3]) for part in parts}) > 1:
         return
-    numbers = [int(part[2]) for part in parts]
-    steps = [after - before for before, after in zip(numbers, numbers[1:])]
-    step = min(steps)
-    at = steps.index(max(steps))
-    if step != steps[at] and 2 * steps.count(step) >= len(steps):  # else the names are times, not numbers
+    parts.sort(key=lambda part: int(part[2]))
+    steps = [int(after[2]) - int(before[2]) for before, after in zip(parts, parts[1:])]
+    step, at = min(steps), steps.index(max(steps))
+    if 0 < step < steps[at] and 2 * steps.count(step) >= len(steps):  # else the names are times, not numbers
         raise ValueError(f"{clip}: frames are missing between {parts[at][0]!r} and {parts[at + 1][0]!r}; add them, or "
                          "make a clip of each part")
 

@@ -28,6 +28,7 @@ from torch import Tensor
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 KINDS = "PNG, JPEG or WebP"
 MAX_SIDE, MAX_PIXELS = 65_535, 180_000_000  # of a picture; more is a damaged header, or needs tiles
+JPEG_DENSITY = 600  # pixels that a byte can tell at most: a bit for each block of 8x8 makes 512
 MIN_SIDE = 8  # pixels; what is smaller shows nothing that could be told apart
 SIGNATURES = {b"GIF8": "a GIF file", b"BM": "a BMP file", b"II*\0": "a TIFF file", b"MM\0*": "a TIFF file",
               b"<!": "an HTML page", b"<html": "an HTML page", b"version https://git-lfs": "a Git LFS pointer",
@@ -340,6 +341,8 @@ def _jpeg(content: bytes) -> Levels:
         if b"\xc0" <= marker <= b"\xcf" and marker not in b"\xc4\xc8\xcc":
             _, height, width, components = struct.unpack_from(">BHHB", data)
             _check_size(width, height)
+            if width * height > JPEG_DENSITY * len(content):
+                raise ValueError("it does not hold as many pixels as its header says")
         elif marker == b"\xe1" and data[:6] == b"Exif\0\0":
             orientation = _orientation(data[6:])
         elif marker == b"\xda":

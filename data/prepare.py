@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 
 from data.folders import passed_over, walk
-from data.frames import LMDB, check_folder, lmdb_module, read_frame
+from data.frames import LMDB, check_folder, check_numbers, lmdb_module, read_frame
 from data.image_files import KINDS
 
 BATCH = 64  # frames per transaction, which holds them in memory
@@ -60,6 +60,7 @@ def clips_below(folder: str) -> Iterator[tuple[str, list[str]]]:
         if len({os.path.splitext(name)[0] for name in frames}) < len(frames):
             raise ValueError(f"{place}: two frames of one name but for the extension; keep one of them")
         if frames:
+            check_numbers(place, [os.path.splitext(name)[0] for name in frames])
             empty = False
             yield os.path.relpath(place, folder), frames
     if empty:

@@ -106,7 +106,8 @@ def test_a_gap_in_a_clips_numbers_is_named(root):
         picture(root / "b" / f"{number:03d}.png")
     for make in (lambda: VideoRecurrentTrainDataset(dataroot_gt=str(root), gt_size=8, num_frame=2),
                  lambda: VideoRecurrentTestDataset(dataroot_gt=str(root)), lambda: FrameFolder(str(root)),
-                 lambda: VideoSequenceDataset(dataroot=str(root), num_frame=2, size=8)):
+                 lambda: VideoSequenceDataset(dataroot=str(root), num_frame=2, size=8),
+                 lambda: list(prepare.clips_below(str(root)))):
         with told(f"{root}/b: frames are missing between '004' and '006'"):
             make()
     picture(root / "b" / "005.png")

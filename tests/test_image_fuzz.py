@@ -8,6 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torchvision.io  # noqa: F401 - once, not in each child
 from PIL import Image
 
 from data.image_files import PNG, read_levels, read_picture
