@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else every process advises against what `wrap` does
@@ -29,8 +29,10 @@ import torch.distributed as dist  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
-PATIENCE = datetime.timedelta(days=7)  # one may validate or write for hours; that a process died shows at once
+PATIENCE = datetime.timedelta(days=7)  # one may validate or write for hours: what is wrong with it, `_Watch` finds
 LOOK_EVERY = 0.5  # seconds from one look at the others' fate to the next
+BEAT_EVERY = 4  # looks from one sign of life to the next
+SAY_AFTER = 60.0  # seconds of waiting for a process until it is named; then after four times as long, and so on
 
 _data: dist.ProcessGroup | None = None  # None: the default group, gloo
 _apart = 0  # depth of `apart`
@@ -105,9 +107,14 @@ def start() -> None:
         _watch = _Watch()
 
 
-def use_device(device: torch.device) -> None:
-    """From now on, batches and gradients lie there."""
+def use_device(device: torch.device, patience: float = 1800) -> None:
+    """From now on, batches and gradients lie there.
+
+    Args: patience: seconds without a sign of life of a process after which the others end.
+    """
     global _data
+    if _watch:
+        _watch.patience = patience
     if dist.is_initialized() and device.type == "cuda" and _data is None:
         _data = dist.new_group(backend="nccl")
 
@@ -122,15 +129,21 @@ def finish() -> None:
         _data = _watch = None
 
 
-def fail(cause: str, *, record: bool = True) -> bool:
-    """Tell the others to end, and torchrun why. Returns whether this process is the first, which alone prints."""
+def fail(cause: str, code: int = 1, *, record: bool = True) -> bool:
+    """Tell the others to end so, and torchrun why. Returns whether this process is the first, which alone prints."""
     if _watch is None:
         return True
-    first = _watch.tell(cause)
+    first = _watch.tell(cause, code)
     if first and record and (path := os.environ.get("TORCHELASTIC_ERROR_FILE")):  # what torchrun's summary shows
         with open(path, "w", encoding="utf-8") as file:
             json.dump({"message": cause, "timestamp": int(time.time())}, file)
     return first
+
+
+def spread(number: int) -> None:
+    """Let the other processes have this signal as well: one that waits for data would not hear of it."""
+    if _watch:
+        _watch.spread(number)
 
 
 def leave(code: int) -> None:
@@ -145,30 +158,44 @@ def leave(code: int) -> None:
 class _Watch:
     """Ends this process when another failed or died, whatever it is waiting for; asks it to stop when torchrun died.
 
-    Failures are told by a key in torchrun's store. A death shows by its connection: each process listens to the one
-    before it, on a group of its own, to hear nothing until the end.
+    Failures and stop requests are told by keys in torchrun's store. A death shows by its connection: each process
+    listens to the one before it, on a group of its own, to hear nothing until the end. Every process also counts in
+    the store: how often it gave a sign of life, which a stopped one does not, and how often all came together, which
+    names those that others wait for.
     """
 
     def __init__(self):
         self.ended = threading.Event()
+        self.patience = 1800.0
+        self.came, self.waits_since = 0, None  # how often this process came to where all do; since when it is there
+        self.seen = [[-1, 0, 0.0] for _ in range(dist.get_world_size())]  # by rank: sign of life, came, silent for
+        self.said_after, self.beats, self.beat_at = SAY_AFTER, 0, time.monotonic()
         self.before, self.after = ((dist.get_rank() + d) % dist.get_world_size() for d in (-1, 1))
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False,
                                    timeout=datetime.timedelta(seconds=10))
-        self.key = f"perdure/failed/{from_main(lambda: os.urandom(8).hex())}"  # a restart must not find an old one
+        this = from_main(lambda: os.urandom(8).hex())  # a restart must not find old ones
+        self.failed, self.stop = (f"perdure/{what}/{this}" for what in ("failed", "stop"))
+        self.lives = [f"perdure/life/{this}/{rank}" for rank in range(dist.get_world_size())]
+        self.store.set(self.lives[dist.get_rank()], "0 0")
+        dist.barrier()
         self.threads = [threading.Thread(target=work, daemon=True) for work in (self._look, self._listen)]
         for thread in self.threads:
             thread.start()
 
-    def tell(self, cause: str) -> bool:
+    def tell(self, cause: str, code: int = 1) -> bool:
         """Whether this is the first failure."""
         self.ended.set()
-        mine = f"{dist.get_rank()}: {cause}".encode()
+        mine = f"{code} {dist.get_rank()}: {cause}".encode()
         try:
-            return self.store.compare_set(self.key, "", mine) == mine
+            return self.store.compare_set(self.failed, "", mine) == mine
         except RuntimeError:
-            return True  # torchrun is gone: everyone speaks for himself
+            return True  # torchrun is gone: every process speaks for itself
+
+    def spread(self, number: int) -> None:
+        with contextlib.suppress(RuntimeError):
+            self.store.compare_set(self.stop, "", f"{number} {dist.get_rank()}")
 
     def end(self) -> None:
         """After everyone has agreed to: hang up."""
@@ -178,11 +205,18 @@ class _Watch:
             thread.join()
 
     def _look(self) -> None:
-        parent = os.getppid()
+        parent, asked, looks = os.getppid(), False, 0
         while not self.ended.wait(LOOK_EVERY):
             try:
-                if self.store.check([self.key]):
-                    os._exit(1)
+                if self.store.check([self.failed]):
+                    os._exit(int(self.store.get(self.failed).split()[0]))
+                if not asked and self.store.check([self.stop]):
+                    asked, (number, rank) = True, map(int, self.store.get(self.stop).split())
+                    if rank != dist.get_rank():
+                        os.kill(os.getpid(), number)
+                looks += 1
+                if looks % BEAT_EVERY == 0:
+                    self._beat()
                 alive = os.getppid() == parent
             except RuntimeError:
                 alive = False
@@ -190,6 +224,37 @@ class _Watch:
                 if not self.ended.is_set():
                     os.kill(os.getpid(), signal.SIGTERM)  # as if asked to: the run is saved
                 return
+
+    def _beat(self) -> None:
+        """Give a sign of life, and look at those of the others."""
+        me, now = dist.get_rank(), time.monotonic()
+        passed = min(now - self.beat_at, 2 * LOOK_EVERY * BEAT_EVERY)  # not the time in which this one was stopped
+        self.beat_at, self.beats = now, self.beats + 1
+        came, since = self.came, self.waits_since
+        self.store.set(self.lives[me], f"{self.beats} {came}")
+        for seen, text in zip(self.seen, self.store.multi_get(self.lives)):
+            beats, others = map(int, text.split())
+            seen[:] = [beats, others, 0.0 if beats != seen[0] else seen[2] + passed]
+        silent = {rank: seen[2] for rank, seen in enumerate(self.seen) if seen[2] >= SAY_AFTER}
+        waited = now - since if since is not None and came == self.came else 0.0
+        late = {rank: waited for rank, seen in enumerate(self.seen) if waited >= SAY_AFTER and seen[1] < came}
+        self._say_who({**late, **silent}, silent, me)
+        if gone := [rank for rank, seconds in silent.items() if seconds > self.patience]:
+            cause = f"{_ranks(gone)}: no sign of life for {silent[gone[0]]:.0f} s (dist_timeout): stopped, or its " \
+                    "machine is gone; all others end too; run the same command again"
+            if self.tell(cause):
+                print(f"error: {cause}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def _say_who(self, awaited: Mapping[int, float], silent: Mapping[int, float], me: int) -> None:
+        """Name the processes that are waited for; the first of those that wait does."""
+        if not awaited:
+            self.said_after = SAY_AFTER
+        elif (seconds := max(awaited.values())) >= self.said_after and \
+                me == min(set(range(len(self.seen))) - set(awaited), default=None):
+            state = "no sign of life: stopped, or its machine is gone" if silent else "it reads, validates or saves"
+            print(f"waiting  for {_ranks(awaited)} since {seconds:.0f} s: {state}", file=sys.stderr, flush=True)
+            self.said_after = 4 * seconds
 
     def _listen(self) -> None:
         try:
@@ -202,7 +267,26 @@ class _Watch:
                 os._exit(1)
 
 
+def _ranks(ranks: Iterable[int]) -> str:
+    """'rank 1', or 'ranks 1, 3'."""
+    ranks = sorted(ranks)
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
 # ---------------------------------------------------------------- agree
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Around what all processes come together for."""
+    if _watch:
+        _watch.waits_since = time.monotonic()
+        _watch.came += 1
+    try:
+        yield
+    finally:
+        if _watch:
+            _watch.waits_since = None
 
 
 def from_main(make: Callable[[], Any]) -> Any:
@@ -210,7 +294,8 @@ def from_main(make: Callable[[], Any]) -> Any:
     if not dist.is_initialized():
         return make()
     box = [make() if is_main() else None]
-    dist.broadcast_object_list(box, src=0)
+    with _together():
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -219,49 +304,30 @@ def gather(mine: Any) -> list[Any]:
     if not dist.is_initialized():
         return [mine]
     boxes = [None] * dist.get_world_size()
-    dist.all_gather_object(boxes, mine)
+    with _together():
+        dist.all_gather_object(boxes, mine)
     return boxes
+
+
+def largest(mine: int) -> int:
+    """The largest number that any process has, for all."""
+    if not dist.is_initialized():
+        return mine
+    box = torch.tensor([mine])
+    with _together():
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+    return int(box)
 
 
 def any_of(mine: bool) -> bool:
     """Whether it is so in any process."""
-    if not dist.is_initialized():
-        return mine
-    flag = torch.tensor([int(mine)])
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+    return bool(largest(int(mine)))
 
 
 def means(mine: Mapping[str, float]) -> dict[str, float]:
     """Of each number the mean over the processes."""
     rows = gather(dict(mine))
     return {key: sum(row[key] for row in rows) / len(rows) for key in mine}
-
-
-class Vote:
-    """The largest number that any process has, known to all in the same call: of several processes one call later.
-
-    That call has been under way behind a whole step, so nobody waits for it.
-    """
-
-    def __init__(self):
-        self.work = self.box = None
-
-    def __call__(self, mine: int) -> int:
-        if not dist.is_initialized():
-            return mine
-        found = self.result()
-        self.box = torch.tensor([mine])
-        self.work = dist.all_reduce(self.box, dist.ReduceOp.MAX, async_op=True)
-        return found
-
-    def result(self) -> int:
-        """Of the call before."""
-        if self.work is None:
-            return 0
-        self.work.wait()
-        self.work = None
-        return int(self.box)
 
 
 # ---------------------------------------------------------------- what a whole batch sees

@@ -27,7 +27,8 @@ from log import RunLog, write_picture, write_table
 from models import MODELS
 from models.model_base import ModelBase
 from runtime.evaluate import describe_losses, evaluate
-from train import StopRequest, prepare_machine
+from runtime.signals import StopRequest
+from train import prepare_machine
 
 MADE_BY = "made_by.json"
 ANY_NAMES = {"encoding": "utf-8", "errors": "surrogateescape"}  # files are called by whatever bytes
@@ -52,7 +53,7 @@ def infer(opt: options.Section, notices: list[str], *, resume: str | None = None
     except ValueError as error:
         raise options.OptionError(str(error)) from error
     log = RunLog(quiet=opt["log"]["quiet"])
-    with contextlib.closing(log), StopRequest() as stop:
+    with contextlib.closing(log), StopRequest("this sample") as stop:
         for notice in notices:
             log.line(f"note     {notice}")
         log.line(f"weights  {load(model, opt, resume, log)}; {model.device}, {torch.get_num_threads()} threads")

@@ -18,6 +18,11 @@ import traceback
 from functools import partial
 from pathlib import Path
 
+from runtime import signals
+
+if __name__ == "__main__":
+    signals.begin_program()  # what is imported below takes seconds
+
 import checkpoint
 import distributed
 import options
@@ -165,21 +170,31 @@ def main(argv: list[str]) -> int:
 
 def program(argv: list[str]) -> None:
     """`main` as a process of its own, or one of several: a failure of any ends all, and is told once."""
+    signals.begin_program()
     try:
         distributed.start()
-        code = main(argv)
+        with signals.program(end_others):
+            code = main(argv)
         distributed.finish()
-        if code > 128 and distributed.launched():
-            code = 0  # torchrun starts again what fails, and a stop that was asked for is no failure
     except (options.OptionError, CheckpointError, NonFiniteLoss) as error:
-        if distributed.fail(f"error: {error}"):
-            print(f"{status('error:', sys.stderr)} {error}", file=sys.stderr)
         code = 1 if isinstance(error, NonFiniteLoss) else 2
+        if distributed.fail(f"error: {error}", code):
+            print(f"{status('error:', sys.stderr)} {error}", file=sys.stderr)
     except Exception as error:
+        code = 1
         if distributed.fail(f"{type(error).__name__}: {error}"):
             traceback.print_exc()
-        code = 1
+    if code > 128 and distributed.launched():
+        code = 0  # torchrun starts again what fails, and a stop that was asked for is no failure
+    if code > 128:
+        signals.die_by(code - 128)
     distributed.leave(code)
+
+
+def end_others(number: int) -> tuple[bool, int | None]:
+    """End all processes for a signal before the first step: see `signals.program`."""
+    code = 0 if distributed.launched() else 128 + number
+    return distributed.fail(f"stopped by signal {number}", code, record=False), None if code else 0
 
 
 if __name__ == "__main__":

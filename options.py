@@ -104,6 +104,8 @@ class Top:
     stage: str | None = None  # name of the stage that this run is; --stage sets it
     gpu_ids: list[NonNegativeInt] | None = None  # numbers of the CUDA devices, one for each process
     dist: bool = False  # KAIR's switch for several processes, not needed here: torchrun says how many there are
+    # Seconds without a sign of life of one process of several after which all end.
+    dist_timeout: PositiveFloat = 1800
     # DistributedDataParallel looks for parameters without gradient; false is faster, and exact up to two processes.
     find_unused_parameters: bool = True
     use_static_graph: bool = False  # DistributedDataParallel assumes equal steps; true is exact up to two processes

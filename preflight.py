@@ -28,7 +28,8 @@ from durable import in_units
 from log import RunLog, duration
 from models import MODELS
 from runtime.evaluate import describe_losses
-from train import Run, StopRequest, fastest_kernels, prepare_machine
+from runtime.signals import StopRequest
+from train import Run, fastest_kernels, prepare_machine
 
 LOOK = 0.5  # seconds that a start affords for samples of each data set; a slow first one may take longer
 TRY = 2.0, 10.0  # the same of a dry run, and for its steps
@@ -131,7 +132,7 @@ def dry_run(opt: options.Section, notices: list[str], *, resume: str | None = No
     """
     prepare_machine(opt)
     log = RunLog(quiet=opt["log"]["quiet"], tensorboard=opt["log"]["tensorboard"])
-    with contextlib.closing(log), StopRequest() as stop:
+    with contextlib.closing(log), StopRequest("this check") as stop:
         for text in (*preface, *(f"note     {notice}" for notice in notices)):
             log.line(text)
         count = {"ok": 0, "warn": 0, "fail": 0}

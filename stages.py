@@ -17,7 +17,8 @@ import options
 from checkpoint import CheckpointError
 from data import DATASETS
 from models import MODELS, NETWORKS
-from train import StopRequest, train
+from runtime.signals import StopRequest
+from train import train
 
 Override = tuple[str, Any, str]
 
@@ -49,7 +50,7 @@ def train_stages(option_file: str, overrides: Iterable[Override], only: str | No
     for name in names[1:] if resume else names:
         if fresh or not checkpoint.has_traces(folder_of(opts[name])):
             check_origin(name, names, chain, opts)
-    with StopRequest() as stop:
+    with StopRequest(waits=False) as stop:
         for name in names:
             stop.settle()
             if stop.agreed:

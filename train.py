@@ -7,7 +7,6 @@ import json
 import math
 import os
 import random
-import signal
 import sys
 import time
 import traceback
@@ -25,13 +24,14 @@ import foreign
 import options
 from checkpoint import CheckpointError, CheckpointSet, Layout, Saver
 from data import DATASETS
-from data.loader import STOP_SIGNALS, endless
+from data.loader import endless, told
 from data.sampler import EndlessBatches, names_digest, sample_rng
 from durable import FolderLock
 from log import Pace, RunLog, number, save_pictures, tolerated
 from models import MODELS
 from report import RunReport
 from runtime.evaluate import MOST_ATTEMPTS, Progress, ValidationError, describe_losses, evaluate
+from runtime.signals import StopRequest
 
 
 class NonFiniteLoss(RuntimeError):
@@ -55,47 +55,6 @@ class Silence:
         return lambda *args, **kwargs: None
 
 
-class StopRequest:
-    """Signals set a flag and nothing else; the loop looks at it between steps. A second Ctrl+C leaves at once."""
-
-    def __init__(self):
-        self.signal: signal.Signals | None = None  # that this process got
-        self.agreed: signal.Signals | None = None  # that all processes stop for, after the same step
-        self.vote = distributed.Vote()
-        self.process = os.getpid()
-
-    def __enter__(self) -> StopRequest:
-        self.before = {sig: signal.signal(sig, self._note) for sig in STOP_SIGNALS}
-        return self
-
-    def _note(self, sig: int, frame) -> None:
-        if os.getpid() != self.process:
-            return  # a worker that was forked with this handler and has not yet set its own
-        if self.signal is not None and sig == signal.SIGINT:
-            os._exit(130)
-        self.signal = signal.Signals(sig)
-
-    def __exit__(self, *_) -> None:
-        for sig, handler in self.before.items():
-            signal.signal(sig, handler)
-
-    def asked(self) -> bool:
-        """Whether to stop now; all processes ask equally often."""
-        if self.agreed is None and (number := self.vote(self.signal or 0)):
-            self.agreed = signal.Signals(number)
-        return self.agreed is not None
-
-    def settle(self) -> None:
-        """Agree now, where another step would be one too many."""
-        if number := max(distributed.gather(self.signal or 0)):
-            self.agreed = signal.Signals(number)
-
-    @property
-    def exit_code(self) -> int:
-        reason = self.agreed or self.signal
-        return 128 + reason if reason else 0
-
-
 # ---------------------------------------------------------------- before the first step
 
 
@@ -114,7 +73,7 @@ def prepare_machine(opt: dict) -> None:
             raise options.OptionError(f"device: {device}: there are {torch.cuda.device_count()} CUDA devices here, and "
                                       "each process needs its own; lower --nproc_per_node")
         torch.cuda.set_device(device)
-    distributed.use_device(device)
+    distributed.use_device(device, opt["dist_timeout"])
     if opt["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -619,18 +578,16 @@ class Run:
         with contextlib.closing(samples), fastest_kernels(True):
             self.steps(samples, stop)
 
+    def fetch(self, samples: Iterator[Mapping[str, Any]]) -> None:
+        """Hand the next batch to the model. Raises: OptionError, one line, whatever is wrong."""
+        with told():
+            self.model.feed_data(next(samples))
+
     def steps(self, samples: Iterator[Mapping[str, Any]], stop: StopRequest) -> None:
         model, train, total = self.model, self.opt["train"], self.opt["train"]["total_iter"]
-        while self.iteration < total and not stop.asked():
-            try:
-                data = next(samples)
-            except options.OptionError:
-                if distributed.world_size() == 1:  # else the others are not here
-                    self.save(reason="interrupted")  # the data is at fault: what was learnt so far is kept
-                raise
+        while self.iteration < total and stop.all_ready(lambda: self.fetch(samples)):
             self.iteration += 1
             model.update_learning_rate(self.iteration - 1)
-            model.feed_data(data)
             with model.skipping():
                 model.optimize_parameters(self.iteration)
 
@@ -671,7 +628,7 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
     prepare_machine(opt)
     told = opt["log"]
     log = RunLog(quiet=told["quiet"], tensorboard=told["tensorboard"]) if distributed.is_main() else Silence()
-    with contextlib.closing(log), StopRequest() as stop, contextlib.ExitStack() as stack:
+    with StopRequest(waits=False) as stop, contextlib.closing(log), contextlib.ExitStack() as stack:
         for text in (*preface, *(f"note     {notice}" for notice in notices)):
             log.line(text)
         run = stack.enter_context(contextlib.closing(Run(opt, log)))
@@ -685,6 +642,7 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
                      "raise train.total_iter to go on")
             return 0
         check(run)
+        stop.waits = True  # until now there was nothing to lose
         distributed.from_main(lambda: run.begin(source, fresh))
         run.report = stack.enter_context(RunReport(
             run.folder, run.models, log.line,
@@ -699,6 +657,9 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
             raise options.OptionError(f"deterministic: {str(error).split()[0]} has no deterministic kernel on "
                                       f"{run.model.device}; set deterministic to false, or use --device cpu") from None
         run.save_surely("interrupted")
+        if stop.problem:
+            kept = f"iteration {run.iteration} is saved" if run.iteration else "nothing was trained yet"
+            raise options.OptionError(f"{stop.problem}; {kept}: mend this and run the same command")
         if stop.agreed and (run.iteration < opt["train"]["total_iter"] or run.validation_missing()):
             log.line(f"stopped  by {stop.agreed.name} after iteration {run.iteration}; go on with: {command}")
             run.report.end("interrupted", f"by {stop.agreed.name}")

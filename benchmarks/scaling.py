@@ -101,18 +101,17 @@ def measure(args: argparse.Namespace) -> None:
     run = train.Run(opt, train.Silence())
     run.restore(None)
     samples = endless(run.train_set, run.batches, opt["datasets"]["train"]["dataloader_num_workers"], False)
-    vote, seconds, votes = distributed.Vote(), [], []
+    seconds, votes = [], []
     for step in range(1, WARM_UP + args.steps + 1):
         began = time.perf_counter()
-        vote(0)
-        votes.append(time.perf_counter() - began)
-        data = next(samples)
+        run.fetch(samples)
+        asked = time.perf_counter()
+        distributed.largest(0)
+        votes.append(time.perf_counter() - asked)
         run.model.update_learning_rate(step - 1)
-        run.model.feed_data(data)
         run.model.optimize_parameters(step)
         float(next(iter(run.model.log_dict.values())))  # wait for the device
         seconds.append(time.perf_counter() - began)
-    vote.result()
     gradients = [p for network in run.model.networks.values() for p in network.parameters() if p.grad is not None]
     found = {"seconds": statistics.median(seconds[WARM_UP:]), "vote": statistics.median(votes[WARM_UP:]),
              "batch": run.batches.batch_size, "bytes": sum(p.numel() * p.element_size() for p in gradients)}

@@ -1,18 +1,66 @@
-"""From a dataset to batches: workers that can't disturb the run, errors in one line."""
+"""From a dataset to batches: workers that can't disturb the run, whatever goes wrong in one line."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import multiprocessing
+import os
+import re
 import signal
+import threading
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data.sampler import EndlessBatches
 from options import OptionError
+from runtime.signals import STOP_SIGNALS
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+LESS = "lower datasets.train.dataloader_num_workers or dataloader_batch_size"
+SHARED = f"shared memory (/dev/shm) is full: give a container more with --shm-size=8g, or {LESS}"
+REMEDIES = {errno.EIO: "the disk or the network share fails: look at dmesg", errno.ENOMEM: LESS,
+            errno.ESTALE: "the network share was mounted anew: start again", errno.EMFILE: "raise it with ulimit -n",
+            errno.EACCES: "give this user the right to read it", errno.EPERM: "give this user the right to read it"}
+DEATHS = {signal.SIGKILL: f"as by the system when memory runs out: {LESS}", signal.SIGBUS: SHARED,
+          signal.SIGSEGV: "in a library that reads the data: find the sample with dataloader_num_workers 0"}
+
+
+class Failure(str):
+    """Why there is no batch, as a value: not every exception can be sent from a worker."""
+
+
+def complaint(error: BaseException) -> str:
+    """What is wrong, where, and what helps, in one line."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    if isinstance(error, OSError) and error.errno is not None:
+        text = f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}"
+        return "; ".join([text, *([REMEDIES[error.errno]] if error.errno in REMEDIES else [])])
+    if isinstance(error, (ValueError, FileNotFoundError)):
+        return text  # written for people
+    if isinstance(error, MemoryError):
+        return f"no memory is left for a sample: {LESS}"
+    if re.search("shared memory|</torch_", str(error)):
+        return SHARED
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {text}{where}"
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Let any exception inside be an OptionError of one line."""
+    try:
+        yield
+    except OptionError:
+        raise
+    except Exception as error:
+        raise OptionError(complaint(error)) from error
 
 
 class _OneThread(Dataset):
@@ -29,57 +77,109 @@ class _OneThread(Dataset):
         torch.set_num_threads(1)
         try:
             return self.dataset[key]
+        except (Exception, SystemExit) as error:
+            return Failure(complaint(error))
         finally:
             torch.set_num_threads(threads)
 
 
-def _ignore_signals(_worker: int) -> None:
-    for number in STOP_SIGNALS:  # the parent says when to end
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _one_line(loader: Iterator) -> Iterator[Mapping[str, Any]]:
-    """Batches of a loader; a dataset's complaint, also one that a worker wraps in a traceback, as one line.
-
-    To be closed when done with.
-    """
+def _collate(samples: Sequence[Any]) -> Any:
+    for sample in samples:
+        if isinstance(sample, Failure):
+            return sample
     try:
-        while True:
+        return default_collate(samples)
+    except Exception as error:
+        return Failure(f"the samples of a batch don't fit together: {complaint(error)}")
+
+
+def _begin_worker(complaints, _worker: int) -> None:
+    """In a worker: only its parent ends it, and a batch that can't be sent is not passed over in silence."""
+
+    def not_sent(error: Exception, _batch: Any) -> None:
+        complaints.put(f"a batch can't be sent by its worker: {complaint(error)}")
+        os._exit(1)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(not_sent)
+
+
+class Batches:
+    """The batches of a loader, or what else gives samples, to be closed when done with."""
+
+    def __init__(self, loader: Iterator, complaints=None):
+        self.loader, self.complaints = loader, complaints
+        self.workers: Sequence[Any] = getattr(loader, "_workers", ())
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Any:
+        """The next one. Raises: OptionError, one line, whatever is wrong."""
+        with told():
+            self.look_at_workers()
             try:
-                batch = next(loader)
-            except StopIteration:
-                return
-            except (ValueError, FileNotFoundError) as error:
-                complaint = str(error).strip().splitlines()[-1]
-                complaint = complaint.removeprefix("ValueError: ").removeprefix("FileNotFoundError: ")
-                raise OptionError(complaint) from None
-            yield batch
-    finally:
-        # Python waits for its children at exit, and these ignore its SIGTERM: they must be told in the loader's own
-        # way. It does so when it is freed, but a traceback may hold it until it is too late.
-        if end := getattr(loader, "_shutdown_workers", None):
-            end()
+                batch = next(self.loader, self)
+            except RuntimeError:
+                self.look_at_workers()  # what the loader says of a dead one names no cause
+                raise
+        if batch is self:
+            raise StopIteration
+        if isinstance(batch, Failure):
+            raise OptionError(batch)
+        return batch
+
+    def look_at_workers(self) -> None:
+        for worker in self.workers:
+            if code := worker.exitcode:
+                if not self.complaints.empty():
+                    raise OptionError(self.complaints.get())
+                if code > 0:
+                    raise OptionError(f"a data worker ended with exit code {code}; find the sample with "
+                                      "datasets.train.dataloader_num_workers 0")
+                name = signal.Signals(-code).name
+                raise OptionError(f"a data worker was ended by {name}{', ' + DEATHS[-code] if -code in DEATHS else ''}")
+
+    def close(self) -> None:
+        """End the workers, which hold nothing but data, also those that hang."""
+        for worker in self.workers:
+            worker.kill()
+        if self.workers:  # in the loader's own way, which could wait for what a worker has half sent
+            end = threading.Thread(target=self.loader._shutdown_workers, daemon=True)
+            end.start()
+            end.join(5)
+        self.workers = ()
 
 
-def endless(dataset, batches: EndlessBatches, workers: int, pinned: bool) -> Iterator[Mapping[str, Any]]:
+def endless(dataset, batches: EndlessBatches, workers: int, pinned: bool) -> Batches:
     """Training batches without end. Making and using them draws nothing from the global generators.
 
     Raises: OptionError when a sample can't be made.
     """
-    return _one_line(iter(DataLoader(_OneThread(dataset), batch_sampler=batches, num_workers=workers, pin_memory=pinned,
-                                     worker_init_fn=_ignore_signals, generator=torch.Generator().manual_seed(0))))
+    complaints = multiprocessing.SimpleQueue()
+    loader = DataLoader(_OneThread(dataset), batch_sampler=batches, num_workers=workers, pin_memory=pinned,
+                        collate_fn=_collate, worker_init_fn=partial(_begin_worker, complaints),
+                        generator=torch.Generator().manual_seed(0))
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD)
+    with told():
+        made = Batches(iter(loader), complaints)
+    if in_main:  # torch's handler raises wherever the main thread is when a worker dies, as in a save
+        signal.signal(signal.SIGCHLD, before)
+    return made
 
 
-def clips_of(dataset, indices: Sequence[int] | None = None) -> Iterator[Any]:
+def clips_of(dataset, indices: Sequence[int] | None = None) -> Batches:
     """The samples of a test set in order: clips to be read piece by piece where it has them, else batches of one.
 
     Args: indices: of the samples; None: all.
     """
     indices = range(len(dataset)) if indices is None else indices
     if hasattr(dataset, "clip"):
-        return _one_line(dataset.clip(index) for index in indices)
-    return _one_line(iter(DataLoader(_OneThread(dataset), sampler=indices,
-                                     generator=torch.Generator().manual_seed(0))))
+        return Batches(dataset.clip(index) for index in indices)
+    return Batches(iter(DataLoader(_OneThread(dataset), sampler=indices, collate_fn=_collate,
+                                   generator=torch.Generator().manual_seed(0))))
 
 
 def clip_name(sample: Any) -> str:

@@ -1,0 +1,1 @@
+"""What a run needs while it runs."""

@@ -1,5 +1,7 @@
 """Several processes of one run, forked from a process that has imported everything: a world starts in a second."""
 
+import builtins
+import itertools
 import multiprocessing
 import os
 import re
@@ -41,28 +43,54 @@ def member(rank, size, port, arguments, output, acts):
 
 
 def arrange(acts):
-    """Let things happen after a step: a signal's name, "raise", "sleep", "full disk"; "nan": in the next loss."""
+    """Let things happen in this process.
+
+    After a step: a signal's name, "press N s" (SIGINT now and N seconds later, in a step that lasts longer), "raise",
+    "sleep", "full disk"; "nan": in the next loss; "worker dies in save": in the next save. In the data of a step:
+    "sample ..." as in `Troubled`. In step 0: "nohup", "impatient", "SIGTERM at start".
+    """
+    import distributed
     import train
     from models.model_base import ModelBase
 
     shown, unusable, validate = train.Run.show_progress, ModelBase.unusable, train.Run.validate
-    write = checkpoint.commit
+    write, loop, endless, restore = checkpoint.commit, train.Run.loop, train.endless, train.Run.restore
+    trouble = {}
+    for _, what in acts:
+        if what == "nohup":
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        elif what == "impatient":
+            distributed.SAY_AFTER, distributed.BEAT_EVERY = 1.0, 1
 
     def no_space(*_, **__):
         raise OSError(28, "No space left on device")
 
     def damaged():
         raise ValueError("damaged on purpose")
+    def without_a_worker(*args, **kwargs):
+        checkpoint.commit = write
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        end = time.monotonic() + 1
+        while time.monotonic() < end:  # where a handler would raise
+            time.sleep(0.01)
+        return write(*args, **kwargs)
 
     def show_progress(self):
         shown(self)
         for step, what in acts:
             if step == self.iteration and what in signal.Signals.__members__:
                 os.kill(os.getpid(), signal.Signals[what])
+            elif step == self.iteration and what.startswith("press"):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(float(what.split()[1]))
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
             elif step == self.iteration and what == "raise":
                 raise ZeroDivisionError("on purpose")
             elif step == self.iteration and what == "sleep":
                 time.sleep(600)
+            elif step == self.iteration and what == "worker dies in save":
+                checkpoint.commit = without_a_worker
             elif step == self.iteration and what == "full disk":
                 checkpoint.commit = no_space
             elif step + 1 == self.iteration and what == "full disk":
@@ -79,7 +107,55 @@ def arrange(acts):
             self.model.metrics = damaged
         validate(self, stop)
 
-    train.Run.show_progress, train.Run.validate = show_progress, validating
+    def looping(self, stop):
+        for step, what in acts:
+            if what.startswith("sample") and step > self.iteration:
+                keys = next(itertools.islice(iter(self.batches), step - self.iteration - 1, None))
+                trouble[keys[-1]] = what.removeprefix("sample ")
+        loop(self, stop)
+
+    def restoring(self, source):
+        if (0, "SIGTERM at start") in acts:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(20)
+        restore(self, source)
+
+    train.Run.show_progress, train.Run.validate, train.Run.loop = show_progress, validating, looping
+    train.Run.restore = restoring
+    train.endless = lambda dataset, *rest, **more: endless(Troubled(dataset, trouble), *rest, **more)
+
+
+class Troubled:
+    """A dataset in one of whose samples something happens: a signal, an exception by its name, a long wait."""
+
+    def __init__(self, dataset, trouble):
+        self.dataset, self.trouble = dataset, trouble
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, key):
+        what = self.trouble.get(key)
+        if what in signal.Signals.__members__:
+            os.kill(os.getpid(), signal.Signals[what])
+        elif what == "hangs":
+            time.sleep(60)
+        elif what == "is late":
+            time.sleep(6)
+        elif what == "is local":
+            class Local(Exception):
+                def __reduce__(self):
+                    raise TypeError("can't be pickled")
+            raise Local("of a kind of its own")
+        elif what == "EIO":
+            raise OSError(5, "Input/output error", "/data/picture.png")
+        elif what == "full shm":
+            raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device")
+        elif what == "can't be sent":
+            return {**self.dataset[key], "folder": lambda: None}
+        elif what:
+            raise getattr(builtins, what)("on purpose")
+        return self.dataset[key]
 
 
 class World:
@@ -99,12 +175,15 @@ class World:
     def said(self, rank):
         return self.outputs[rank].read_text() if self.outputs[rank].exists() else ""
 
-    def wait_for(self, text, rank=0, seconds=60):
-        """Until the process has printed this."""
+    def wait_for(self, text, rank=0, seconds=60, after=""):
+        """Until the process has printed this, after that."""
         end = time.monotonic() + seconds
-        while text not in self.said(rank):
+        while text not in self.said(rank).partition(after)[2] if after else text not in self.said(rank):
             assert time.monotonic() < end and self.processes[rank].is_alive(), self.report()
             time.sleep(0.02)
+
+    def signal(self, number, rank=0):
+        os.kill(self.processes[rank].pid, number)
 
     def finish(self, seconds=120):
         """Exit codes; a process that is left is ended, and that is an error."""

@@ -1,0 +1,40 @@
+"""What goes wrong between two steps costs none: one line with cause and remedy, a save, exit code 2, and it resumes."""
+
+import re
+
+import pytest
+
+from tests import world
+from tests.test_signals import assert_resumes_equal, saved, tiny_file
+
+SAID = {"EIO": "/data/picture.png: Input/output error; the disk or the network share fails",
+        "SIGKILL": "a data worker was ended by SIGKILL, as by the system when memory runs out: lower datasets.",
+        "SIGBUS": "--shm-size", "full shm": "--shm-size", "SIGSEGV": "ended by SIGSEGV, in a library",
+        "is local": "Local: of a kind of its own (world.py, line ", "PermissionError": "on purpose",
+        "MemoryError": "no memory is left for a sample: lower", "ZeroDivisionError": "ZeroDivisionError: on purpose (",
+        "can't be sent": "worker: ", "SystemExit": "on purpose"}
+SOON = [("EIO", 0, 1), ("SIGKILL", 2, 1), ("is local", 2, 1), ("MemoryError", 0, 2), ("can't be sent", 1, 1)]
+ALL = [(what, workers, size) for what in SAID for workers in (0, 2) for size in (1, 2)
+       if workers or not what.startswith(("SIG", "can't"))]
+
+
+@pytest.mark.parametrize("what, workers, size", [
+    pytest.param(*case, marks=() if case in SOON else pytest.mark.slow) for case in dict.fromkeys([*SOON, *ALL])])
+def test_a_sample_that_fails_costs_no_step(tmp_path, what, workers, size):
+    path = tiny_file(tmp_path, "run", workers=workers)
+    codes, said = world.run(tmp_path / "out", size, "-opt", path, acts=[(size - 1, 4, f"sample {what}")], seconds=60)
+    everything = "".join(said)
+    assert codes == [2] * size and everything.count("error:") == 1 and "Traceback" not in everything, said
+    done = int(re.findall(r"iter +(\d+) ", said[0])[-1])  # a worker is ahead, and its death is seen at once
+    assert done == 3 or done < 3 and workers and what.startswith(("SIG", "can't")), said
+    assert SAID[what] in everything and f"iteration {done} is saved: mend this and run the same" in everything, said
+    assert saved(tmp_path) == done
+    assert_resumes_equal(tmp_path, path, size)
+
+
+def test_a_worker_that_dies_in_a_save_does_not_harm_it(tmp_path):
+    path = tiny_file(tmp_path, "run", workers=2)
+    codes, (said,) = world.run(tmp_path / "out", 1, "-opt", path, acts=[(0, 1, "worker dies in save")])
+    assert codes == [2] and "not saved" not in said, said
+    assert "models/2.json in " in said and "error: a data worker was ended by SIGKILL" in said, said
+    assert_resumes_equal(tmp_path, path)
