@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, Literal
 
-from runtime.ranges import NonNegativeInt, PositiveInt, Range
+from runtime.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Range
 
 Table = Mapping[str, str]  # name in an option file -> "module:Class", imported when asked for
 Schema = dict[str, tuple[Any, Any]]  # key -> (annotation, default or REQUIRED)

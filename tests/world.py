@@ -45,13 +45,15 @@ def member(rank, size, port, arguments, output, acts):
 def arrange(acts):
     """Let things happen in this process.
 
-    After a step: a signal's name, "press N s" (SIGINT now and N seconds later, in a step that lasts longer), "raise",
-    "sleep", "full disk"; "nan": in the next loss; "worker dies in save": in the next save. In the data of a step:
-    "sample ..." as in `Troubled`. In step 0: "nohup", "impatient", "SIGTERM at start".
+    Before a validation: "bad validation", a signal and "at validation". After a step: a signal, "press N" (SIGINT
+    now and N seconds later), "raise", "sleep", "full disk"; "nan": in the next loss; "worker dies in save": in the next
+    save; "dies at file operation N" of those to come. In the data of a step: "sample" and what `Troubled` does. In step
+    0: "nohup", "impatient", "SIGTERM at start".
     """
     import distributed
     import train
     from models.model_base import ModelBase
+    from tests import tiny
 
     shown, unusable, validate = train.Run.show_progress, ModelBase.unusable, train.Run.validate
     write, loop, endless, restore = checkpoint.commit, train.Run.loop, train.endless, train.Run.restore
@@ -91,6 +93,8 @@ def arrange(acts):
                 time.sleep(600)
             elif step == self.iteration and what == "worker dies in save":
                 checkpoint.commit = without_a_worker
+            elif step == self.iteration and what.startswith("dies at file operation"):
+                tiny.die_at(int(what.split()[-1]))
             elif step == self.iteration and what == "full disk":
                 checkpoint.commit = no_space
             elif step + 1 == self.iteration and what == "full disk":
@@ -101,10 +105,11 @@ def arrange(acts):
                 ModelBase.unusable = unusable
 
     def validating(self, stop):
-        if (self.iteration, "SIGTERM at validation") in acts:
-            os.kill(os.getpid(), signal.SIGTERM)
         if (self.iteration, "bad validation") in acts:
             self.model.metrics = damaged
+        for step, what in acts:
+            if step == self.iteration and what.endswith(" at validation"):
+                os.kill(os.getpid(), signal.Signals[what.split()[0]])
         validate(self, stop)
 
     def looping(self, stop):
