@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -66,10 +67,12 @@ def test_ctrl_c_is_answered_at_once_and_two_within_two_seconds_are_one(tmp_path)
 
 def test_a_later_ctrl_c_leaves_at_once_also_when_this_process_is_in_c(tmp_path):
     """The main process is waiting for the other one, which is stopped: no handler in Python is ever called there."""
-    path = tiny_file(tmp_path, "run", train={"total_iter": 1000, "checkpoint_test": 0})
+    path = tiny_file(tmp_path, "run", train={"total_iter": 1000, "checkpoint_test": 5000})
     run = world.World(tmp_path / "out", 2, "-opt", path, acts=[(1, 3, "SIGSTOP")])
     run.wait_for("iter       2")
-    time.sleep(1)
+    while "(python) T" not in Path(f"/proc/{run.processes[1].pid}/stat").read_text():
+        time.sleep(0.05)
+    time.sleep(0.5)  # until rank 0 waits
     for _ in range(2):
         run.signal(signal.SIGINT, rank=0)
         run.wait_for("stopping after this step")
@@ -97,7 +100,7 @@ def test_a_hanging_sample_does_not_hold_a_stop(tmp_path, size, workers, rank):
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_stop_before_the_first_step_is_one_line(tmp_path, size):
     path = tiny_file(tmp_path, "run")
-    codes, said = world.run(tmp_path / "out", size, "-opt", path, acts=[(size - 1, 0, "SIGTERM at start")], seconds=20)
+    codes, said = world.run(tmp_path / "out", size, "-opt", path, acts=[(size - 1, 0, "SIGTERM at start")], seconds=60)
     assert codes[-1] == -signal.SIGTERM and set(codes) <= {-signal.SIGTERM, 128 + signal.SIGTERM}, codes
     assert "".join(said).count("stopped  by SIGTERM before the first step\n") == 1 and "Traceback" not in "".join(said)
     assert not (tmp_path / "run").exists()
