@@ -11,11 +11,7 @@ ROWS = {"main": 5, "prove": 4, "infer": 4, "stages": 4, "preflight": 4, "train":
         "models.model_": 2, "models.network_": 1, "models.codecs": 1, "losses": 1, "data.image_files": -2, "data": 1,
         "checkpoint_cli": 1, "report": 1, "reference": 1, "options": 0, "checkpoint": 0, "schedules": 0,
         "metrics": 0, "log": 0,
-<<<<<<< HEAD
-        "distributed": 0, "foreign": -1, "durable": -2, "inert": -3, "runtime": -3}
-=======
-        "distributed": -1, "foreign": -1, "durable": -2, "runtime": -3}
->>>>>>> 883417f (Save at any failure between two steps, and answer a stop request at once)
+        "distributed": -1, "foreign": -1, "durable": -2, "inert": -3, "runtime": -3}
 TABLES = {"models", "losses", "data"}  # a package's __init__ is a table of names: anyone may read it
 ROOMS = (*TABLES, "report", "runtime")
 FILES = sorted([*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).glob("*.py"))])

@@ -204,7 +204,7 @@ def test_kill_9_anywhere_and_run_again(recipe, straight, tmp_path, workers):
 
 
 def test_the_second_ctrl_c_leaves_at_once(recipe, tmp_path):
-    path = recipe("twice", train={"total_iter": 1000, "checkpoint_test": 0})
+    path = recipe("twice", train={"total_iter": 1000, "checkpoint_test": 5000})
     process = start_process("-opt", path)
     deadline = time.monotonic() + 60
     while not (tmp_path / "twice/models/2.json").exists() and time.monotonic() < deadline:
