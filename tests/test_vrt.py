@@ -305,9 +305,9 @@ def test_truth_is_averaged_over_clips_as_a_test_set_is(trained, tmp_path, capsys
 def test_one_frame_and_a_folder_of_clips(trained, tmp_path):
     path, folder = trained
     frames_in(tmp_path / "clips", ["one"], ["x.png"], (17, 33))
-    frames_in(tmp_path / "clips", ["two"], ["1.png", "2.png", "10.png"], (32, 32))
+    frames_in(tmp_path / "clips", ["two"], ["8.png", "9.png", "10.png"], (32, 32))
     assert use(path, "--input", tmp_path / "clips", "--output", tmp_path / "out") == 0
-    assert sorted(os.listdir(tmp_path / "out/two")) == ["1.png", "10.png", "2.png"]
+    assert sorted(os.listdir(tmp_path / "out/two")) == ["10.png", "8.png", "9.png"]
     assert FrameFolder(str(tmp_path / "out/one")).clip(0).read(0, 1)["L"].shape == (1, 3, 68, 132)
 
 
