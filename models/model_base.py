@@ -34,9 +34,9 @@ class ModelBase:
 
         total_iter: PositiveInt = 300_000  # optimizer steps of G in the whole run
         total_epochs: PositiveInt | None = None  # length of the run in epochs, instead of total_iter; null: total_iter
-        checkpoint_print: PositiveInt = 200  # iterations from one line of losses to the next
-        checkpoint_save: PositiveInt = 5000  # iterations from one checkpoint to the next; the last one is always saved
-        checkpoint_test: PositiveInt = 5000  # iterations from one validation to the next; the last one is always done
+        checkpoint_print: NonNegativeInt = 200  # iterations from one line of losses to the next; 0: no lines
+        checkpoint_save: NonNegativeInt = 5000  # iterations from one checkpoint to the next; 0: only after the last one
+        checkpoint_test: NonNegativeInt = 5000  # iterations from one validation to the next; 0: only after the last one
         save_interval: PositiveInt | None = None  # epochs from one checkpoint to the next, instead of checkpoint_save
         eval_interval: PositiveInt | None = None  # epochs from one validation to the next, instead of checkpoint_test
         resume_checkpoint: str | None = None  # checkpoint to resume from once, as with --resume; then the run's newest

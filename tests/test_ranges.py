@@ -82,7 +82,7 @@ def test_every_default_lies_in_its_own_range(component):
     (["--seed", "-1"], "train.manual_seed: -1 is not a whole number from 0 to"),
     (["--set", "train.accumulate=0"], "train.accumulate: 0 is not a whole number >= 1"),
     (["--set", "train.E_decay=2"], "train.E_decay: 2 is not a number >= 0 and < 1"),
-    (["--set", "train.checkpoint_save=-1"], "train.checkpoint_save: -1 is not a whole number >= 1"),
+    (["--set", "train.checkpoint_save=-1"], "train.checkpoint_save: -1 is not a whole number >= 0"),
     (["--set", "train.G_optimizer_betas=[0.9, 1]"], "train.G_optimizer_betas: [0.9, 1] is not a list of numbers >= 0"),
     (["--set", "datasets.train.dataloader_num_workers=-1"], "-1 is not a whole number from 0 to 1024"),
     (["--set", 'datasets.train.degradation={"noise_sigma": NaN}'], "degradation.noise_sigma: NaN must be finite"),
