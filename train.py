@@ -242,6 +242,7 @@ class Run:
         if train["total_epochs"] is not None:
             train["total_iter"] = self.iteration + self.batches.batches_until(train["total_epochs"])
         self.reports = self.model.init_train(parts, str(source.path) if source else "")
+        self.model.update_learning_rate(max(self.iteration - 1, 0))  # of the last finished step, as a checkpoint has it
         self.model.load_extra_state(state)
         if "ranks" in state:
             self.model.load_local_state(state["ranks"])
@@ -322,8 +323,9 @@ class Run:
         return {**checkpoint.environment(), "device": self.model.device.type, "processes": distributed.world_size()}
 
     def rate(self, finished: int) -> float:
-        self.model.update_learning_rate(finished)
-        return self.model.current_learning_rate()
+        """The learning rate of the step after so many finished ones."""
+        label, optimizer = next(iter(self.model.optimizers.items()))
+        return self.model.schedules[label](optimizer.param_groups[0]["initial_lr"], finished)
 
     # ------------------------------------------------ during training
 
