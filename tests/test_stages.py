@@ -160,10 +160,12 @@ def launch(path, die_at):
 
 def test_killed_in_one_stage_between_and_in_the_other_they_end_the_same(straight, tmp_path):
     path, seen = option_file(tmp_path), set()
-    for die_at in (20, 48, 30):  # each resumes the one before; where they died is looked at, not assumed
-        assert launch(path, die_at) == -signal.SIGKILL
+    for _ in range(9):  # each launch resumes the one before; where they die is looked at, not assumed
+        assert launch(path, 36) == -signal.SIGKILL
         newest = [checkpoint.find_newest(tmp_path / "run" / stage) for stage in ("one", "two")]
         seen.add(tuple(found and found.iteration for found in newest))
+        if newest[1] and newest[1].iteration < 4:
+            break
     assert run("-opt", path, "--run-all-stages") == 0
     for stage in ("one", "two"):
         assert differing(final(tmp_path / "run" / stage), final(straight / stage)) == []
