@@ -333,6 +333,11 @@ def find_fault(path: Path, facts: Mapping[str, int] | None = None) -> str | None
     return None
 
 
+def has_checksums(path: Path) -> bool:
+    """Whether damage in a torch file can be noticed: files in torch's old layout have no checksum of any kind."""
+    return zipfile.is_zipfile(path)
+
+
 def what_else(path: Path) -> str | None:
     """What a file is that is called like a torch file and is none, with a way out; None: it may be one."""
     size = path.stat().st_size

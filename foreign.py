@@ -225,6 +225,9 @@ def unpack_members(parts: Mapping[str, Any], path: Path | str) -> dict[str, Any]
         elif label.startswith("optimizer"):
             if thing := unread_in(payload):
                 raise CheckpointError(f"{path}: refused: {label} holds an object ({thing.name})")
+            if not is_optimizer(payload):
+                raise CheckpointError(f"{path}: its {label} is not an optimizer's state; move that file elsewhere to "
+                                      "resume without it")
             found[label] = payload
         else:
             found[label] = weights_in(payload, path)

@@ -293,6 +293,8 @@ class Run:
             self.banner_of_others(state)
         if state.get("config") and not options.is_ours(state["config"]):
             say("note     its options are another program's and are not compared")
+        if not all(durable.has_checksums(path) for path in source.files.values()):
+            say("note     it is in torch's old layout, which has no checksums: damage in it can't be noticed")
         if not source.committed and torch.__version__ < (2, 10):  # CVE-2026-24747
             say(f"note     torch {torch.__version__} can be harmed by files made to harm; before 2.10, read only those "
                 "you trust")

@@ -219,6 +219,20 @@ def test_basicsrs_network_and_state_resume_together(tmp_path, state, capsys, nam
         locate(place / "training_states/10.state")
 
 
+def test_an_optimizer_that_is_none_is_refused_by_name(tmp_path, state):
+    for label in ("G", "optimizerG"):
+        torch.save(state["G"], tmp_path / f"300_{label}.pth")
+    with pytest.raises(CheckpointError, match="its optimizerG is not an optimizer's state; move that file elsewhere"):
+        resumed(tmp_path, tmp_path / "300_G.pth", 301)
+
+
+def test_a_file_without_checksums_is_called_so(tmp_path, state, capsys):
+    for old in (True, False):
+        torch.save({"state_dict": state["G"], "iter": 6}, tmp_path / "x.pth", _use_new_zipfile_serialization=not old)
+        assert resumed(tmp_path, tmp_path / "x.pth", 7, name=f"run{old}") == 0
+        assert ("which has no checksums: damage in it can't be noticed" in capsys.readouterr().out) == old
+
+
 # ---------------------------------------------------------------- what else is in such files
 
 
