@@ -140,8 +140,9 @@ class _Archive:
             header = os.pread(descriptor, 30, record.header_offset)
             name, extra = struct.unpack("<HH", header[26:30])
             start = record.header_offset + 30 + name + extra
-            if record.header_offset < end or record.compress_type or record.file_size != record.compress_size:
-                raise ValueError("its records overlap or are compressed")
+            if record.header_offset < end or record.compress_type or record.file_size != record.compress_size or \
+                    record.external_attr & 16:  # a folder: torch then reads nothing and gives what was in memory
+                raise ValueError("its records overlap, are compressed or folders")
             end = start + record.file_size
             self.data.append((start, end, record.CRC))
         if end > body - 22:
@@ -322,11 +323,14 @@ def find_fault(path: Path, facts: Mapping[str, int] | None = None) -> str | None
                 if archive.crc32() != seal["body_crc32"] or archive.broken() is not None:
                     return "damaged (checksum differs)"
         elif zipfile.is_zipfile(path):
-            broken = zipfile.ZipFile(path).testzip()
-            return f"damaged (record {broken})" if broken else None
+            with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+                broken = archive.testzip()  # looks at names and flags, too
+                if broken or _Archive(file.fileno(), size - len(archive.comment)).broken() is not None:
+                    return f"damaged (record {broken})"
         else:
             read_torch(path)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
+            struct.error) as error:  # zipfile raises RuntimeError for a flipped bit that says "encrypted"
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         reason = reason.removeprefix(f"{path}: ")
         return reason if reason.startswith(("damaged", "refused")) else f"damaged ({reason})"

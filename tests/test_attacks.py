@@ -490,6 +490,24 @@ def test_every_instruction_that_torch_and_numpy_write_is_understood(tmp_path):
             assert torch.equal(found["array"], torch.arange(6.0).reshape(2, 3).t())
 
 
+@pytest.mark.parametrize("kind", ["plain", "with objects"])
+def test_damage_in_the_directory_of_anothers_archive_is_one_line(tmp_path, kind):
+    """Each byte of its end: sizes, flags, offsets, names; zipfile fails in as many ways."""
+    payload = {"state_dict": parts(2.0)["G"], "global_step": 2}
+    torch.save(payload if kind == "plain" else payload | {"hp": argparse.Namespace(lr=1)}, tmp_path / "last.ckpt")
+    data = (tmp_path / "last.ckpt").read_bytes()
+    for at in range(data.index(b"PK\x01\x02"), len(data)):
+        (tmp_path / "last.ckpt").write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
+        said = []
+        try:
+            found = find_newest(tmp_path, said.append)
+            assert found is None and (said or checkpoint.has_traces(tmp_path)) or \
+                torch.equal(found.load()["G"]["w"], torch.full((64,), 2.0))
+            locate(tmp_path / "last.ckpt").load()
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+
+
 KINDS = {"a web page": (b"\n<!DOCTYPE html><html>Sign in</html>", "is a web page, not a checkpoint"),
          "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
          "safetensors": (struct.pack("<Q", 40) + b'{"w":{"dtype":"F32","shape":[0],"data_of' + bytes(9), "safetensors"),
