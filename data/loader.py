@@ -165,7 +165,7 @@ def endless(dataset, batches: EndlessBatches, workers: int, pinned: bool) -> Bat
     before = signal.getsignal(signal.SIGCHLD)
     with told():
         made = Batches(iter(loader), complaints)
-    if in_main and before is not None:  # torch's handler raises wherever the main thread is when a worker dies, as in a save
+    if in_main and before is not None:  # torch's raises wherever this thread is when a worker dies, as in a save
         signal.signal(signal.SIGCHLD, before)
     return made
 
