@@ -169,18 +169,6 @@ def test_a_signal_in_validation_repeats_it_whole(recipe, straight, tmp_path, mon
     assert_equal_runs(straight, tmp_path / "stopped")
 
 
-def test_a_signal_in_the_last_validation_does_not_lose_it(recipe, tmp_path, monkeypatch):
-    real = ModelVRT.validate
-    sets = ["--set", 'datasets.test.generated={"num_clips": 2, "num_frame": 2, "gt_size": [64, 64]}']
-    assert run("-opt", recipe("whole"), *sets) == 0
-    path = recipe("last", train={"checkpoint_test": 0})
-    with monkeypatch.context() as patch:
-        patch.setattr(ModelVRT, "validate", lambda self, sample: (os.kill(os.getpid(), signal.SIGTERM),
-                                                                  real(self, sample))[1])
-        assert run("-opt", path, *sets) == 0
-    assert final(tmp_path / "last")["state"]["history"] == final(tmp_path / "whole")["state"]["history"][1:]
-
-
 def start_process(*arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen([sys.executable, str(ROOT / "main.py"), *map(str, arguments)], env=environment,
