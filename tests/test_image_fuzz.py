@@ -8,6 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 import torchvision.io  # noqa: F401 - once, not in each child
 from PIL import Image
 
@@ -91,6 +92,7 @@ def read_in_a_child(files):
     end, child_end = os.pipe()
     if not (child := os.fork()):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        torch.set_num_threads(1)  # as in a data worker: the parent's pool of threads does not cross a fork
         for path in files:
             for read in (read_picture, read_levels):
                 try:
