@@ -63,7 +63,7 @@ def infer(opt: options.Section, notices: list[str], *, resume: str | None = None
             if not sets:
                 raise options.OptionError(f"{opt['opt_path']}: datasets.test: missing; or give --input and --output")
             pictures = model.save_dir.parent / "images" / "use" if opt["val"]["save_img"] else None
-            evaluate(model, sets, log, None, lambda: bool(stop.signal), pictures)
+            evaluate(model, sets, log, None, stop, pictures)
             return stop.exit_code
         return work(model, opt, source, Path(output), truth, log, stop, command)
 

@@ -506,7 +506,7 @@ class Run:
             return
         try:
             with checkpoint.rng_untouched(), fastest_kernels(False):
-                means = evaluate(self.model, self.test_sets, self.log, self.iteration, lambda: bool(stop.signal),
+                means = evaluate(self.model, self.test_sets, self.log, self.iteration, stop,
                                  self.folder / "images" / f"{self.iteration:06d}" if self.opt["val"]["save_img"]
                                  else None, progress)
         except ValidationError as error:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from durable import save_file, signed, unsigned
 from log import RunLog, duration, number
 from models.model_base import ModelBase
 from options import OptionError
+from runtime.signals import Interrupted, StopRequest
 
 WRITE_EVERY = 5.0  # seconds between two writings of what a validation has so far
 MOST_ATTEMPTS = 3  # at one validation without one more sample finished: then training continues without it
@@ -103,9 +104,9 @@ class Progress:
 
 
 def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, iteration: int | None,
-             stopped: Callable[[], bool], pictures: Path | None,
+             stop: StopRequest, pictures: Path | None,
              progress: Progress | None = None) -> dict[str, float] | None:
-    """Metrics of every test set as {"<set>.<metric>": mean over its samples}; None when `stopped` returns True.
+    """Metrics of every test set as {"<set>.<metric>": mean over its samples}; None after a stop request.
 
     Several processes share the samples, and each writes the pictures of its own.
 
@@ -130,10 +131,9 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, iterat
         failure, sample = None, None
         with distributed.apart():
             try:
-                for index, sample in zip(mine, clips_of(dataset, mine)):
-                    if stopped():
-                        rows = None
-                        break
+                samples = clips_of(dataset, mine)
+                for index in mine:
+                    sample = stop.fetch(partial(next, samples))  # a sample that hangs does not hold a stop
                     log.progress(f"validating {name}: {len(known) + len(rows)} of {len(dataset)}")
                     rows[index] = model.validate(sample)
                     if progress:
@@ -143,6 +143,8 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, iterat
                         path = pictures.with_name(f"{pictures.name}_{name}_{clip}.png")
                         log.pictures(path, model.shown, f"{name}/{clip}", iteration)
                     sample = None
+            except Interrupted:
+                rows, sample = None, None
             except Exception as error:
                 failure = error
         where = f"test set {name}" if sample is None else f"test set {name}, {clip_name(sample)}"

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 SAME_PRESS = 2.0  # seconds: torchrun forwards the SIGINT that its processes have from the terminal already
@@ -60,12 +61,7 @@ class StopRequest:
         if self.agreed:
             return False
         try:
-            try:
-                self.fetching = True
-                if not self.signal:
-                    fetch()
-            finally:
-                self.fetching = False
+            self.fetch(fetch)
         except Interrupted:
             pass
         except Exception as error:
@@ -76,6 +72,16 @@ class StopRequest:
         elif number:
             self.agreed = signal.Signals(number)
         return not number
+
+    def fetch(self, get: Callable[[], Any]) -> Any:
+        """What `get` returns. Raises Interrupted when a stop request came before, or comes meanwhile."""
+        try:
+            self.fetching = True
+            if self.signal:
+                raise Interrupted
+            return get()
+        finally:
+            self.fetching = False
 
     def settle(self) -> None:
         """Agree now, where another step would be one too many."""

@@ -337,3 +337,22 @@ def test_other_samples_of_equal_number_are_said_at_the_resume(tmp_path, monkeypa
     monkeypatch.setattr(tiny.Images, "sample_names", lambda self: [f"{i}.jpg" for i in range(11)])
     assert run(*more, "--set", "train.total_iter=9") == 0
     assert "warning  the training set has 11 samples as before, but others" in capsys.readouterr().out
+
+
+def test_a_test_sample_that_hangs_does_not_hold_a_stop(tmp_path, monkeypatch):
+    real = tiny.Images.__getitem__
+
+    def hanging(self, key):
+        if not isinstance(key, tuple):  # of a test set
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+            raise AssertionError("the stop request waited for the sample")
+        return real(self, key)
+
+    path = option_file(tmp_path, "one", train={"checkpoint_save": 100})
+    with monkeypatch.context() as patch:
+        patch.setattr("preflight.look", lambda run: None)
+        patch.setattr(tiny.Images, "__getitem__", hanging)
+        assert run("-opt", path) == 143
+    assert checkpoint.find_newest(tmp_path / "one/models").iteration == 3
+    assert run("-opt", path) == 0
