@@ -33,6 +33,8 @@ from report import RunReport
 from runtime.evaluate import MOST_ATTEMPTS, Progress, ValidationError, describe_losses, evaluate
 from runtime.signals import StopRequest
 
+LEAST_SCALE = 2.0**-10  # of fp16's loss scale: it begins at 2**16 and is halved by each step that is left out
+
 
 class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite; the last checkpoint is from before."""
@@ -442,6 +444,11 @@ class Run:
 
     def check_finite(self) -> None:
         """Stop at a NaN or infinite loss. Looks at all steps since the last look: the device is waited for rarely."""
+        scaler = self.model.scaler
+        if self.pending and scaler and scaler.get_scale() < LEAST_SCALE:
+            raise NonFiniteLoss(f"the gradient was not finite in so many steps until iteration {self.iteration} that "
+                                f"fp16's loss scale fell to {scaler.get_scale():.1e}: nothing is learnt any more; the "
+                                'last checkpoint is intact; set train.amp to "bf16", or lower the learning rate')
         pending, self.pending = self.pending, []
         for iteration, losses, norms in pending:
             values = {name: float(value) for name, value in {**losses, **norms}.items()}

@@ -125,3 +125,12 @@ def test_infinity_in_a_buffer_is_a_mask_and_is_saved():
     assert model.find_non_finite() is None
     net.mask[0] = float("nan")
     assert model.find_non_finite() == "G.mask"
+
+
+def test_fp16_that_never_finds_a_finite_gradient_ends_the_run(tmp_path, monkeypatch):
+    spoil_gradients(monkeypatch, set(range(4, 100)))
+    train_options = {"amp": "fp16", "total_iter": 60, "checkpoint_print": 5}
+    path = write_json(tmp_path / "one.json", tiny.options(tmp_path, "one", train=train_options))
+    with pytest.raises(train.NonFiniteLoss, match="fp16's loss scale fell to"):
+        run("-opt", path)
+    assert all_finite(tmp_path / "one")
