@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import signal
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data.sampler import EndlessBatches
 from options import OptionError
-from runtime.signals import STOP_SIGNALS
+from runtime.signals import STOP_SIGNALS, Interrupted
 
 LESS = "lower datasets.train.dataloader_num_workers or dataloader_batch_size"
 SHARED = f"shared memory (/dev/shm) is full: give a container more with --shm-size=8g, or {LESS}"
@@ -77,7 +77,9 @@ class _OneThread(Dataset):
         torch.set_num_threads(1)
         try:
             return self.dataset[key]
-        except (Exception, SystemExit) as error:
+        except Interrupted:
+            raise
+        except BaseException as error:  # SystemExit and KeyboardInterrupt too: signals don't raise it
             return Failure(complaint(error))
         finally:
             torch.set_num_threads(threads)
@@ -121,8 +123,11 @@ class Batches:
             self.look_at_workers()
             try:
                 batch = next(self.loader, self)
-            except RuntimeError:
-                self.look_at_workers()  # what the loader says of a dead one names no cause
+            except Exception:
+                dying = multiprocessing.connection.wait([w.sentinel for w in self.workers], 1 if self.workers else 0)
+                for worker in self.workers:  # of a dead one the loader, and what it had half sent, name no cause
+                    worker.join(1 if worker.sentinel in dying else 0)
+                self.look_at_workers()
                 raise
         if batch is self:
             raise StopIteration
@@ -132,10 +137,10 @@ class Batches:
 
     def look_at_workers(self) -> None:
         for worker in self.workers:
-            if code := worker.exitcode:
+            if (code := worker.exitcode) is not None:
                 if not self.complaints.empty():
                     raise OptionError(self.complaints.get())
-                if code > 0:
+                if code >= 0:
                     raise OptionError(f"a data worker ended with exit code {code}; find the sample with "
                                       "datasets.train.dataloader_num_workers 0")
                 name = signal.Signals(-code).name

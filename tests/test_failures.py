@@ -1,9 +1,13 @@
 """What goes wrong between two steps costs none: one line with cause and remedy, a save, exit code 2, and it resumes."""
 
+import multiprocessing
+import os
 import re
 
 import pytest
 
+from data.loader import Batches
+from options import OptionError
 from tests import world
 from tests.test_signals import assert_resumes_equal, saved, tiny_file
 
@@ -12,8 +16,10 @@ SAID = {"EIO": "/data/picture.png: Input/output error; the disk or the network s
         "SIGBUS": "--shm-size", "full shm": "--shm-size", "SIGSEGV": "ended by SIGSEGV, in a library",
         "is local": "Local: of a kind of its own (world.py, line ", "PermissionError": "on purpose",
         "MemoryError": "no memory is left for a sample: lower", "ZeroDivisionError": "ZeroDivisionError: on purpose (",
-        "can't be sent": "worker: ", "SystemExit": "on purpose"}
-SOON = [("EIO", 0, 1), ("SIGKILL", 2, 1), ("is local", 2, 1), ("MemoryError", 0, 2), ("can't be sent", 1, 1)]
+        "can't be sent": "worker: ", "SystemExit": "on purpose",
+        "KeyboardInterrupt": "on purpose"}
+SOON = [("EIO", 0, 1), ("SIGKILL", 2, 1), ("is local", 2, 1), ("MemoryError", 0, 2), ("can't be sent", 1, 1),
+        ("KeyboardInterrupt", 0, 1)]
 ALL = [(what, workers, size) for what in SAID for workers in (0, 2) for size in (1, 2)
        if workers or not what.startswith(("SIG", "can't"))]
 
@@ -38,3 +44,17 @@ def test_a_worker_that_dies_in_a_save_does_not_harm_it(tmp_path):
     assert codes == [2] and "not saved" not in said, said
     assert "models/2.json in " in said and "error: a data worker was ended by SIGKILL" in said, said
     assert_resumes_equal(tmp_path, path)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file"), EOFError(), ConnectionResetError()])
+@pytest.mark.parametrize("end, said", [(lambda: os.kill(os.getpid(), 9), "SIGKILL"), (lambda: os._exit(0), "code 0")])
+def test_a_worker_that_died_is_named_whatever_its_half_sent_batch_raises(error, end, said):
+    class Loader:
+        _workers = [multiprocessing.get_context("fork").Process(target=end)]
+
+        def __next__(self):
+            self._workers[0].start()
+            raise error
+
+    with pytest.raises(OptionError, match=said):
+        next(Batches(Loader(), multiprocessing.SimpleQueue()))
