@@ -392,7 +392,7 @@ def _scan(folder: Path) -> tuple[dict[int, dict[str, Path]], dict[int, tuple[Pat
             if match := MEMBER.fullmatch(path.name):
                 if path.is_file():
                     members.setdefault(int(match[1]), {})[match[2]] = path
-            elif path.suffix in (*SUFFIXES, ".json") and path.is_file():
+            elif (path.name.lower().endswith((*SUFFIXES, ".pth.tar")) or path.suffix == ".json") and path.is_file():
                 facts = path.stat()  # without links an inode number means nothing on some file systems
                 same = (facts.st_dev, facts.st_ino) if facts.st_nlink > 1 else path
                 linked.setdefault(same, []).append(path)
@@ -678,8 +678,9 @@ def put_away(folder: Path | str, after: int = -1, only: int | None = None) -> Pa
     members, records, singles = _scan(folder)
     wanted = (lambda iteration: iteration == only) if only is not None else (lambda iteration: iteration > after)
     moved = [path for iteration, files in members.items() if wanted(iteration) for path in files.values()]
-    moved += [path for names in singles for path in names if wanted(_iteration_of(path))]
-    if only is None and after < 0:
+    all_go = only is None and after < 0
+    moved += [path for names in singles for path in names if wanted(_iteration_of(path, all_go))]
+    if all_go:
         found, bad = _find_foreign(folder)
         moved += [*bad, *(path for one in (*found, *_basicsrs(folder)) for path in one.files.values()
                           if path.parent == folder)]
@@ -699,13 +700,17 @@ def _move(paths: list[Path], folder: Path) -> Path:
     return archive
 
 
-def _iteration_of(path: Path) -> int:
-    """Of a bundle of ours; a damaged one counts as newer than anything, a file of others as older."""
+def _iteration_of(path: Path, doubtful: bool) -> int:
+    """Of a bundle of ours; a damaged one counts as newer than anything, a file of others as older.
+
+    Args: doubtful: so does a damaged file that may have been anything but a loss's or codec's weights.
+    """
     try:
         seal = read_seal(path)
         return seal["iteration"] if seal and "parts" in seal else -2
     except CheckpointError:
-        return sys.maxsize if MARK in tail_of(path) or foreign.TRAINING.search(path.name) else -2
+        ours = MARK in tail_of(path) or foreign.TRAINING.search(path.name) or (doubtful and counts(path))
+        return sys.maxsize if ours else -2
 
 
 def unused_name(path: Path) -> Path:

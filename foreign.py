@@ -145,9 +145,10 @@ def unpack(payload: Any, path: Path | str) -> dict[str, Any]:
 
 
 def _count(value: Any) -> int | None:
-    """A number of steps or epochs, which some keep in a tensor."""
-    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_floating_point():
+    """A number of steps or epochs, which some keep in a tensor, or as 5.0."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 

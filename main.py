@@ -119,8 +119,13 @@ def saved_options(path: str) -> dict:
     folder = found.folder.resolve()
     if folder != Path(options.models_folder(config)).resolve():
         tail = Path(config["task"], "models").parts
-        below = not config["path"]["models"] and folder.parts[-len(tail):] == tail
-        config["path"] |= {"root": str(folder.parents[len(tail) - 1])} if below else {"models": str(folder)}
+        if config["path"]["models"] or folder.name != "models":
+            config["path"]["models"] = str(folder)
+        else:
+            if folder.parts[-len(tail):] != tail:  # another name as well
+                tail = folder.parts[-2:]
+                config["task"] = tail[0]
+            config["path"]["root"] = str(folder.parents[len(tail) - 1])
     return config
 
 

@@ -150,7 +150,7 @@ class Run:
 
     def claim(self) -> None:
         """Keep other processes out of the run's folder, once there is one."""
-        if self.lock is None and self.folder.is_dir() and distributed.is_main():
+        if self.lock is None and os.path.isdir(self.folder) and distributed.is_main():
             self.lock = FolderLock(self.folder)
 
     def close(self) -> None:
@@ -652,6 +652,9 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
             log.line(f"finished at iteration {run.iteration} of {opt['train']['total_iter']}: nothing left to do; "
                      "raise train.total_iter to go on")
             return 0
+        if resume and run.iteration > opt["train"]["total_iter"]:
+            raise options.OptionError(f"{resume}: is at iteration {run.iteration}, past train.total_iter "
+                                      f"{opt['train']['total_iter']}; raise that")
         check(run)
         stop.waits = True  # until now there was nothing to lose
         distributed.from_main(lambda: run.begin(source, fresh))

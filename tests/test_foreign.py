@@ -66,6 +66,12 @@ def test_an_old_dictionary_says_what_it_lacks(tmp_path, state, capsys):
     assert "no scheduler in it, and none is needed" in said and "its options are another program's" in said
 
 
+@pytest.mark.parametrize("count", [5.0, torch.tensor(5), torch.tensor([5.0])])
+def test_an_iteration_kept_as_a_float_or_tensor_counts(count):
+    payload = {"model": {"w": torch.ones(1)}, "iter": count, "epoch": 1}
+    assert foreign.unpack(payload, "x")["state"]["iteration"] == 5
+
+
 @pytest.mark.parametrize("name", ["lightning.ckpt", "prefixed.ckpt", "checkpoint_epoch2.pth", "epoch_0003.pt",
                                   "vqgan_7.pth"])
 def test_resume_takes_a_training_file_of_others_and_says_what_is_absent(tmp_path, state, capsys, name):

@@ -447,7 +447,8 @@ def test_a_repeated_resume_of_another_run_resumes_its_own_newest(tmp_path, monke
     assert run(*words, "--fresh") == 0 and "iteration 4 of 9" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("left", ["refused", "cut off", "members", "BasicSR without a network"])
+@pytest.mark.parametrize("left", ["refused", "cut off", "cut off as .pth.tar", "cut off as .PTH", "members",
+                                  "BasicSR without a network"])
 def test_a_run_never_starts_over_silently_beside_what_it_cant_use(tmp_path, capsys, left):
     models = tmp_path / "run/models"
     models.mkdir(parents=True)
@@ -457,16 +458,40 @@ def test_a_run_never_starts_over_silently_beside_what_it_cant_use(tmp_path, caps
     elif left == "BasicSR without a network":
         torch.save({"iter": 5, "network_of_mine": {"w": torch.ones(2)}}, models / "last.pth")
     else:
+        file = models / f"model{left.partition(' as ')[2] or '.ckpt'}"
         torch.save({"iter": 5, "model": {"w": torch.ones(999)}, "optimizer": torch.optim.SGD([torch.ones(1)], 0.1)},
-                   models / "model.ckpt")
-        if left == "cut off":
-            os.truncate(models / "model.ckpt", 900)
+                   file)
+        if left != "refused":
+            os.truncate(file, 900)
     before = sorted(os.listdir(models))
     path = write_json(tmp_path / "run.json", tiny.options(tmp_path, "run"))
-    reason = {"refused": "holds an object .torch.optim", "cut off": "damaged", "members": "state is missing"}
-    with pytest.raises(CheckpointError, match=f"none is usable .*{reason.get(left, 'network_of_mine .1 tensors')}"):
+    reason = {"refused": "holds an object .torch.optim", "cut": "damaged", "members": "state is missing"}
+    with pytest.raises(CheckpointError,
+                       match=f"none is usable .*{reason.get(left.split()[0], 'network_of_mine .1 tensors')}"):
         run("-opt", path)
     assert "iter " not in capsys.readouterr().out and sorted(os.listdir(models)) == before
     assert run("-opt", path, "--fresh", "--set", "train.total_iter=1") == 0
     (archive,) = (tmp_path / "run").glob("models_*")
     assert sorted(os.listdir(archive)) == before
+
+
+def test_a_run_that_was_moved_and_renamed_resumes_in_its_new_folder(tmp_path, capsys):
+    assert run("-opt", write_json(tmp_path / "a.json", tiny.options(tmp_path, "run", train={"total_iter": 4}))) == 0
+    (tmp_path / "run").rename(tmp_path / "run of May")
+    capsys.readouterr()
+    assert run("--resume", tmp_path / "run of May/models/4.json", "--set", "train.total_iter=5") == 0
+    assert f"finished 5 iterations in {tmp_path / 'run of May'}\n" in capsys.readouterr().out
+    assert not (tmp_path / "run of May/models/log").exists() and not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_past_the_end_is_no_finished_run(tmp_path):
+    assert run("-opt", write_json(tmp_path / "a.json", tiny.options(tmp_path, "a", train={"total_iter": 4}))) == 0
+    path = write_json(tmp_path / "b.json", tiny.options(tmp_path, "b", train={"total_iter": 3}))
+    with pytest.raises(options.OptionError, match=r"4.json: is at iteration 4, past train.total_iter 3; raise that"):
+        run("-opt", path, "--resume", tmp_path / "a/models/4.json")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_name_that_is_too_long_for_a_folder_is_one_line(tmp_path):
+    with pytest.raises(CheckpointError, match="can't be looked into: File name too long"):
+        run("-opt", write_json(tmp_path / "a.json", tiny.options(tmp_path, "n" * 300)))
