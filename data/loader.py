@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data._utils import signal_handling
 
 from data.sampler import EndlessBatches
 from options import OptionError
@@ -166,12 +167,11 @@ def endless(dataset, batches: EndlessBatches, workers: int, pinned: bool) -> Bat
     loader = DataLoader(_OneThread(dataset), batch_sampler=batches, num_workers=workers, pin_memory=pinned,
                         collate_fn=_collate, worker_init_fn=partial(_begin_worker, complaints),
                         generator=torch.Generator().manual_seed(0))
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGCHLD)
     with told():
         made = Batches(iter(loader), complaints)
-    if in_main and before is not None:  # torch's raises wherever this thread is when a worker dies, as in a save
-        signal.signal(signal.SIGCHLD, before)
+    if workers:  # torch's handler of SIGCHLD raises wherever this thread is when one of its workers dies, as in a save
+        signal_handling._remove_worker_pids(id(made.loader))
+        made.loader._worker_pids_set = False
     return made
 
 

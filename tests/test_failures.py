@@ -3,12 +3,16 @@
 import multiprocessing
 import os
 import re
+import signal
 
 import pytest
+import torch
+from torch.utils.data._utils import signal_handling
 
-from data.loader import Batches
+from data.loader import Batches, endless
+from data.sampler import EndlessBatches
 from options import OptionError
-from tests import world
+from tests import tiny, world
 from tests.test_signals import assert_resumes_equal, saved, tiny_file
 
 SAID = {"EIO": "/data/picture.png: Input/output error; the disk or the network share fails",
@@ -44,6 +48,22 @@ def test_a_worker_that_dies_in_a_save_does_not_harm_it(tmp_path):
     assert codes == [2] and "not saved" not in said, said
     assert "models/2.json in " in said and "error: a data worker was ended by SIGKILL" in said, said
     assert_resumes_equal(tmp_path, path)
+
+
+def test_workers_may_be_ended_where_torch_watches_workers_of_others(monkeypatch):
+    before = signal.getsignal(signal.SIGCHLD)
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    try:
+        others = iter(torch.utils.data.DataLoader(list(range(4)), num_workers=1))  # installs torch's handler
+        for _ in range(3):
+            ours = endless(tiny.Images(), EndlessBatches(11, 4), 2, pinned=False)
+            next(ours)
+            ours.close()
+            for worker in multiprocessing.active_children():
+                worker.join(0.01)
+        assert [int(value) for value in others] == [0, 1, 2, 3]
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file"), EOFError(), ConnectionResetError()])
