@@ -7,7 +7,7 @@ which is what else makes the next step. It lies on the disk in one of two layout
   place last, the commit record `{iter}.json` with the size and checksum of each. The set exists once its record does.
 - bundle: one file with everything, under names that the options choose; its record is the file's own seal.
 
-Folders that KAIR wrote (no record) and single files that others wrote are read too, see foreign.py.
+Folders that KAIR wrote (no record) and single files that others wrote are read too, see storage/foreign.py.
 """
 
 from __future__ import annotations
@@ -17,41 +17,35 @@ import errno
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-import foreign
-from durable import (
+from storage import foreign
+from storage.files import _gone_if_refused, check_space, link, save_file, sync_folder, write_durably
+from storage.foreign import VERSION, is_optimizer, weights_in
+from storage.sealed import (
     MARK,
     CheckpointError,
-    _gone_if_refused,
-    check_space,
     find_fault,
-    link,
     load_file,
     read_seal,
     read_torch,
-    save_file,
     signed,
-    sync_folder,
     tail_of,
     unsigned,
-    write_durably,
 )
-from foreign import VERSION, is_optimizer, weights_in
+from storage.tree import Snapshot, num_bytes, to_cpu
 
-__all__ = ["CheckpointError", "VERSION", "is_optimizer", "load_file", "save_file", "weights_in"]  # of durable, foreign
+__all__ = ["CheckpointError", "VERSION", "is_optimizer", "load_file", "save_file", "weights_in"]  # of storage
 MEMBER = re.compile(r"(\d+)_([A-Za-z][A-Za-z0-9]*)\.pth")
 RECORD = re.compile(r"(\d+)\.json")
 BASICSR = re.compile(r"net_([a-z])_(\d+)\.pth")  # its networks, beside ../training_states/{iter}.state
@@ -507,6 +501,11 @@ def locate(path: Path | str, report: Report | None = None) -> CheckpointSet:
     return found
 
 
+def models_of(folder: Path) -> Path:
+    """A run's folder stands for the models folder in it."""
+    return folder / "models" if (folder / "models").is_dir() else folder
+
+
 def reasons(lines: list[str]) -> str:
     """Why nothing was usable, as the end of a line."""
     return f" ({lines[-1]}{f'; and {len(lines) - 1} more' if len(lines) > 1 else ''})" if lines else ""
@@ -725,33 +724,6 @@ def unused_name(path: Path) -> Path:
 # ---------------------------------------------------------------- one run's checkpoints
 
 
-class Snapshot:
-    """A copy of a nested state in host memory; the buffers are made once and used again."""
-
-    def __init__(self):
-        self.buffers: dict[tuple, torch.Tensor] = {}  # by the path of keys that leads to the tensor
-
-    def take(self, tree: Any) -> Any:
-        """The copy; the one taken before is overwritten."""
-        copied = self._copy(tree, ())
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
-        return copied
-
-    def _copy(self, tree: Any, path: tuple) -> Any:
-        if isinstance(tree, torch.Tensor):
-            buffer = self.buffers.get(path)
-            if buffer is None or buffer.shape != tree.shape or buffer.dtype != tree.dtype:
-                buffer = self.buffers[path] = torch.empty_like(
-                    tree, device="cpu", memory_format=torch.contiguous_format, pin_memory=tree.is_cuda)
-            return buffer.copy_(tree.detach(), non_blocking=True)
-        if isinstance(tree, Mapping):
-            return {key: self._copy(value, (*path, key)) for key, value in tree.items()}
-        if isinstance(tree, (list, tuple)):
-            return [self._copy(value, (*path, i)) for i, value in enumerate(tree)]
-        return tree
-
-
 @dataclass(frozen=True)
 class Saved:
     """What became of a save."""
@@ -839,24 +811,6 @@ class Saver:
             wait([self.pending])
 
 
-def to_cpu(tree: Any) -> Any:
-    """A nested state with every tensor on the CPU; containers are new, CPU tensors are the same."""
-    if isinstance(tree, torch.Tensor):
-        return tree.detach().cpu()
-    if isinstance(tree, Mapping):
-        return {key: to_cpu(value) for key, value in tree.items()}
-    return [to_cpu(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
-
-
-def num_bytes(tree: Any) -> int:
-    """How large a nested state becomes on the disk, a little too much rather than too little."""
-    if isinstance(tree, torch.Tensor):
-        return tree.numel() * tree.element_size() + 512
-    if isinstance(tree, Mapping):
-        tree = [*tree.keys(), *tree.values()]
-    return sum(num_bytes(value) for value in tree) + 64 if isinstance(tree, (list, tuple)) else 64
-
-
 def fingerprint(weights: Mapping[str, torch.Tensor], *settings: Any) -> str:
     """A digest of weights, their names, and plain values that matter as well."""
     digest = hashlib.sha256(json.dumps(settings).encode())
@@ -869,45 +823,6 @@ def fingerprint(weights: Mapping[str, torch.Tensor], *settings: Any) -> str:
 # ---------------------------------------------------------------- what else makes the next step
 
 
-def rng_state() -> dict[str, Any]:
-    """State of every global generator of this process, as tensors and plain types."""
-    version, internal, gauss = random.getstate()
-    name, keys, *rest = np.random.get_state()
-    state = {"python": [version, torch.tensor(internal), gauss],
-             "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
-             "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put every global generator back to what `rng_state` returned."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(int(n) for n in internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-@contextlib.contextmanager
-def rng_untouched() -> Iterator[None]:
-    """Whatever is drawn inside, training goes on as if it had not been."""
-    state = rng_state()
-    try:
-        yield
-    finally:
-        set_rng_state(state)
-
-
-def environment() -> dict[str, Any]:
-    """What exactness depends on besides the options and the state."""
-    return {"torch": str(torch.__version__), "numpy": np.__version__, "num_threads": torch.get_num_threads(),
-            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
-
-
 def timestamp() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
@@ -915,7 +830,7 @@ def timestamp() -> str:
 if __name__ == "__main__":
     import signal
 
-    from checkpoint_cli import main
+    from commands.checkpoints import main
 
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when piped into head
     sys.exit(main(sys.argv[1:]))

@@ -24,16 +24,16 @@ if __name__ == "__main__":
     signals.begin_program()  # what is imported below takes seconds
 
 import checkpoint
-import distributed
 import options
-import preflight
 from checkpoint import CheckpointError
+from commands import dry_run
+from commands.infer import infer
+from commands.prove import prove
+from commands.stages import train_stages
 from data import DATASETS
-from infer import infer
-from log import status
+from log.terminal import status
 from models import MODELS, NETWORKS
-from prove import prove
-from stages import train_stages
+from runtime import distributed
 from train import NonFiniteLoss, train
 
 
@@ -156,7 +156,7 @@ def main(argv: list[str]) -> int:
             raise options.OptionError("--prove-resume needs an option file: -opt FILE")
         return prove(source, overrides, args.prove_resume, args.stage or next(iter(stages), None))
     command = resume_command(argv, saved=bool(tree))
-    launch = preflight.dry_run if args.dry_run else partial(train, check=preflight.look)
+    launch = dry_run.dry_run if args.dry_run else partial(train, check=dry_run.look)
     if not args.test:
         if args.input or args.output or args.truth:
             raise options.OptionError("--input, --output and --truth go with --test")

@@ -564,8 +564,5 @@ def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["reference"]:
-        sys.exit("usage: python -m options reference > docs/options.md")
-    from reference import reference
-
-    sys.stdout.write(reference())
+    sys.stderr.write("use: python -m commands.reference > docs/options.md\n")
+    sys.exit(2)

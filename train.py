@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import random
 import sys
 import time
 import traceback
@@ -14,24 +12,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import checkpoint
-import distributed
-import durable
-import foreign
 import options
 from checkpoint import CheckpointError, CheckpointSet, Layout, Saver
 from data import DATASETS
 from data.loader import endless, told
 from data.sampler import EndlessBatches, names_digest, sample_rng
-from durable import FolderLock
-from log import Pace, RunLog, number, save_pictures, tolerated
+from log.pictures import save_pictures
+from log.run_log import RunLog, tolerated
+from log.terminal import Pace, number
 from models import MODELS
 from report import RunReport
+from runtime import determinism, distributed
+from runtime.determinism import fastest_kernels, prepare_machine, seed_generators
 from runtime.evaluate import MOST_ATTEMPTS, Progress, ValidationError, describe_losses, evaluate
 from runtime.signals import StopRequest
+from storage import files, foreign, sealed
+from storage.files import FolderLock
+from storage.tree import plain
 
 LEAST_SCALE = 2.0**-10  # of fp16's loss scale: it begins at 2**16 and is halved by each step that is left out
 
@@ -58,49 +58,6 @@ class Silence:
 
 
 # ---------------------------------------------------------------- before the first step
-
-
-def prepare_machine(opt: dict) -> None:
-    """Set threads, device, kernels and seeds as the options say."""
-    if opt["num_threads"]:
-        torch.set_num_threads(opt["num_threads"])
-    try:
-        device = distributed.device_for(opt)
-    except RuntimeError:
-        raise options.OptionError(f"device: {opt['device']!r} is unknown; valid: auto, cpu, cuda, cuda:N") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise options.OptionError(f"device: {device}: torch sees no CUDA device here; use --device cpu")
-        if device.index >= torch.cuda.device_count():
-            raise options.OptionError(f"device: {device}: there are {torch.cuda.device_count()} CUDA devices here, and "
-                                      "each process needs its own; lower --nproc_per_node")
-        torch.cuda.set_device(device)
-    distributed.use_device(device, opt["dist_timeout"])
-    if opt["deterministic"]:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it before it is written
-    elif device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    seed_generators(opt["train"]["manual_seed"])
-
-
-@contextlib.contextmanager
-def fastest_kernels(wanted: bool) -> Iterator[None]:
-    """Let cuDNN time its kernels for each new shape: worth it in training, whose shapes repeat. Another run may choose
-    others, so `deterministic` rules it out."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = wanted and not torch.are_deterministic_algorithms_enabled()
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
-def seed_generators(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 class Run:
@@ -252,7 +209,7 @@ class Run:
         # Restored last: nothing after this line may draw from a global generator but the training itself.
         generators = state.get("rng_state", [])
         if rank < len(generators):
-            checkpoint.set_rng_state(generators[rank])
+            determinism.set_rng_state(generators[rank])
         elif rank:  # each process draws for itself
             seed_generators(int(sample_rng(seed, self.iteration, rank).integers(2**63)))
 
@@ -295,7 +252,7 @@ class Run:
             self.banner_of_others(state)
         if state.get("config") and not options.is_ours(state["config"]):
             say("note     its options are another program's and are not compared")
-        if not all(durable.has_checksums(path) for path in source.files.values()):
+        if not all(sealed.has_checksums(path) for path in source.files.values()):
             say("note     it is in torch's old layout, which has no checksums: damage in it can't be noticed")
         if not source.committed and torch.__version__ < (2, 10):  # CVE-2026-24747
             say(f"note     torch {torch.__version__} can be harmed by files made to harm; before 2.10, read only those "
@@ -324,7 +281,7 @@ class Run:
                               f"options: {self.rate(self.iteration):.3g}")
 
     def environment(self) -> dict[str, Any]:
-        return {**checkpoint.environment(), "device": self.model.device.type, "processes": distributed.world_size()}
+        return {**determinism.environment(), "device": self.model.device.type, "processes": distributed.world_size()}
 
     def rate(self, finished: int) -> float:
         """The learning rate of the step after so many finished ones."""
@@ -363,7 +320,7 @@ class Run:
         return {"version": checkpoint.VERSION, "iteration": self.iteration, "epoch": self.epochs_done,
                 "sampler_state": {"epoch": epoch, "offset": offset, "length": len(self.train_set),
                                   "names": self.names},
-                "rng_state": distributed.gather(checkpoint.rng_state()), "history": self.history, "best": self.best,
+                "rng_state": distributed.gather(determinism.rng_state()), "history": self.history, "best": self.best,
                 "metric": self.metric(self.history[-1]) if validated else None,
                 "metadata": {"model": self.opt["model"], "stage": self.opt["stage"],
                              "best_metric": list(self.best_metric), "resumed_from": self.resumed_from},
@@ -512,7 +469,7 @@ class Run:
                           "finished a sample, and is left out; give the job more time, or test on less")
             return
         try:
-            with checkpoint.rng_untouched(), fastest_kernels(False):
+            with determinism.rng_untouched(), fastest_kernels(False):
                 means = evaluate(self.model, self.test_sets, self.log, self.iteration, stop,
                                  self.folder / "images" / f"{self.iteration:06d}" if self.opt["val"]["save_img"]
                                  else None, progress)
@@ -553,7 +510,7 @@ class Run:
                 raise CheckpointError(f"{self.folder}: another process began this run just now; run the same command "
                                       "again to go on from there")
         checkpoint.try_out(self.models, self.saver.layout)
-        for notice in durable.notices:
+        for notice in files.notices:
             self.log.warn(notice)
         own = resumed_from is not None and resumed_from.folder.resolve() == self.models.resolve()
         if launch := distributed.launch():
@@ -684,13 +641,6 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
 
 
 # ---------------------------------------------------------------- words
-
-
-def plain(tree: Any) -> Any:
-    """Options as plain dicts and lists, for files."""
-    if isinstance(tree, Mapping):
-        return {key: plain(value) for key, value in tree.items()}
-    return [plain(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
 
 
 def differences(saved: Mapping, now: Mapping, most: int = 12) -> list[str]:

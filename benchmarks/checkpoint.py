@@ -23,10 +23,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
+import torch
 
-import checkpoint  # noqa: E402
-from checkpoint import Layout, Saver  # noqa: E402
+import checkpoint
+from checkpoint import Layout, Saver
+from storage import tree
 
 
 def state_of(megabytes: float) -> dict:
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--folder", help="where to write; the default is the system's temporary folder")
     args = parser.parse_args()
     parts, seconds = state_of(args.megabytes), defaultdict(list)
-    size = checkpoint.num_bytes(parts)
+    size = tree.num_bytes(parts)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         plain, split, bundle, thread = (Path(folder) / name for name in ("plain", "split", "bundle", "thread"))
         for path in (plain, split, bundle, thread):

@@ -37,21 +37,22 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic kernels need
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoint  # noqa: E402
-import distributed  # noqa: E402
-import losses.stroke  # noqa: E402
-import losses.tanimoto  # noqa: E402
-import options  # noqa: E402
-import train  # noqa: E402
-from data import DATASETS  # noqa: E402
-from data.loader import endless  # noqa: E402
-from models import MODELS, NETWORKS  # noqa: E402
-from models import network_vrt as vrt  # noqa: E402
-from models.model_base import ModelBase  # noqa: E402
+import checkpoint
+import losses.stroke
+import losses.tanimoto
+import options
+import train
+from data import DATASETS
+from data.loader import endless
+from models import MODELS, NETWORKS
+from models import network_vrt as vrt
+from models.model_base import ModelBase
+from runtime import determinism, distributed
+from storage import tree
 
 VRT_001 = "options/vrt/001_train_vrt_videosr_bi_reds_6frames.json"
 RECIPES = {
@@ -246,7 +247,7 @@ def snapshot(machine: Machine) -> Iterator[Finding]:
     with tempfile.TemporaryDirectory() as folder:
         machine.wait()
         began = time.perf_counter()
-        torch.save(checkpoint.to_cpu(parts()), Path(folder) / "plain.pt")
+        torch.save(tree.to_cpu(parts()), Path(folder) / "plain.pt")
         plain = time.perf_counter() - began
         saver, stood, equal = checkpoint.Saver(Path(folder), background=True), [], True
         for n in (1, 2, 3):
@@ -257,7 +258,7 @@ def snapshot(machine: Machine) -> Iterator[Finding]:
             began = time.perf_counter()
             saver.save(n, parts())
             stood.append(time.perf_counter() - began)
-            wanted = copy.deepcopy(checkpoint.to_cpu(parts()))
+            wanted = copy.deepcopy(tree.to_cpu(parts()))
             for _ in range(20):
                 adam.step()
             saver.wait()
@@ -337,7 +338,7 @@ def fit(machine: Machine) -> Iterator[Finding]:
         changes |= {"netG.embed_dims": [8] * 8, "netG.num_heads": [2] * 8, "netG.deformable_groups": 2}
     opt, _ = options.parse(str(ROOT / (VRT_001 if machine.cuda else "options/train_vrt.json")),
                            [(key, value, "gpu.py") for key, value in changes.items()], MODELS, NETWORKS, DATASETS)
-    train.prepare_machine(opt)
+    determinism.prepare_machine(opt)
     with torch.device(machine.device):
         model = options.resolve(MODELS, opt["model"], "model")(opt)
     model.init_train()
@@ -366,7 +367,7 @@ def fit(machine: Machine) -> Iterator[Finding]:
         torch.utils.deterministic.fill_uninitialized_memory = False  # as train.prepare_machine does
         torch.set_float32_matmul_precision("highest" if exact else "high")
         try:
-            with train.fastest_kernels(True):
+            with determinism.fastest_kernels(True):
                 ms, peak = machine.measure(one_step)
                 work = kernels_of(one_step) if machine.cuda and batch == 1 else ""
             loss, found[name] = float(model.log_dict["G_loss"]), ms
@@ -420,7 +421,7 @@ def world(machine: Machine) -> Iterator[Finding]:
                    "sync_batchnorm": True, "device": machine.device, "train.total_iter": 50, "train.total_epochs": None}
         opt, _ = options.parse(str(ROOT / words[1]), [(key, value, "gpu.py") for key, value in changes.items()], MODELS,
                                NETWORKS, DATASETS, words[3] if "--stage" in words else None)
-        train.prepare_machine(opt)
+        determinism.prepare_machine(opt)
         run = train.Run(opt, train.Silence())
         run.restore(None)
         found = []

@@ -27,12 +27,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import distributed  # noqa: E402
-import options  # noqa: E402
-import train  # noqa: E402
-from data import DATASETS  # noqa: E402
-from data.loader import endless  # noqa: E402
-from models import MODELS, NETWORKS  # noqa: E402
+import options
+import train
+from data import DATASETS
+from data.loader import endless
+from models import MODELS, NETWORKS
+from runtime import determinism, distributed
 
 WARM_UP = 3  # the first steps allocate, choose kernels and connect
 KEY = "datasets.train.dataloader_batch_size"
@@ -97,7 +97,7 @@ def measure(args: argparse.Namespace) -> None:
     if not args.strong:
         opt["datasets"]["train"]["dataloader_batch_size"] *= distributed.world_size()
     opt["datasets"] = {"train": opt["datasets"]["train"]}
-    train.prepare_machine(opt)
+    determinism.prepare_machine(opt)
     run = train.Run(opt, train.Silence())
     run.restore(None)
     samples = endless(run.train_set, run.batches, opt["datasets"]["train"]["dataloader_num_workers"], False)

@@ -26,18 +26,19 @@ from types import MethodType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch.profiler import profile  # noqa: E402
-from torchvision.ops import deform_conv2d  # noqa: E402
+import torch
+import torch.nn.functional as F
+from torch.profiler import profile
+from torchvision.ops import deform_conv2d
 
-import options  # noqa: E402
-import train  # noqa: E402
-from data import DATASETS  # noqa: E402
-from data.loader import endless  # noqa: E402
-from log import RunLog  # noqa: E402
-from models import MODELS, NETWORKS  # noqa: E402
-from models import network_vrt as vrt  # noqa: E402
+import options
+import train
+from data import DATASETS
+from data.loader import endless
+from log.run_log import RunLog
+from models import MODELS, NETWORKS
+from models import network_vrt as vrt
+from runtime import determinism
 
 WARM_UP = 3  # the first steps allocate and choose kernels
 PHASES = ("data", "forward", "backward", "optimizer")
@@ -225,7 +226,7 @@ def check_equal(model, data) -> None:
     pair.append(copy.deepcopy(pair[0]))
     straightforward(pair[1])
     for one in pair:
-        train.seed_generators(0)  # of every device, for stochastic depth
+        determinism.seed_generators(0)  # of every device, for stochastic depth
         one.feed_data({key: value.double() if torch.is_tensor(value) else value for key, value in data.items()})
         one.optimize_parameters(1)
     loss = abs(pair[0].log_dict["G_loss"] - pair[1].log_dict["G_loss"]).item()
@@ -285,7 +286,7 @@ def main() -> None:
     pairs = [text.partition("=") for text in args.set]
     changes += [(k, options.as_value(v), "--set") for k, _, v in pairs]
     opt, _ = options.parse(args.option_file, changes, MODELS, NETWORKS, DATASETS)
-    train.prepare_machine(opt)
+    determinism.prepare_machine(opt)
     run = train.Run(opt, RunLog())
     torch.backends.cudnn.benchmark = not opt["deterministic"]  # as in training
     run.restore(None)

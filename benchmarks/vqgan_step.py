@@ -20,13 +20,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
+import torch
 
-import options  # noqa: E402
-import train  # noqa: E402
-from data import DATASETS  # noqa: E402
-from log import RunLog  # noqa: E402
-from models import MODELS, NETWORKS  # noqa: E402
+import options
+import train
+from data import DATASETS
+from log.run_log import RunLog
+from models import MODELS, NETWORKS
+from runtime import determinism
 
 
 def taming_step(model, step: int) -> None:
@@ -70,7 +71,7 @@ def main() -> None:
     pairs = [text.partition("=") for text in args.set]
     opt, _ = options.parse(args.option_file, [(k, options.as_value(v), "--set") for k, _, v in pairs],
                            MODELS, NETWORKS, DATASETS)
-    train.prepare_machine(opt)
+    determinism.prepare_machine(opt)
     run = train.Run(opt, RunLog())
     run.restore(None)
     start = opt["train"]["lossconfig"]["disc_start"]

@@ -102,7 +102,7 @@ def lmdb_module() -> Any:
     try:
         return importlib.import_module("lmdb")
     except ImportError:
-        raise ValueError("lmdb is not installed; pip install 'perdure[lmdb]' or pip install lmdb") from None
+        raise ValueError("lmdb is not installed; pip install lmdb") from None
 
 
 def _in_lmdb(path: str) -> bytes:

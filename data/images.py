@@ -23,7 +23,7 @@ from data.frames import scan_clips
 from data.image_files import EXTENSIONS, KINDS, MIN_SIDE, BadPicture, printable, read_picture
 from data.sampler import Key, sample_rng
 from data.synthetic import SyntheticImageDataset, as_channels
-from data.video import augment, split_key
+from data.transforms import augment, split_key
 from options import check, schema_of
 from runtime.ranges import PositiveInt, Seed
 

@@ -25,7 +25,7 @@ from data.folders import is_folder, list_folder, passed_over
 from data.image_files import EXTENSIONS, KINDS, MIN_SIDE, printable, read_levels, read_picture, size_of
 from data.sampler import Key, sample_rng
 from data.synthetic_masks import SyntheticMaskDataset
-from data.video import split_key
+from data.transforms import split_key
 from options import check, schema_of
 from runtime.ranges import Fraction, ProperFraction, Range, Seed
 

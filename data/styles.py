@@ -26,11 +26,12 @@ from data.image_files import KINDS, MIN_SIDE, read_bytes, read_picture
 from data.images import strip
 from data.sampler import Key, sample_rng
 from data.synthetic_styles import DrawnStyles
-from data.video import split_key
-from durable import CheckpointError, load_file, save_file
+from data.transforms import split_key
 from models.codecs import build_codec
 from options import check, schema_of
 from runtime.ranges import PositiveInt, Seed
+from storage.files import save_file
+from storage.sealed import CheckpointError, load_file
 
 LATENTS = "experiments/latents"  # where latents are kept unless the options say otherwise
 MOST_KEPT = 1 << 29  # bytes of latents that each process keeps in memory; the rest is read or made again when needed

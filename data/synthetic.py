@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from data.resize import Degradation
 from data.sampler import Key, sample_rng
-from data.video import augment, split_key, to_float
+from data.transforms import augment, split_key, to_float
 from runtime.ranges import NonNegativeInt, PositiveInt, Range, Seed
 
 TILT, ZOOM, SHADE = 0.10, 0.08, 4.0  # most that the camera tilts and zooms; width of the shade around a sprite

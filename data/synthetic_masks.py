@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.sampler import Key, sample_rng
-from data.video import split_key
+from data.transforms import split_key
 from runtime.ranges import NonNegativeInt, PositiveInt, Range, Seed
 
 GROUND, BUILDING, ROAD = 0, 1, 2

@@ -20,7 +20,8 @@ from data.folders import list_folder
 from data.frames import LMDB, FrameReader, check_backend, frame_path, lines_of, scan_clips, scan_root
 from data.resize import modcrop
 from data.sampler import Key, sample_rng
-from data.video import RandomWindow, check_scale, lq_maker, split_key, to_float
+from data.transforms import split_key, to_float
+from data.video import RandomWindow, check_scale, lq_maker
 from runtime.ranges import PositiveInt, Seed
 
 MIDDLE = 4  # the frame im4 that is compared, or made

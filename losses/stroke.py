@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributed import average, world_size
+from runtime.distributed import average, world_size
 from runtime.ranges import NonNegativeFloat
 
 EPSILON = 1e-6  # how close to 0 and 1 a probability may come

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributed import average, total, world_size
+from runtime.distributed import average, total, world_size
 from runtime.ranges import Fraction, PositiveFloat
 
 

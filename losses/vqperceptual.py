@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from distributed import average
 from losses.lpips import LPIPS
 from models.network_discriminator import NLayerDiscriminator
+from runtime.distributed import average
 from runtime.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 LEGACY = {

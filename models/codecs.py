@@ -28,7 +28,7 @@ CODECS = {
     "vqgan": "models.codecs:VQGANCodec",
     "sd-vae": "models.codecs:SDVAECodec",
 }
-INSTALL = "pip install 'perdure[diffusers]', or pip install diffusers"
+INSTALL = "pip install diffusers"
 
 
 def build_codec(section: Mapping[str, Any] | None, where: str = "codec") -> nn.Module:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
-import distributed
 from models import NETWORKS
 from options import build, models_folder
+from runtime import distributed
 from runtime.ranges import NonNegativeInt, PositiveInt, Seed
-from schedules import Schedule
+from runtime.schedules import Schedule
+from storage import tree
 
 
 class ModelBase:
@@ -208,12 +209,12 @@ class ModelBase:
     def save_network(self, save_dir: str, network: nn.Module, network_label: str, iter_label: int | str) -> None:
         """Write one network's weights as `{iter}_{label}.pth`."""
         path = os.path.join(save_dir, f"{iter_label}_{network_label}.pth")
-        checkpoint.save_file(path, checkpoint.to_cpu(self.get_bare_model(network).state_dict()))
+        checkpoint.save_file(path, tree.to_cpu(self.get_bare_model(network).state_dict()))
 
     def save_optimizer(self, save_dir: str, optimizer, optimizer_label: str, iter_label: int | str) -> None:
         """Write one optimizer's state as `{iter}_{label}.pth`."""
         path = os.path.join(save_dir, f"{iter_label}_{optimizer_label}.pth")
-        checkpoint.save_file(path, checkpoint.to_cpu(optimizer.state_dict()))
+        checkpoint.save_file(path, tree.to_cpu(optimizer.state_dict()))
 
     # ------------------------------------------------ loading
 

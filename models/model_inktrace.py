@@ -15,14 +15,13 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-import distributed
-import schedules
 from data.sampler import sample_rng
 from losses import LOSSES
-from metrics import direction_error, f1, matches, overlap
+from metrics.inktrace import direction_error, f1, matches, overlap
 from models.model_plain import ModelPlain
 from models.network_inktrace import SIZE, extract_keypoints, keypoint_nms, pack, unpack
 from options import Section, build
+from runtime import distributed, schedules
 from runtime.ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, ProperFraction, Range
 
 WEIGHTS = [f"{name}_weight" for name in ("skeleton", "tangent", "keypoints", "width", "offset")]

@@ -27,21 +27,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 from torchvision.utils import make_grid
 
-import distributed
-import schedules
 from checkpoint import CheckpointError
 from data.image_files import read_picture
 from data.images import images_by_name
 from data.sampler import sample_rng
 from data.styles import style_names
-from foreign import unpack
-from log import tolerated, write_picture
+from log.pictures import write_picture
+from log.run_log import tolerated
 from losses import LOSSES
 from losses.energy import CosineSSMLoss, PatchSlicedWassersteinLoss
 from models.codecs import build_codec
 from models.model_plain import ModelPlain
 from options import OptionError, Section, build
+from runtime import distributed, schedules
 from runtime.ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ProperFraction, Seed
+from storage.foreign import unpack
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x (B,c,h,w), t (B,)) -> (B,c,h,w)
 UNNAMED = "unnamed"  # stands for the styles until a checkpoint is read

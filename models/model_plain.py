@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 import checkpoint
-import distributed
-import schedules
 from data.resize import imresize
-from foreign import unpack, weights_in
 from losses import LOSSES
-from metrics import video_metrics
+from metrics.vrt import video_metrics
 from models.model_base import ModelBase
 from options import Section, build
+from runtime import distributed, schedules
 from runtime.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ProperFraction
+from storage.foreign import unpack, weights_in
 
 
 class ModelPlain(ModelBase):

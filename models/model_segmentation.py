@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import distributed
 from data.masks import ImageFolderDataset, by_stem, read_mask
 from losses import LOSSES
 from losses.tanimoto import activate
-from metrics import confusion, segmentation_metrics
+from metrics.segmentation import confusion, segmentation_metrics
 from models import NETWORKS
 from models.model_plain import ModelPlain, starts
 from options import Section, build
+from runtime import distributed
 from runtime.ranges import Fraction, NonNegativeInt
 
 HISTORIES = ("train_losses", "train_metrics_history", "val_losses", "val_metrics_history")

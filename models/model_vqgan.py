@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
-import distributed
 from data import DATASETS
 from data.image_files import read_picture
 from data.images import images_by_name
@@ -31,11 +30,12 @@ from losses import LOSSES
 from losses.calculator import LossCalculator
 from losses.lpips import LPIPS
 from losses.vqperceptual import VQLPIPSWithDiscriminator
-from metrics import codebook_use, image_metrics
+from metrics.vqgan import codebook_use, image_metrics
 from models import NETWORKS
 from models.model_plain import ModelPlain
 from models.network_vqgan import GumbelQuantize, Indices, VQModel, VQNetwork
 from options import OptionError, Section, build, check, resolve, schema_of
+from runtime import distributed
 from runtime.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, ProperFraction
 
 BESIDE = re.compile(r"(?:^|\.)(?:loss\.|colorize$)")  # in a file of taming's: what is not the autoencoder's

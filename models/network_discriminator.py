@@ -8,7 +8,7 @@ arXiv:1807.03039, section 3.1.
 import torch
 from torch import Tensor, nn
 
-from distributed import whole
+from runtime.distributed import whole
 from runtime.ranges import PositiveInt
 
 

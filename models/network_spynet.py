@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torchvision.ops import deform_conv2d
 
-from durable import CheckpointError, load_file
-from foreign import weights_in
+from storage.foreign import weights_in
+from storage.sealed import CheckpointError, load_file
 
 NUM_LEVELS = 6  # basic_module[0] works at 1/32 of the size, basic_module[5] at full size
 STRIDE = 2 ** (NUM_LEVELS - 1)

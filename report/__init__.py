@@ -1,7 +1,7 @@
 """The report of a run: one page, `log/report.html`, that a browser opens without a server and without a network.
 
-    python -m log report RUN                  the page of a run that ended, anywhere; every checkpoint is read through
-    python -m log report RUN RUN --out FILE   several, their curves over each other, their options side by side
+    python -m report RUN                  the page of a run that ended, anywhere; every checkpoint is read through
+    python -m report RUN RUN --out FILE   several, their curves over each other, their options side by side
 
 A run in stages, each in a folder of its own below the run's, counts as several.
 
@@ -25,9 +25,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import checkpoint
-from durable import is_locked
 from report.facts import RunFolder, begin_launch
+from runtime import determinism
+from storage.files import is_locked
 
 HERE = Path(__file__).parent
 PATIENCE = 300.0  # seconds past the expected rewriting after which a page says that the run may have died
@@ -72,7 +72,7 @@ def replace(path: Path, text: str) -> None:
 def machine() -> dict[str, Any]:
     """Where a run runs and with what."""
     return {"host": socket.gethostname(), "system": platform.platform(), "processor": f"{os.cpu_count()} CPU cores",
-            "python": platform.python_version(), **checkpoint.environment()}
+            "python": platform.python_version(), **determinism.environment()}
 
 
 class RunReport:
@@ -145,7 +145,7 @@ class RunReport:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m log report", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m report", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, e.g. experiments/train_vrt")
     parser.add_argument("--out", type=Path, metavar="FILE",

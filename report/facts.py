@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 import torch.nn.functional as F
 
-from checkpoint import CheckpointSet, Layout, find_sets
-from checkpoint_cli import models_of
+from checkpoint import CheckpointSet, Layout, find_sets, models_of
 from data.image_files import encode, picture_in
 from options import flatten
 

@@ -345,7 +345,7 @@ function notices(run) {
     h("strong", {}, title), text.map(t => h("p", {}, t)));
   return [
     silent && tell("interrupted", "No news for a while", `This page was last rewritten at ${when(run.written)} and said that the run goes on ` +
-      `(process ${run.pid} on ${run.host}). If that is long ago the run has died or hangs; "python -m log report ${run.folder}" there tells.`),
+      `(process ${run.pid} on ${run.host}). If that is long ago the run has died or hangs; "python -m report ${run.folder}" there tells.`),
     run.state === "failed" && tell("failed", "The run failed", run.reason),
     run.state === "killed" && tell("killed", "The run was killed", `${run.reason}, at iteration ${count(run.iteration)} or later. ` +
       "Checkpoints are intact; the command below goes on from the newest."),
@@ -456,7 +456,7 @@ function manyPage() {
     curveSection(),
     h("h2", {}, "Options that differ"), differing.length ? table("Options that differ", [["Key", "key"], ...runs.map(run => [name(run), "value"])],
       differing.map(key => [h("code", {}, key), ...values.map(map => h("code", {}, shown(map.get(key))))])) : h("p", {class: "soft"}, "None."),
-    h("p", {class: "soft small"}, "Pictures, checkpoints and logs are on each run's own page: python -m log report RUN")];
+    h("p", {class: "soft small"}, "Pictures, checkpoints and logs are on each run's own page: python -m report RUN")];
 }
 
 // ---------------------------------------------------------------- the page

@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
-import distributed
 from data.loader import clip_name, clips_of
-from durable import save_file, signed, unsigned
-from log import RunLog, duration, number
+from log.run_log import RunLog
+from log.terminal import duration, number
 from models.model_base import ModelBase
 from options import OptionError
+from runtime import distributed
 from runtime.signals import Interrupted, StopRequest
+from storage.files import save_file
+from storage.sealed import signed, unsigned
 
 WRITE_EVERY = 5.0  # seconds between two writings of what a validation has so far
 MOST_ATTEMPTS = 3  # at one validation without one more sample finished: then training continues without it

@@ -55,7 +55,7 @@ class StopRequest:
 
         A stop request ends the fetching, and so does an exception, whose text is then in `problem` everywhere.
         """
-        import distributed  # torch with it, see above
+        from runtime import distributed  # torch with it, see above
 
         problem = None
         if self.agreed:
@@ -85,7 +85,7 @@ class StopRequest:
 
     def settle(self) -> None:
         """Agree now, where another step would be one too many."""
-        import distributed
+        from runtime import distributed
 
         if number := distributed.largest(self.signal or 0):
             self.agreed = signal.Signals(number)
@@ -163,7 +163,7 @@ class _Desk:
 
     def answer(self, number: int) -> None:
         if self.requests:
-            import distributed
+            from runtime import distributed
 
             more = "; once more leaves without saving" if number == signal.SIGINT else \
                 f", by {signal.Signals(number).name}"

@@ -19,10 +19,9 @@ import pytest
 import torch
 
 import checkpoint
-import checkpoint_cli
-import durable
-import inert
 from checkpoint import CheckpointError, Layout, Saver, commit, find_newest, locate
+from commands import checkpoints
+from storage import files, inert, sealed
 from tests.conftest import ROOT
 from tests.test_checkpoint import flip, parts
 
@@ -198,7 +197,7 @@ def test_power_loss_after_any_file_operation_leaves_a_complete_set(tmp_path, mon
 @pytest.mark.parametrize("call", ["fsync", "replace", "link", "write"])
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EACCES])
 def test_an_error_at_any_operation_is_said_and_harms_nothing(tmp_path, monkeypatch, layout, call, number):
-    saver, real = Saver(tmp_path, layout), durable._Refusable.write if call == "write" else getattr(os, call)
+    saver, real = Saver(tmp_path, layout), files._Refusable.write if call == "write" else getattr(os, call)
     saver.save(1, parts(1), best=1)
     saver.poll()
     for failing in range(0, 1000, 13 if call == "write" else 1):
@@ -212,7 +211,7 @@ def test_an_error_at_any_operation_is_said_and_harms_nothing(tmp_path, monkeypat
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         saver.pending = None
         with monkeypatch.context() as patch:
-            patch.setattr(durable._Refusable, "write", refuse) if call == "write" else patch.setattr(os, call, refuse)
+            patch.setattr(files._Refusable, "write", refuse) if call == "write" else patch.setattr(os, call, refuse)
             try:
                 saver.save(2, parts(2), best=2)
                 refused = False
@@ -250,7 +249,7 @@ def test_space_is_checked_before_anything_is_written(tmp_path, monkeypatch, layo
     commit(tmp_path, 1, parts(1), layout)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
-    monkeypatch.setattr(durable, "write_durably", None)
+    monkeypatch.setattr(files, "write_durably", None)
     with pytest.raises(OSError, match=r"has 10.0 kB free, 8\d\d\.\d kB are needed"):
         commit(tmp_path, 2, parts(2) | {"E": {"w": torch.randn(200_000)}}, layout)
     assert find_newest(tmp_path).iteration == 1
@@ -324,8 +323,8 @@ def test_no_file_that_can_be_read_runs_code(tmp_path, monkeypatch, capsys, modul
         with pytest.raises(CheckpointError, match="refused: it asks for|holds no weights") as caught:
             locate(path).load()
         assert "\n" not in str(caught.value)
-        assert checkpoint_cli.main(["convert", str(path), "--to", "weights", str(tmp_path / "out.pth")]) == 2
-        assert checkpoint_cli.main(["inspect", str(path), "--options"]) == 2
+        assert checkpoints.main(["convert", str(path), "--to", "weights", str(tmp_path / "out.pth")]) == 2
+        assert checkpoints.main(["inspect", str(path), "--options"]) == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 2 and "Traceback" not in said
     assert not os.path.exists("HOSTILE") and not os.path.exists("out.pth")
@@ -345,9 +344,9 @@ def test_the_door_refuses_hostile_files(tmp_path, flag):
 @pytest.mark.parametrize("name", ["../7_G.pth", "/etc/7_G.pth", "8_G.pth", "7_G.pth/x", "7.json", "7_G.pth\0"])
 def test_a_record_that_leads_elsewhere_is_refused(tmp_path, name):
     commit(tmp_path, 7, parts(7))
-    record = durable.unsigned((tmp_path / "7.json").read_bytes())
+    record = sealed.unsigned((tmp_path / "7.json").read_bytes())
     record["files"][name] = record["files"].pop("7_G.pth")
-    (tmp_path / "7.json").write_bytes(durable.signed(record))
+    (tmp_path / "7.json").write_bytes(sealed.signed(record))
     said = []
     assert find_newest(tmp_path, said.append) is None and "it names" in said[0]
 
@@ -365,7 +364,7 @@ def test_a_member_that_is_a_link_to_elsewhere_is_refused(tmp_path):
 def test_rubbish_in_place_of_a_record_is_reported(tmp_path, text):
     commit(tmp_path, 7, parts(7))
     (tmp_path / "7.json").write_bytes(text)
-    for content in (text, durable.signed(json.loads(text)) if text.startswith(b"{") else text):
+    for content in (text, sealed.signed(json.loads(text)) if text.startswith(b"{") else text):
         (tmp_path / "7.json").write_bytes(content)
         said = []
         assert find_newest(tmp_path, said.append) is None and len(said) == 1 and "record is damaged" in said[0]
@@ -375,7 +374,7 @@ def test_a_seal_is_not_taken_from_a_file_of_another_size(tmp_path):
     commit(tmp_path, 1, parts(1), LAYOUTS["bundle"])
     data = (tmp_path / "it1.pt").read_bytes()
     (tmp_path / "it1.pt").write_bytes(b"x" * 100 + data)
-    assert "damaged" in durable.find_fault(tmp_path / "it1.pt")
+    assert "damaged" in sealed.find_fault(tmp_path / "it1.pt")
 
 
 # ---------------------------------------------------------------- what is in a file of others
@@ -454,7 +453,7 @@ def test_a_pickle_of_others_is_read_and_never_run(tmp_path, monkeypatch, name):
                 with pytest.raises(ValueError, match=expected):
                     inert.read(path)
                 with pytest.raises(CheckpointError, match="refused|can't be read|damaged") as caught:
-                    durable.load_file(path)
+                    sealed.load_file(path)
                 assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
     assert not os.path.exists("HOSTILE") and torch._utils._rebuild_tensor_v2.__defaults__ == defaults
 
@@ -528,4 +527,4 @@ def test_what_only_is_called_a_checkpoint_is_called_by_its_name(tmp_path, kind):
     os.replace(tmp_path / "model.ckpt", tmp_path / "run/model.ckpt")
     said = []
     assert find_newest(tmp_path / "run", said.append) is None and checkpoint.has_traces(tmp_path / "run")
-    assert any(durable.re.search(words, line) for line in said)
+    assert any(sealed.re.search(words, line) for line in said)

@@ -12,6 +12,7 @@ import torch
 
 import checkpoint
 from checkpoint import CheckpointError, commit, find_last_checkpoint, find_newest, find_sets, locate
+from runtime import determinism
 
 
 def parts(value=0.0):
@@ -231,13 +232,13 @@ def test_putting_away_moves_whole_sets(tmp_path):
 def test_every_generator_is_restored_from_plain_types(tmp_path):
     random.seed(1), np.random.seed(2), torch.manual_seed(3)
     random.gauss(0, 1), np.random.normal()  # leaves a cached second value behind
-    checkpoint.save_file(tmp_path / "rng.pth", checkpoint.rng_state())
+    checkpoint.save_file(tmp_path / "rng.pth", determinism.rng_state())
     draw = lambda: (random.gauss(0, 1), random.random(), np.random.normal(), np.random.rand(), torch.rand(3).tolist())  # noqa: E731
     first = draw()
     assert draw() != first
-    checkpoint.set_rng_state(checkpoint.load_file(tmp_path / "rng.pth"))
+    determinism.set_rng_state(checkpoint.load_file(tmp_path / "rng.pth"))
     assert draw() == first
-    with checkpoint.rng_untouched():
+    with determinism.rng_untouched():
         second = draw()
     assert draw() == second
 

@@ -10,7 +10,7 @@ import torch
 
 import checkpoint
 from checkpoint import commit, find_newest, locate
-from checkpoint_cli import main
+from commands.checkpoints import main
 from tests import tiny
 from tests.conftest import ROOT, write_json
 from tests.test_checkpoint import flip

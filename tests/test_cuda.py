@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import checkpoint
-import distributed
 import main as door
 import train
 from models.model_base import ModelBase
 from models.model_plain import ModelPlain
 from models.model_vqgan import ModelVQGAN
+from runtime import distributed
 from tests import tiny
 from tests.conftest import ROOT, write_json
 from tests.test_exact import run

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import options
+from commands.infer import Rows
 from data import prepare
 from data.folders import list_folder, passed_over, read_lines, walk
 from data.frames import FrameReader
@@ -17,7 +18,6 @@ from data.masks import ImageFolderDataset, MaskTrainDataset, chosen
 from data.styles import StyleLatents
 from data.video import FrameFolder, VideoRecurrentTestDataset, VideoRecurrentTrainDataset
 from data.vimeo import names_of
-from infer import Rows
 from tests.test_data_video import told
 
 LEFT_BEHIND = (".ipynb_checkpoints", ".Trash-0", "@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN")

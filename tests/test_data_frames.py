@@ -121,7 +121,7 @@ def test_mistakes_with_an_lmdb(lmdb, roots, tmp_path, monkeypatch):
         train(str(tmp_path / "bad.lmdb"), num_frame=1, **LMDB)
     monkeypatch.setitem(sys.modules, "lmdb", None)
     data.frames._close_all()
-    with told("pip install 'perdure[lmdb]' or pip install lmdb"):
+    with told("pip install lmdb"):
         train(root, **LMDB)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import main as door
 import options
-from reference import arguments_in, reference
+from commands.reference import arguments_in, reference
 from tests.conftest import ROOT
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -15,7 +15,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 def test_the_reference_is_what_the_code_checks():
     text = reference()
-    assert (ROOT / "docs" / "options.md").read_text() == text, "run: python -m options reference > docs/options.md"
+    assert (ROOT / "docs" / "options.md").read_text() == text, "run: python -m commands.reference > docs/options.md"
     for kind in (options.Top, options.Path, options.Checkpoint, options.Log, options.Loader):
         for key in options.schema_of(kind):
             assert f"\n| `{key}` |" in text

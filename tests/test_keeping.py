@@ -17,13 +17,14 @@ import pytest
 import torch
 
 import checkpoint
-import durable
 import options
-import prove
 import train
-from checkpoint import CheckpointError, Layout, Saver, Snapshot
-from durable import FolderLock
+from checkpoint import CheckpointError, Layout, Saver
+from commands import prove
 from models.model_plain import ModelPlain
+from storage import files
+from storage.files import FolderLock
+from storage.tree import Snapshot
 from tests import tiny, world
 from tests.conftest import ROOT, run_main, write_json
 from tests.test_checkpoint import parts
@@ -40,7 +41,7 @@ def start(program, **kwargs):
 
 
 def test_a_second_process_is_refused_by_the_owners_name_until_it_dies(tmp_path):
-    owner = start(f"import time; from pathlib import Path; from durable import FolderLock; "
+    owner = start(f"import time; from pathlib import Path; from storage.files import FolderLock; "
                   f"lock = FolderLock(Path({str(tmp_path)!r})); print('held', flush=True); time.sleep(60)")
     try:
         assert owner.stdout.readline() == "held\n"
@@ -85,7 +86,7 @@ def test_a_folder_that_cant_be_written_is_one_line(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(durable, "open", refuse, raising=False)
+    monkeypatch.setattr(files, "open", refuse, raising=False)
     with pytest.raises(CheckpointError, match="run: can't be written: Read-only file system"):
         run("-opt", path)
 
@@ -377,7 +378,7 @@ def test_a_disk_without_fsync_is_accepted_and_said_once(tmp_path, monkeypatch, c
 
     path = write_json(tmp_path / "run.json", tiny.options(tmp_path, "run"))
     monkeypatch.setattr(os, "fsync", refuse)
-    monkeypatch.setattr(durable, "notices", [])
+    monkeypatch.setattr(files, "notices", [])
     if number in (errno.EINVAL, errno.ENOTSUP) or kind == "folders" and number in (errno.EBADF, errno.EACCES):
         assert run("-opt", path) == 0
         assert capsys.readouterr().out.count(f"this disk can't be told to write {kind} down at once") == 1
@@ -399,7 +400,7 @@ def test_a_disk_without_fdatasync_is_accepted(tmp_path, monkeypatch, number, har
 
     monkeypatch.setattr(os, "fdatasync", refuse)
     with open(tmp_path / "x", "w+b") as file, contextlib.nullcontext() if harmless else pytest.raises(OSError):
-        with durable._written_back(file.fileno()):
+        with files._written_back(file.fileno()):
             assert asked.wait(10)
 
 

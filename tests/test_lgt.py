@@ -15,7 +15,6 @@ from torch import nn
 from torchvision.io import decode_image, write_png
 
 import checkpoint
-import durable
 import options
 from data import DATASETS
 from data.styles import StyleDataset, StyleTestDataset, shared_codec
@@ -23,6 +22,7 @@ from models import MODELS, NETWORKS
 from models.codecs import PixelCodec, build_codec
 from models.model_lgt import ModelLGT
 from models.network_vqgan import VQModel
+from storage import files
 from tests import tiny
 from tests.conftest import ROOT, write_json
 from tests.test_exact import stopped_at
@@ -368,9 +368,9 @@ def test_use_on_files_of_ones_own(tmp_path, monkeypatch, capsys):
     shapes = [tuple(decode_image(str(tmp_path / "out" / name)).shape) for name in ("a/0_to_b.png", "wide_to_b.png")]
     assert shapes == [(3, 40, 36), (3, 21, 50)]
 
-    real = durable.save_file
+    real = files.save_file
     with monkeypatch.context() as patch:
-        patch.setattr("log.save_file", lambda path, *rest: real(path, *rest) if path.stem < "1" else 1 / 0)
+        patch.setattr("log.pictures.save_file", lambda path, *rest: real(path, *rest) if path.stem < "1" else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(*use, tmp_path / "half")
     half = [p.name for p in (tmp_path / "half").rglob("*.png")]

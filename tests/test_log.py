@@ -14,16 +14,18 @@ import time
 
 import pytest
 
-import log as log_module
 import main as door
-from log import CsvTable, Pace, RunLog, cut
+from log import terminal
+from log.run_log import RunLog
+from log.tables import CsvTable
+from log.terminal import Pace, cut
 from options import OptionError
 from tests import tiny
 from tests.conftest import ROOT, write_json
 
 
 class Terminal:
-    """A real pseudo-terminal, and what a person sees on it: lines that are too long wrap, `\\r` and ESC[K work."""
+    """A real pseudo-console, and what a person sees on it: lines that are too long wrap, `\\r` and ESC[K work."""
 
     def __init__(self, columns):
         self.master, slave = pty.openpty()
@@ -57,7 +59,7 @@ class Terminal:
                 line = {i: letter for i, letter in line.items() if i < column}
             elif not token.startswith("\x1b"):
                 line[column] = token
-                column += 2 if log_module.cut(token, 1) == "" else 1
+                column += 2 if terminal.cut(token, 1) == "" else 1
                 assert column < self.columns, f"the line fills {column} columns of {self.columns}"
         return [*rows, "".join(line[i] for i in sorted(line))]
 
@@ -67,7 +69,7 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(monkeypatch):
+def console(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     terminals = []
@@ -81,8 +83,8 @@ def terminal(monkeypatch):
         each.close()
 
 
-def test_progress_is_cut_to_the_window_and_gone_before_a_line(terminal):
-    screen = terminal(40)
+def test_progress_is_cut_to_the_window_and_gone_before_a_line(console):
+    screen = console(40)
     log = RunLog(screen.stream)
     for text in ("iter 1/9 | " + "x" * 100, "iter 2/9 | 影片影片影片影片影片影片影片影片影片", "iter 3/9"):
         log.progress(text)
@@ -93,8 +95,8 @@ def test_progress_is_cut_to_the_window_and_gone_before_a_line(terminal):
     assert screen.screen() == ["saved    here", ""]
 
 
-def test_the_window_may_be_resized_or_have_no_size(terminal):
-    screen = terminal(100)
+def test_the_window_may_be_resized_or_have_no_size(console):
+    screen = console(100)
     log = RunLog(screen.stream)
     log.progress("wide " * 30)
     assert len(screen.screen()[0]) == 99
@@ -113,8 +115,8 @@ def test_wide_letters_and_accents_are_counted_as_they_are_shown():
     assert cut("影片ab", 5) == "影片a" and cut("影片", 3) == "影" and cut("e\u0301e\u0301e", 2) == "e\u0301e\u0301"
 
 
-def test_colours_only_on_status_words_of_a_terminal(terminal, monkeypatch, tmp_path):
-    screen = terminal(80)
+def test_colours_only_on_status_words_of_a_terminal(console, monkeypatch, tmp_path):
+    screen = console(80)
     log = RunLog(screen.stream)
     log.open(tmp_path, 0)
     log.line("warning  the disk is full")
@@ -123,8 +125,8 @@ def test_colours_only_on_status_words_of_a_terminal(terminal, monkeypatch, tmp_p
     assert "\x1b" not in (tmp_path / "train.log").read_text()
     for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
         monkeypatch.setenv(name, value)
-        plain = terminal(80)
-        assert log_module.status("error:", plain.stream) == "error:"
+        plain = console(80)
+        assert terminal.status("error:", plain.stream) == "error:"
         RunLog(plain.stream).line("warning  the disk is full")
         assert plain.read() == "warning  the disk is full\r\n"
         monkeypatch.delenv(name)
@@ -278,7 +280,7 @@ def test_rate_is_this_launchs_and_time_left_has_its_share_of_validations(monkeyp
 def test_tensorboard_asked_for_and_absent_is_one_line(tmp_path, monkeypatch, tiny_tables):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     file = write_json(tmp_path / "o.json", tiny.options(tmp_path, "run"))
-    with pytest.raises(OptionError, match=r"TensorBoard is not installed; pip install 'perdure\[tensorboard\]'"):
+    with pytest.raises(OptionError, match=r"TensorBoard is not installed; pip install tensorboard"):
         door.main(["-opt", str(file), "--tensorboard"])
     assert not (tmp_path / "run").exists()
 

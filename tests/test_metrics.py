@@ -6,15 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from metrics import (
-    bgr2ycbcr,
-    calculate_psnr,
-    calculate_ssim,
-    codebook_use,
-    image_metrics,
-    rgb2ycbcr,
-    video_metrics,
-)
+from metrics.psnr_ssim import bgr2ycbcr, calculate_psnr, calculate_ssim, rgb2ycbcr
+from metrics.vqgan import codebook_use, image_metrics
+from metrics.vrt import video_metrics
 
 
 @pytest.fixture

@@ -174,7 +174,7 @@ def test_home_is_expanded_in_any_path(option_file, monkeypatch):
 
 
 def test_resolved_options_are_plain_json(option_file):
-    from train import plain
+    from storage.tree import plain
 
     opt, _ = parse(option_file())
     assert json.loads(json.dumps(plain(opt)))["train"]["total_iter"] == opt["train"]["total_iter"]

@@ -13,8 +13,8 @@ import torch
 
 import checkpoint
 import main as door
-import preflight
-from checkpoint_cli import compare
+from commands import dry_run
+from commands.checkpoints import compare
 from data import DATASETS
 from models import NETWORKS
 from options import OptionError
@@ -69,7 +69,7 @@ def everything_in(folder):
             for path in Path(folder).rglob("*")}
 
 
-def dry_run(arguments, capfd):
+def dry(arguments, capfd):
     """Exit code of a dry run, and its table as {name: (status, text)}."""
     capfd.readouterr()
     code = door.main([*arguments, "--dry-run"])
@@ -83,7 +83,7 @@ def test_training_after_a_look_is_bit_for_bit_the_training_without(tmp_path, opt
     said = capfd.readouterr().out
     assert "checked  11 of 11 training samples read, 1 of 2 of test; checkpoints to come: 5 of" in said
     with monkeypatch.context() as without:
-        without.setattr(preflight, "look", lambda run: None)
+        without.setattr(dry_run, "look", lambda run: None)
         assert door.main(options_of("plain", dataset="restless")) == 0
     records = [tmp_path / name / "models" / "9.json" for name in ("looked", "plain")]
     assert compare(*records) == 0
@@ -98,7 +98,7 @@ def test_training_after_a_look_is_bit_for_bit_the_training_without(tmp_path, opt
 def test_a_dry_run_tries_all_and_leaves_nothing(tmp_path, options_of, capfd, monkeypatch):
     arguments = options_of(checkpoint={"keep_last_n": 1})
     before = everything_in(tmp_path)
-    code, table = dry_run(arguments, capfd)
+    code, table = dry(arguments, capfd)
     assert code == 0 and everything_in(tmp_path) == before
     assert {name: status for name, (status, _) in table.items()} == dict.fromkeys(
         ("start", "data", "data test", "steps", "use test", "memory", "save", "disk", "duration"), "ok")
@@ -109,10 +109,10 @@ def test_a_dry_run_tries_all_and_leaves_nothing(tmp_path, options_of, capfd, mon
 
     assert door.main([*arguments, "--set", "train.total_iter=5"]) == 0
     before = everything_in(tmp_path)
-    code, table = dry_run(arguments, capfd)
+    code, table = dry(arguments, capfd)
     assert code == 0 and everything_in(tmp_path) == before
     assert table["start"][1].endswith("5.json after iteration 5 of 9")
-    code, table = dry_run([*arguments, "--set", "train.total_iter=5"], capfd)
+    code, table = dry([*arguments, "--set", "train.total_iter=5"], capfd)
     assert code == 0 and table["start"] == ("warn", "iteration 5 of 5 is done: nothing left to do; raise "
                                                     "train.total_iter")
 
@@ -126,7 +126,7 @@ def test_every_stage_of_a_file_is_tried(tmp_path, options_of, capfd):
 
 
 def test_all_that_is_missing_is_told_at_once(tmp_path, options_of, capfd):
-    code, table = dry_run(["-opt", str(ROOT / "options/train_vrt.json"), "--set", "datasets.train.dataroot_gt=nowhere",
+    code, table = dry(["-opt", str(ROOT / "options/train_vrt.json"), "--set", "datasets.train.dataroot_gt=nowhere",
                            "--set", "netG.spynet_path=none.pth", "--set", f"path.root={tmp_path}"], capfd)
     assert code == 2 and list(table) == ["data train", "data test", "model"]
     assert [status for status, _ in table.values()] == ["fail", "ok", "fail"]
@@ -134,12 +134,12 @@ def test_all_that_is_missing_is_told_at_once(tmp_path, options_of, capfd):
 
 
 def test_weights_that_are_not_there_fail(options_of, capfd):
-    code, table = dry_run(options_of(path={"root": "x", "pretrained_netG": "none.pth"}), capfd)
+    code, table = dry(options_of(path={"root": "x", "pretrained_netG": "none.pth"}), capfd)
     assert code == 2 and table == {"start": ("fail", "none.pth: no such file")}
 
 
 def test_a_sample_that_can_not_be_read(tmp_path, options_of, capfd):
-    code, table = dry_run(options_of(dataset="one_bad"), capfd)
+    code, table = dry(options_of(dataset="one_bad"), capfd)
     assert code == 2 and table["data"] == ("fail", "photos/10.png: not a readable image; a PNG or JPEG file is needed")
     with pytest.raises(OptionError, match="photos/10.png"):  # at a start too, before there is a folder
         door.main(options_of(dataset="one_bad"))
@@ -147,26 +147,26 @@ def test_a_sample_that_can_not_be_read(tmp_path, options_of, capfd):
 
 
 def test_too_little_memory_says_what_helps(options_of, capfd):
-    code, table = dry_run(options_of(netG={"net_type": "greedy"}), capfd)
+    code, table = dry(options_of(netG={"net_type": "greedy"}), capfd)
     assert code == 2 and table["steps"][0] == "fail" and table["save"][0] == "ok"
     assert table["steps"][1].startswith("out of memory") and "train.accumulate" in table["steps"][1]
     assert "duration" not in table
 
 
 def test_a_first_loss_that_is_not_finite(options_of, capfd):
-    code, table = dry_run([*options_of(), "--set", "train.G_lossfn_weight=1e39"], capfd)
+    code, table = dry([*options_of(), "--set", "train.G_lossfn_weight=1e39"], capfd)
     assert code == 2 and "not finite at iteration 1" in table["steps"][1]
 
 
 def test_a_disk_that_is_too_small(options_of, capfd, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 150_000))
-    code, table = dry_run(options_of(), capfd)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 0, 150_000))
+    code, table = dry(options_of(), capfd)
     assert code == 0 and table["disk"][0] == "warn" and "checkpoint.keep_last_n" in table["disk"][1]
     assert door.main(options_of()) == 0  # a warning, for there may be room when it is needed
     assert "warning  checkpoints to come: 5 of" in capfd.readouterr().out
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 100))
-    code, table = dry_run(options_of("other"), capfd)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 0, 100))
+    code, table = dry(options_of("other"), capfd)
     assert code == 2 and table["disk"][0] == table["save"][0] == "fail"
 
 
@@ -178,22 +178,22 @@ def test_a_save_that_is_not_read_as_it_was_written(options_of, capfd, monkeypatc
 
     load.real = checkpoint.CheckpointSet.load
     monkeypatch.setattr(checkpoint.CheckpointSet, "load", load)
-    code, table = dry_run(options_of(), capfd)
+    code, table = dry(options_of(), capfd)
     assert code == 2 and "G.body.0.bias is not read as it was written" in table["save"][1]
 
 
 def test_a_folder_that_can_not_be_made(tmp_path, options_of, capfd):
     (tmp_path / "file").write_text("")
-    code, table = dry_run([*options_of(), "--set", f"path.root={tmp_path / 'file'}"], capfd)
+    code, table = dry([*options_of(), "--set", f"path.root={tmp_path / 'file'}"], capfd)
     assert code == 2 and "path.root" in table["save"][1]
 
 
 def test_a_signal_ends_it_and_nothing_is_left(tmp_path, options_of, capfd, monkeypatch):
     arguments = options_of()
     before = everything_in(tmp_path)
-    real = preflight.Trial.steps
-    monkeypatch.setattr(preflight.Trial, "steps", lambda self: (os.kill(os.getpid(), signal.SIGTERM), real(self))[1])
-    code, table = dry_run(arguments, capfd)
+    real = dry_run.Trial.steps
+    monkeypatch.setattr(dry_run.Trial, "steps", lambda self: (os.kill(os.getpid(), signal.SIGTERM), real(self))[1])
+    code, table = dry(arguments, capfd)
     assert code == 143 and list(table)[-1] == "steps" and everything_in(tmp_path) == before
 
 
@@ -202,10 +202,10 @@ def test_how_many_are_to_come():
     run.iteration, run.batches = 100, type("Batches", (), {"batches_per_epoch": 7})
     run.opt = {"train": {"total_iter": 150, "checkpoint_save": 20, "save_interval": None, "checkpoint_test": 0,
                          "eval_interval": 2}}
-    assert preflight.times_due(run, "save") == 3  # 120, 140, 150
-    assert preflight.times_due(run, "test") == 4
+    assert dry_run.times_due(run, "save") == 3  # 120, 140, 150
+    assert dry_run.times_due(run, "test") == 4
     run.iteration = 150
-    assert preflight.times_due(run, "save") == 0
+    assert dry_run.times_due(run, "save") == 0
 
 
 @pytest.mark.slow

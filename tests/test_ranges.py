@@ -8,7 +8,7 @@ import pytest
 
 import main as door
 import options
-import reference
+from commands import reference
 from runtime.ranges import Range
 from tests.conftest import ROOT, write_json
 

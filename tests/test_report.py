@@ -16,10 +16,11 @@ import pytest
 import torch
 
 import report
-from durable import FolderLock, is_locked
-from log import RunLog, save_pictures
+from log.pictures import save_pictures
+from log.run_log import RunLog
 from models.model_base import ModelBase
 from report.facts import PICTURE_BYTES, RunFolder, Table, curve, data_uri
+from storage.files import FolderLock, is_locked
 from tests import tiny
 from tests.browser import Browser
 from tests.conftest import ROOT, write_json

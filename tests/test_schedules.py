@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import schedules
+from runtime import schedules
 
 BASE, STEPS = 3e-4, 400
 

@@ -12,7 +12,7 @@ from torchvision.io import write_jpeg, write_png
 import checkpoint
 from data.masks import ImageFolderDataset, MaskTestDataset, MaskTrainDataset, boundary, chosen, distance, read_mask
 from data.synthetic_masks import SyntheticMaskDataset
-from metrics import confusion, segmentation_metrics
+from metrics.segmentation import confusion, segmentation_metrics
 from models.model_segmentation import HISTORIES, ModelSegmentation, blended, hsv
 from options import OptionError
 from tests.conftest import ROOT, write_json

@@ -12,7 +12,7 @@ import torch
 import checkpoint
 import main as door
 import options
-from checkpoint_cli import main as ask
+from commands.checkpoints import main as ask
 from data import DATASETS
 from models import MODELS, NETWORKS
 from tests import tiny

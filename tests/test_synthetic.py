@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from data.resize import imresize
 from data.sampler import sample_rng
 from data.synthetic import SyntheticVideoDataset, draw_scene, render
-from metrics import calculate_psnr
+from metrics.psnr_ssim import calculate_psnr
 
 
 def small(**changes):

@@ -351,7 +351,7 @@ def test_a_test_sample_that_hangs_does_not_hold_a_stop(tmp_path, monkeypatch):
 
     path = option_file(tmp_path, "one", train={"checkpoint_save": 100})
     with monkeypatch.context() as patch:
-        patch.setattr("preflight.look", lambda run: None)
+        patch.setattr("commands.dry_run.look", lambda run: None)
         patch.setattr(tiny.Images, "__getitem__", hanging)
         assert run("-opt", path) == 143
     assert checkpoint.find_newest(tmp_path / "one/models").iteration == 3

@@ -259,7 +259,7 @@ def test_a_half_done_output_is_gone_on_with_and_ends_the_same(trained, tmp_path,
     path, folder = trained
     words = ("--input", folder / "lq", "--truth", folder / "gt", "--output")
     assert use(path, *words, tmp_path / "whole") == 0
-    import infer
+    from commands import infer
 
     real = infer.write_result
 

@@ -50,9 +50,9 @@ def arrange(acts):
     save; "dies at file operation N" of those to come. In the data of a step: "sample" and what `Troubled` does. In step
     0: "nohup", "impatient", "SIGTERM at start".
     """
-    import distributed
     import train
     from models.model_base import ModelBase
+    from runtime import distributed
     from tests import tiny
 
     shown, unusable, validate = train.Run.show_progress, ModelBase.unusable, train.Run.validate

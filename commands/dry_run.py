@@ -18,18 +18,21 @@ from pathlib import Path
 import torch
 
 import checkpoint
-import distributed
 import options
-from checkpoint_cli import differ, flat, is_tensor, same
 from data import DATASETS
 from data.folders import passed_over
 from data.loader import clips_of, endless
-from durable import in_units
-from log import RunLog, duration
+from log.run_log import RunLog
+from log.terminal import duration
 from models import MODELS
+from runtime import determinism, distributed
+from runtime.determinism import fastest_kernels, prepare_machine
 from runtime.evaluate import describe_losses
 from runtime.signals import StopRequest
-from train import Run, fastest_kernels, prepare_machine
+from storage import tree
+from storage.files import in_units
+from storage.tree import differ, flat, is_tensor, same
+from train import Run
 
 LOOK = 0.5  # seconds that a start affords for samples of each data set; a slow first one may take longer
 TRY = 2.0, 10.0  # the same of a dry run, and for its steps
@@ -45,7 +48,7 @@ def look(run: Run) -> None:
     Raises: OptionError for data that can't be read.
     """
     began = time.monotonic()
-    with checkpoint.rng_untouched():
+    with determinism.rng_untouched():
         read = [read_training(run, LOOK), *(read_test(run, name) for name in run.test_sets)]
         status, room = weigh(run, estimate(run))
     if status != "ok":
@@ -83,7 +86,7 @@ def estimate(run: Run) -> int:
     """Bytes of a checkpoint. Moments that an optimizer has not yet are two for each parameter, as Adam's."""
     moments = sum(2 * p.numel() * p.element_size() for optimizer in run.model.optimizers.values()
                   for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state)
-    return moments + checkpoint.num_bytes({**run.model.parts(), "state": run.state()})
+    return moments + tree.num_bytes({**run.model.parts(), "state": run.state()})
 
 
 def weigh(run: Run, size: int) -> Finding:
@@ -270,11 +273,11 @@ class Trial:
         run, place, began = self.run, nearest(self.run.models), time.monotonic()
         parts = {**run.model.parts(), "state": run.state()}
         with tempfile.TemporaryDirectory(prefix=".dry_run_", dir=place) as folder:
-            found = checkpoint.commit(folder, max(1, run.iteration), checkpoint.to_cpu(parts), run.saver.layout)
+            found = checkpoint.commit(folder, max(1, run.iteration), tree.to_cpu(parts), run.saver.layout)
             self.save_time = time.monotonic() - began
             self.size = sum(path.stat().st_size for path in Path(folder).iterdir())
             kept = dict(flat(found.load()))
-        if differing := [key for key, value in flat(checkpoint.to_cpu(parts)) if not equal(value, kept.get(key))]:
+        if differing := [key for key, value in flat(tree.to_cpu(parts)) if not equal(value, kept.get(key))]:
             return "fail", f"{place}: {', '.join(differing[:3])} is not read as it was written; is the disk sound?"
         return "ok", f"{in_units(self.size)} written in {self.save_time:.2g} s and read back equal, in {place}"
 

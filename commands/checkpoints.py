@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import re
 import sys
@@ -22,14 +21,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import checkpoint
-import foreign
-from checkpoint import CheckpointError, CheckpointSet
-from durable import find_fault, in_units, load_file, read_seal, save_file
-from log import number
+from checkpoint import CheckpointError, CheckpointSet, models_of
+from log.terminal import number
 from options import flatten
+from storage import foreign
+from storage.files import in_units, save_file
+from storage.sealed import find_fault, load_file, read_seal
+from storage.tree import differ, flat, is_tensor, same
 
 PUT_AWAY = re.compile(r"_\d{8}_\d{6}(_\d+)?$")  # end of a folder that checkpoint.put_away made
 UNCOMPARED = ("timestamp", "environment", "version")  # of a state; options are compared on their own
@@ -61,11 +60,6 @@ def main(argv: list[str]) -> int:
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-def models_of(folder: Path) -> Path:
-    """A run's folder stands for the models folder in it."""
-    return folder / "models" if (folder / "models").is_dir() else folder
 
 
 # ---------------------------------------------------------------- inspect
@@ -207,41 +201,6 @@ def compare(a: Path, b: Path) -> int:
             print(f"option   {key.removeprefix('options.')}: {left.get(key)!r} and {right.get(key)!r}")
     print(f"{count} tensors compared, " + (f"{len(lines)} differences" if lines else "all equal, bit for bit"))
     return 1 if lines else 0
-
-
-def differ(a: torch.Tensor, b: torch.Tensor) -> str | None:
-    """How two tensors differ, or None."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return f"{tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype}"
-    if torch.equal(a, b):
-        return None
-    if not (a.is_floating_point() or a.is_complex()):
-        return f"{int((a != b).sum())} of {a.numel()} values"
-    unequal = (a != b) & ~(a.isnan() & b.isnan())
-    if not unequal.any():
-        return None
-    return f"{int(unequal.sum())} of {a.numel()} values, by at most {float((a.double() - b.double()).abs().max()):.3e}"
-
-
-def same(a: Any, b: Any) -> bool:
-    return a == b or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b))
-
-
-def flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of a nested state with the path that leads to it."""
-    if isinstance(tree, Mapping):
-        tree = tree.items()
-    elif isinstance(tree, (list, tuple)):
-        tree = enumerate(tree)
-    else:
-        yield path, tree
-        return
-    for key, value in tree:
-        yield from flat(value, f"{path}.{key}" if path else str(key))
-
-
-def is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
 
 
 # ---------------------------------------------------------------- rank

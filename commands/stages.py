@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint
-import distributed
 import options
 from checkpoint import CheckpointError
 from data import DATASETS
 from models import MODELS, NETWORKS
+from runtime import distributed
 from runtime.signals import StopRequest
 from train import train
 

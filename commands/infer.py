@@ -23,12 +23,14 @@ import options
 from checkpoint import CheckpointError
 from data import DATASETS
 from data.folders import passed_over
-from log import RunLog, write_picture, write_table
+from log.pictures import write_picture
+from log.run_log import RunLog
+from log.tables import write_table
 from models import MODELS
 from models.model_base import ModelBase
+from runtime.determinism import prepare_machine
 from runtime.evaluate import describe_losses, evaluate
 from runtime.signals import StopRequest
-from train import prepare_machine
 
 MADE_BY = "made_by.json"
 ANY_NAMES = {"encoding": "utf-8", "errors": "surrogateescape"}  # files are called by whatever bytes

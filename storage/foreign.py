@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from durable import CheckpointError
-from inert import Unread, unread_in
+from storage.inert import Unread, unread_in
+from storage.sealed import CheckpointError
 
 VERSION = 2  # of the state, see MIGRATIONS
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # DistributedDataParallel's and torch.compile's, in any nesting

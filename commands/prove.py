@@ -25,12 +25,13 @@ import checkpoint
 import options
 import train
 from checkpoint import CheckpointError, CheckpointSet
-from checkpoint_cli import differ, flat, is_tensor
 from data import DATASETS
 from models import MODELS, NETWORKS
+from storage.tree import differ, flat, is_tensor
 
 IGNORED = ("config", "timestamp", "environment", "history", "best", "metric")  # of a state, here
 Override = tuple[str, Any, str]
+CHILD = f"import sys; sys.path[0] = {str(Path(__file__).parents[1])!r}; from commands import prove; prove.child()"
 
 
 def prove(option_file: str, overrides: Iterable[Override], steps: int, stage: str | None = None, say=print) -> int:
@@ -107,7 +108,7 @@ def _run(folder: str, name: str, option_file: str, overrides: list[Override], st
          kill_after: int | None, look: bool) -> str:
     """One run in a process of its own. Returns what it printed."""
     task = json.dumps([option_file, overrides, stage, folder, name, steps, kill_after, look])
-    done = subprocess.run([sys.executable, __file__, task], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", CHILD, task], capture_output=True, text=True)
     if done.returncode != (-signal.SIGKILL if kill_after else 0):
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise options.OptionError((lines[-1] if lines else f"the run ended with {done.returncode}")
@@ -160,7 +161,8 @@ def _child(option_file: str, overrides: list[Override], stage: str | None, folde
     return code
 
 
-if __name__ == "__main__":
+def child() -> None:
+    """Be the process of a run, as `_run` starts it."""
     try:
         sys.exit(_child(*json.loads(sys.argv[1])))
     except (ValueError, RuntimeError) as problem:

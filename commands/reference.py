@@ -29,7 +29,7 @@ from models.network_vqgan import DDConfig
 
 HEAD = """# Options
 
-Made by `python -m options reference > docs/options.md` from the code that checks them; a test keeps it current.
+Made by `python -m commands.reference > docs/options.md` from the code that checks them; a test keeps it current.
 
 JSON with `//` comments. Order: defaults < `extends` < file < command line. `--set section.key=value` sets any of them.
 An unknown key is an error that names the nearest valid one.
@@ -165,3 +165,7 @@ def comments_in(kind: type) -> dict[str, str]:
 
 def first_sentence(component: Callable) -> str:
     return re.split(r"(?<=\.)\s", " ".join(inspect.cleandoc(component.__doc__ or component.__name__).split()))[0]
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference())

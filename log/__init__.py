@@ -1,0 +1,1 @@
+"""What a run writes: lines, tables, pictures, TensorBoard."""

@@ -1,0 +1,97 @@
+"""What makes a step repeat itself: device, threads, kernels, seeds and generators of this process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+import options
+from runtime import distributed
+
+
+def rng_state() -> dict[str, Any]:
+    """State of every global generator of this process, as tensors and plain types."""
+    version, internal, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    state = {"python": [version, torch.tensor(internal), gauss],
+             "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+             "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Put every global generator back to what `rng_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(int(n) for n in internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextlib.contextmanager
+def rng_untouched() -> Iterator[None]:
+    """Whatever is drawn inside, training goes on as if it had not been."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)
+
+
+def environment() -> dict[str, Any]:
+    """What exactness depends on besides the options and the state."""
+    return {"torch": str(torch.__version__), "numpy": np.__version__, "num_threads": torch.get_num_threads(),
+            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+
+
+def prepare_machine(opt: dict) -> None:
+    """Set threads, device, kernels and seeds as the options say."""
+    if opt["num_threads"]:
+        torch.set_num_threads(opt["num_threads"])
+    try:
+        device = distributed.device_for(opt)
+    except RuntimeError:
+        raise options.OptionError(f"device: {opt['device']!r} is unknown; valid: auto, cpu, cuda, cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise options.OptionError(f"device: {device}: torch sees no CUDA device here; use --device cpu")
+        if device.index >= torch.cuda.device_count():
+            raise options.OptionError(f"device: {device}: there are {torch.cuda.device_count()} CUDA devices here, and "
+                                      "each process needs its own; lower --nproc_per_node")
+        torch.cuda.set_device(device)
+    distributed.use_device(device, opt["dist_timeout"])
+    if opt["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it before it is written
+    elif device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    seed_generators(opt["train"]["manual_seed"])
+
+
+@contextlib.contextmanager
+def fastest_kernels(wanted: bool) -> Iterator[None]:
+    """Let cuDNN time its kernels for each new shape: worth it in training, whose shapes repeat. Another run may choose
+    others, so `deterministic` rules it out."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = wanted and not torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def seed_generators(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

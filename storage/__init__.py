@@ -1,0 +1,1 @@
+"""One file that is whole or absent, and what lies in it."""

@@ -1,0 +1,96 @@
+"""Nested states, dicts and lists of tensors and plain values: copy, measure, flatten, compare."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+
+class Snapshot:
+    """A copy of a nested state in host memory; the buffers are made once and used again."""
+
+    def __init__(self):
+        self.buffers: dict[tuple, torch.Tensor] = {}  # by the path of keys that leads to the tensor
+
+    def take(self, tree: Any) -> Any:
+        """The copy; the one taken before is overwritten."""
+        copied = self._copy(tree, ())
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        return copied
+
+    def _copy(self, tree: Any, path: tuple) -> Any:
+        if isinstance(tree, torch.Tensor):
+            buffer = self.buffers.get(path)
+            if buffer is None or buffer.shape != tree.shape or buffer.dtype != tree.dtype:
+                buffer = self.buffers[path] = torch.empty_like(
+                    tree, device="cpu", memory_format=torch.contiguous_format, pin_memory=tree.is_cuda)
+            return buffer.copy_(tree.detach(), non_blocking=True)
+        if isinstance(tree, Mapping):
+            return {key: self._copy(value, (*path, key)) for key, value in tree.items()}
+        if isinstance(tree, (list, tuple)):
+            return [self._copy(value, (*path, i)) for i, value in enumerate(tree)]
+        return tree
+
+
+def to_cpu(tree: Any) -> Any:
+    """A nested state with every tensor on the CPU; containers are new, CPU tensors are the same."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().cpu()
+    if isinstance(tree, Mapping):
+        return {key: to_cpu(value) for key, value in tree.items()}
+    return [to_cpu(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+def num_bytes(tree: Any) -> int:
+    """How large a nested state becomes on the disk, a little too much rather than too little."""
+    if isinstance(tree, torch.Tensor):
+        return tree.numel() * tree.element_size() + 512
+    if isinstance(tree, Mapping):
+        tree = [*tree.keys(), *tree.values()]
+    return sum(num_bytes(value) for value in tree) + 64 if isinstance(tree, (list, tuple)) else 64
+
+
+def differ(a: torch.Tensor, b: torch.Tensor) -> str | None:
+    """How two tensors differ, or None."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return f"{tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype}"
+    if torch.equal(a, b):
+        return None
+    if not (a.is_floating_point() or a.is_complex()):
+        return f"{int((a != b).sum())} of {a.numel()} values"
+    unequal = (a != b) & ~(a.isnan() & b.isnan())
+    if not unequal.any():
+        return None
+    return f"{int(unequal.sum())} of {a.numel()} values, by at most {float((a.double() - b.double()).abs().max()):.3e}"
+
+
+def same(a: Any, b: Any) -> bool:
+    return a == b or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b))
+
+
+def flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of a nested state with the path that leads to it."""
+    if isinstance(tree, Mapping):
+        tree = tree.items()
+    elif isinstance(tree, (list, tuple)):
+        tree = enumerate(tree)
+    else:
+        yield path, tree
+        return
+    for key, value in tree:
+        yield from flat(value, f"{path}.{key}" if path else str(key))
+
+
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def plain(tree: Any) -> Any:
+    """Options as plain dicts and lists, for files."""
+    if isinstance(tree, Mapping):
+        return {key: plain(value) for key, value in tree.items()}
+    return [plain(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
