@@ -28,6 +28,7 @@ from models import MODELS
 from runtime import determinism, distributed
 from runtime.determinism import fastest_kernels, prepare_machine
 from runtime.evaluate import describe_losses
+from runtime.resume import find_source
 from runtime.signals import StopRequest
 from storage import tree
 from storage.files import in_units
@@ -215,7 +216,7 @@ class Trial:
 
     def start(self, resume: str | None, init_from: str | None, fresh: bool) -> Finding:
         """Weights of every kind: a checkpoint's, pretrained ones, and those that losses need."""
-        source = self.run.find_source(resume, init_from, fresh)
+        source = find_source(self.run, resume, init_from, fresh)
         self.run.restore(source)
         self.started = True
         iteration, total = self.run.iteration, self.opt["train"]["total_iter"]
@@ -243,8 +244,8 @@ class Trial:
                 took.append(time.monotonic() - at)
                 if iteration == left[0]:
                     first = losses
-                    run.pending.append((iteration, losses))
-                    run.check_finite()
+                    run.losses.add(iteration, losses, {})
+                    run.losses.check()
                 elif time.monotonic() - began > TRY[1]:
                     break
         self.step_time = sum(took[1:]) / len(took[1:])  # the first allocates and chooses kernels
@@ -273,7 +274,7 @@ class Trial:
         run, place, began = self.run, nearest(self.run.models), time.monotonic()
         parts = {**run.model.parts(), "state": run.state()}
         with tempfile.TemporaryDirectory(prefix=".dry_run_", dir=place) as folder:
-            found = checkpoint.commit(folder, max(1, run.iteration), tree.to_cpu(parts), run.saver.layout)
+            found = checkpoint.commit(folder, max(1, run.iteration), tree.to_cpu(parts), run.saves.layout)
             self.save_time = time.monotonic() - began
             self.size = sum(path.stat().st_size for path in Path(folder).iterdir())
             kept = dict(flat(found.load()))

@@ -132,10 +132,10 @@ class Killed(train.Run):
 
     kill_after: int
 
-    def look_at_save(self) -> None:
-        super().look_at_save()
+    def show_progress(self) -> None:
+        super().show_progress()
         if self.iteration > self.kill_after:
-            self.saver.wait()
+            self.saves.saver.wait()
             os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -19,10 +19,12 @@ from log.run_log import RunLog
 from log.terminal import duration, number
 from models.model_base import ModelBase
 from options import OptionError
-from runtime import distributed
+from runtime import determinism, distributed
+from runtime.determinism import fastest_kernels
 from runtime.signals import Interrupted, StopRequest
 from storage.files import save_file
 from storage.sealed import signed, unsigned
+from storage.tree import plain
 
 WRITE_EVERY = 5.0  # seconds between two writings of what a validation has so far
 MOST_ATTEMPTS = 3  # at one validation without one more sample finished: then training continues without it
@@ -168,6 +170,51 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, iterat
         log.line(f"{when} {name}: {describe_metrics(printed, model.baseline_name)} "
                  f"({duration(time.monotonic() - began)})")
     return means
+
+
+def validate(run: Any, stop: StopRequest) -> None:
+    """Metrics and pictures of every test set; then the checkpoint of this iteration is marked, or the best saved.
+
+    The training's generators are left as they are. A stop request ends it after the current sample, and the
+    resumed run finishes the rest. Whatever fails in it, the steps so far are saved first.
+    """
+    began = time.monotonic()
+    for network in run.model.networks.values():
+        distributed.share_buffers(network)
+    about = [run.iteration, plain(run.opt["val"]), {name: plain(run.opt["datasets"][name])
+                                                    for name in run.test_sets}]
+    progress = Progress(run.folder / "log", about).open()
+    if progress.attempts > MOST_ATTEMPTS:
+        run.log.warn(f"the validation of iteration {run.iteration} was cut off {MOST_ATTEMPTS} times before it "
+                     "finished a sample, and is left out; give the job more time, or test on less")
+        return
+    try:
+        with determinism.rng_untouched(), fastest_kernels(False):
+            means = evaluate(run.model, run.test_sets, run.log, run.iteration, stop,
+                             run.folder / "images" / f"{run.iteration:06d}" if run.opt["val"]["save_img"]
+                             else None, progress)
+    except ValidationError as error:
+        run.save(reason="interrupted")
+        distributed.from_main(run.saves.finish)
+        if not isinstance(error.__cause__, (ValueError, OSError, MemoryError, torch.OutOfMemoryError, type(None))):
+            run.log.record_traceback(error.__cause__)  # of a fault in the code somebody has to find the place
+        raise ValidationError(f"the validation of iteration {run.iteration} failed: {error}; the steps so far are "
+                              "saved; mend this and run the same command") from None
+    if means is None:
+        stop.settle()
+        return
+    progress.close()
+    run.pace.paused += time.monotonic() - began
+    run.history.rows.append({"iteration": run.iteration, **means})
+    run.log.row("test", run.history.rows[-1])
+    if run.history.value(run.history.rows[-1]) is None:
+        run.save(reason="interrupted")
+        raise OptionError(f"{run.opt['opt_path']}: checkpoint.best_metric: {run.history.metric!r} is not "
+                          f"a metric of this run; valid: {', '.join(means)}")
+    if distributed.from_main(lambda: run.saves.at == run.iteration):
+        run.save(amend=True)
+    elif run.history.best == run.iteration:
+        run.save(reason="best")
 
 
 def explain(error: BaseException) -> str:

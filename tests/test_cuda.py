@@ -11,11 +11,10 @@ import torch
 
 import checkpoint
 import main as door
-import train
 from models.model_base import ModelBase
 from models.model_plain import ModelPlain
 from models.model_vqgan import ModelVQGAN
-from runtime import distributed
+from runtime import distributed, resume
 from tests import tiny
 from tests.conftest import ROOT, write_json
 from tests.test_exact import run
@@ -100,14 +99,14 @@ def test_kernels_are_timed_in_training_only(tmp_path, monkeypatch):
 
 
 def test_the_start_says_that_cuda_without_deterministic_is_not_exact(tmp_path, monkeypatch, capsys):
-    real = train.Run.banner
+    real = resume.banner
 
-    def on_cuda(self, *args):
-        before, self.model.device = self.model.device, torch.device("cuda:0")
-        real(self, *args)
-        self.model.device = before
+    def on_cuda(run, *args):
+        before, run.model.device = run.model.device, torch.device("cuda:0")
+        real(run, *args)
+        run.model.device = before
 
-    monkeypatch.setattr(train.Run, "banner", on_cuda)
+    monkeypatch.setattr(resume, "banner", on_cuda)
     path = write_json(tmp_path / "run.json", tiny.options(tmp_path, "run", train={"total_iter": 1}))
     try:
         for value in ("false", "true"):

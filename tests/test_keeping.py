@@ -194,7 +194,7 @@ def test_what_runs_in_the_background_by_itself(tmp_path):
         from models import MODELS, NETWORKS
 
         opt, _ = options.parse(str(write_json(tmp_path / "run.json", tree)), [], MODELS, NETWORKS, DATASETS)
-        return Run(opt, None).saver.background
+        return Run(opt, None).saves.saver.background
 
     assert [background(), background(checkpoint={"async": True}), background(checkpoint={"async": False})] == \
         [False, True, False]  # auto: with CUDA

@@ -1,0 +1,248 @@
+"""What a run resumes from: find it, restore it, say what was restored, and take over its folder.
+
+`run` is a `train.Run`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import checkpoint
+import options
+from checkpoint import CheckpointError, CheckpointSet
+from data.sampler import EndlessBatches, sample_rng
+from log.run_log import tolerated
+from log.terminal import number
+from runtime import determinism, distributed
+from runtime.determinism import seed_generators
+from runtime.evaluate import Progress
+from storage import files, foreign, sealed
+from storage.tree import plain
+
+
+def find_source(run: Any, resume: str | None, init_from: str | None, fresh: bool) -> CheckpointSet | None:
+    """The set to go on from: the one named, else the newest good one of this run, else none.
+
+    `train.resume_checkpoint` counts as named until this run has a set that was made with it.
+
+    A launcher that repeats the command must not begin anew, or go back, once more.
+
+    Raises: CheckpointError when there are checkpoints and none of them can be used.
+    """
+    again = distributed.restarted() and run.launch_file.exists()
+    if again and run.launch_file.read_text() == distributed.launch():
+        source = checkpoint.find_newest(run.models, run.log.line)
+        return find_named(run, resume) if resume and not source else source
+    if resume:
+        return (None if fresh else resumed_before(run, resume)) or find_named(run, resume)
+    if (named := run.opt["train"]["resume_checkpoint"]) and (init_from or fresh):
+        raise CheckpointError(f"{'--fresh' if fresh else '--init-from'} starts at iteration 0, but "
+                              f"train.resume_checkpoint is {named}; leave one of them out")
+    if fresh:
+        return None
+    why: list[str] = []
+    source = checkpoint.find_newest(run.models, lambda line: (why.append(line), run.log.warn(line)))
+    if source is None and (why or checkpoint.has_traces(run.models)):
+        raise CheckpointError(f"{run.models}: there are checkpoints, but none is usable{checkpoint.reasons(why)}; "
+                              "name another one with --resume, or start over with --fresh, which puts them aside")
+    config = source.load().get("state", {}).get("config") if source and (init_from or named) else None
+    config = config if options.is_ours(config or {}) else {}
+    if source and init_from and config.get("path", {}).get("init_from") != init_from:
+        raise CheckpointError(f"--init-from starts a new run, but {run.models} holds iteration "
+                              f"{source.iteration}, not begun from it; leave it out to go on, or add --fresh")
+    if named and config.get("train", {}).get("resume_checkpoint") != named:
+        return checkpoint.locate(named, run.log.line)
+    return source
+
+
+def find_named(run: Any, resume: str) -> CheckpointSet:
+    """The set that `--resume` names; where it is not this run's own, it is remembered."""
+    found = checkpoint.locate(resume, run.log.warn)
+    if found.folder.resolve() != run.models.resolve():
+        run.resumed_from = str(Path(resume).resolve())
+    return found
+
+
+def resumed_before(run: Any, resume: str) -> CheckpointSet | None:
+    """This run's own newest set, if it was resumed from the same place before: the command is being repeated."""
+    own = checkpoint.find_newest(run.models)
+    metadata = own.load().get("state", {}).get("metadata") if own else None
+    if not isinstance(metadata, Mapping) or metadata.get("resumed_from") != str(Path(resume).resolve()):
+        return None
+    run.log.line(f"note     this run was resumed from {resume} before and is at iteration {own.iteration}; it "
+                 "resumes from there. To go back to that file once more, add --fresh")
+    run.remembered = True
+    return own
+
+
+def restore(run: Any, source: CheckpointSet | None) -> None:
+    """Bring model, data order, history and generators to where the set was saved."""
+    opt, train = run.opt, run.opt["train"]
+    parts = source.load() if source else None
+    state = (parts or {}).get("state", {})
+    loader = opt["datasets"]["train"]
+    length, size = len(run.train_set), loader["dataloader_batch_size"]
+    per_epoch = max(1, length // size)
+    run.iteration = source.iteration if source else 0
+    if run.iteration is None:  # others count epochs only
+        run.iteration = state["epoch"] * per_epoch
+    run.started_at = run.iteration
+    run.history.rows = state["history"] if "history" in state else foreign.validations(state, run.iteration)
+    run.resumed_from = run.resumed_from or (state.get("metadata") or {}).get("resumed_from")
+    seed, rank = train["manual_seed"], distributed.rank()
+    position = state.get("sampler_state") or {"epoch": run.iteration // per_epoch, "offset": 0}
+    if position.get("length", length) != length:
+        run.log.line(f"data     {position['length']} -> {length} samples: the epoch is begun anew")
+        position = {"epoch": position["epoch"], "offset": 0}
+    elif position.get("names", run.names) != run.names:
+        run.log.warn(f"the training set has {length} samples as before, but others, or in another order: the "
+                     "steps from here on are not those of a run that was never stopped")
+    try:
+        run.batches = EndlessBatches(length, size, seed=seed, shuffle=loader["dataloader_shuffle"],
+                                     position=(position["epoch"], position["offset"]), rank=rank,
+                                     world_size=distributed.world_size())
+    except ValueError as error:
+        raise options.OptionError(f"{loader.where}: {error}") from None
+    if train["total_epochs"] is not None:
+        train["total_iter"] = run.iteration + run.batches.batches_until(train["total_epochs"])
+    run.reports = run.model.init_train(parts, str(source.path) if source else "")
+    run.model.update_learning_rate(max(run.iteration - 1, 0))  # of the last finished step, as a checkpoint has it
+    run.model.load_extra_state(state)
+    if "ranks" in state:
+        run.model.load_local_state(state["ranks"])
+    banner(run, source, parts or {})
+    # Restored last: nothing after this line may draw from a global generator but the training itself.
+    generators = state.get("rng_state", [])
+    if rank < len(generators):
+        determinism.set_rng_state(generators[rank])
+    elif rank:  # each process draws for itself
+        seed_generators(int(sample_rng(seed, run.iteration, rank).integers(2**63)))
+
+
+def banner(run: Any, source: CheckpointSet | None, parts: Mapping[str, Any]) -> None:
+    """What runs, on what data, restored from where, and what is different or absent."""
+    state = parts.get("state", {})
+    say, opt, train = run.log.line, run.opt, run.opt["train"]
+    names = ", ".join(f"{label} {run.model.describe_network(net).splitlines()[0]}"
+                      for label, net in run.model.networks.items())
+    world = distributed.world_size()
+    say(f"Perdure  {opt['task']} in {run.folder} | {names} | {f'{world} processes, ' if world > 1 else ''}"
+        f"{run.model.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    if run.model.device.type == "cuda" and not opt["deterministic"]:
+        say("note     on CUDA a resume is bit for bit only with deterministic: true; without it kernels add in any "
+            "order")
+    if world > 2 and (opt["use_static_graph"] or not opt["find_unused_parameters"]):
+        say("note     find_unused_parameters false and use_static_graph sum the first step's gradients in another "
+            "order: a resumed run may differ in the last bits")
+    tests = "; ".join(f"{name}: {len(dataset)} clips" for name, dataset in run.test_sets.items()) or "no test set"
+    loader = opt["datasets"]["train"]
+    say(f"data     {loader['dataset_type']}, {len(run.train_set)} samples, "
+        f"{run.batches.batches_per_epoch} batches of {loader['dataloader_batch_size']} an epoch; {tests}")
+    for report in run.reports:
+        say(f"weights  {report}")
+    if source is None:
+        say(f"start    at iteration 0 of {train['total_iter']}, learning rate {learning_rate(run, 0):.3g}")
+        return
+    say(f"resume   from {source.path}: iteration {run.iteration} of {train['total_iter']}, "
+        f"epoch {run.batches.position[0]}"
+        + (f", next learning rate {learning_rate(run, run.iteration):.3g}"
+           if run.iteration < train["total_iter"] else ""))
+    wanted = [*run.model.networks, *run.model.optimizers, "state"]
+    absent = [label for label in wanted if label not in parts]
+    own = [name for name in run.model.extra_state(run.iteration) if name not in checkpoint.OF_EVERY_MODEL]
+    absent += [name for name in ("rng_state", "sampler_state", *own) if state and name not in state]
+    if absent:
+        say(f"absent   {', '.join(absent)}: begun anew, so not bit for bit the run that was interrupted")
+    if state and "scheduler_state_dict" not in state:
+        say("note     no scheduler in it, and none is needed: the learning rate follows from the iteration")
+    if "sampler_state" not in state:
+        banner_of_others(run, state)
+    if state.get("config") and not options.is_ours(state["config"]):
+        say("note     its options are another program's and are not compared")
+    if not all(sealed.has_checksums(path) for path in source.files.values()):
+        say("note     it is in torch's old layout, which has no checksums: damage in it can't be noticed")
+    if not source.committed and torch.__version__ < (2, 10):  # CVE-2026-24747
+        say(f"note     torch {torch.__version__} can be harmed by files made to harm; before 2.10, read only those "
+            "you trust")
+    then, now = state.get("environment", {}), run.environment()
+    changed = [f"{key} {then[key]} -> {now[key]}" for key in now if key in then and then[key] != now[key]]
+    if changed:
+        say(f"machine  changed, so results may differ in the last bits: {', '.join(changed)}")
+    for line in differences(state.get("config", {}), opt):
+        say(f"options  {line}")
+
+
+def banner_of_others(run: Any, state: Mapping[str, Any]) -> None:
+    """What of another program's state was taken over, and what can't be."""
+    if rows := run.history.rows:
+        best, metric = run.history.best, run.history.metric
+        value = next((run.history.value(row) for row in rows if row["iteration"] == best), None)
+        run.log.line(f"history  {len(rows)} validations taken over"
+                     + (f", the best at iteration {best}: {metric} {number(value)}"
+                        if best else f"; none of them has this run's metric, {metric}"))
+    elif "metric" in state:
+        run.log.line(f"note     its own value {number(state['metric'])} is of no validation of this run: the best "
+                     "starts over")
+    if found := foreign.describe_scheduler(state):
+        rate, kind = found
+        if abs(rate - learning_rate(run, run.iteration)) > 1e-3 * rate:
+            run.log.line(f"note     its {kind} stood at learning rate {rate:.3g}; here it follows from the "
+                         f"options: {learning_rate(run, run.iteration):.3g}")
+
+
+def learning_rate(run: Any, finished: int) -> float:
+    """The learning rate of the step after so many finished ones."""
+    label, optimizer = next(iter(run.model.optimizers.items()))
+    return run.model.schedules[label](optimizer.param_groups[0]["initial_lr"], finished)
+
+
+def differences(saved: Mapping, now: Mapping, most: int = 12) -> list[str]:
+    """Which options are not those of the checkpoint, a line each; where files lie does not count."""
+    if not options.is_ours(saved):
+        return []
+    a, b = options.flatten(saved), options.flatten(plain(now))
+    keys = [k for k in {**a, **b} if a.get(k) != b.get(k) and k != "opt_path" and not k.startswith(("path.", "log."))]
+    lines = [f"{k}: {json.dumps(a.get(k))} -> {json.dumps(b.get(k))}" for k in keys]
+    return lines if len(lines) <= most else [*lines[:most], f"... and {len(lines) - most} more"]
+
+
+def open_folder(run: Any, resumed_from: CheckpointSet | None, fresh: bool) -> None:
+    """Make the folder: nothing was created before everything was found to be valid."""
+    try:
+        run.models.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{run.models}: can't be made: {error.strerror}; is path.root right?") from None
+    if run.lock is None:
+        run.claim()
+        if resumed_from is None and checkpoint.has_traces(run.models):
+            raise CheckpointError(f"{run.folder}: another process began this run just now; run the same command "
+                                  "again to go on from there")
+    checkpoint.try_out(run.models, run.saves.layout)
+    for notice in files.notices:
+        run.log.warn(notice)
+    own = resumed_from is not None and resumed_from.folder.resolve() == run.models.resolve()
+    if launch := distributed.launch():
+        run.launch_file.write_text(launch)
+    archive = checkpoint.put_away(run.models, after=run.iteration if own else -1)
+    if archive:
+        run.log.line(f"archived {'all' if fresh else 'other' if not own else 'newer'} checkpoints: {archive}")
+    for line in checkpoint.clean(run.models):
+        run.log.warn(line)
+    if own:
+        run.saves.saver.relink(run.history.best)  # what a kill or going back left undone
+        run.saves.reason = (resumed_from.record or {}).get("reason", "regular")
+    else:
+        Progress(run.folder / "log", None).close()
+    settings = options.flatten(plain(run.opt))
+    run.log.open(run.folder / "log", run.iteration, settings, {"test": run.history.rows})
+    record = run.folder / "options" / f"{Path(run.opt['opt_path']).stem}_{time.strftime('%y%m%d_%H%M%S')}.json"
+    with tolerated(record, run.log.warn):
+        record.parent.mkdir(exist_ok=True)
+        record.write_text(json.dumps(plain(run.opt), indent=2) + "\n", encoding="utf-8")
+    run.saves.at = run.iteration if own else None

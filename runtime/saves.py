@@ -1,0 +1,74 @@
+"""The checkpoints that a run writes while it trains: when one fails, the run ends or continues without, as asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import options
+from checkpoint import CheckpointError, Layout, Saver
+from log.run_log import RunLog
+
+
+class Saves:
+    """A run's saves, one at a time, and what became of the last one.
+
+    Args: opt: the run's options. folder: where its checkpoints lie. device_type: "cpu" or "cuda", ...
+    """
+
+    def __init__(self, opt: options.Section, folder: Path, device_type: str, log: RunLog):
+        self.folder, self.log = folder, log
+        keep = opt["checkpoint"]
+        self.on_error = keep["on_save_error"]
+        self.at: int | None = None  # iteration of the last save
+        self.reason = "regular"  # of that save
+        self.amending = False  # whether the last save only adds the metrics of its validation
+        self.refusal = ""  # why the last save failed; "" if it did not
+        background = device_type != "cpu" if keep["async"] == "auto" else keep["async"]
+        try:
+            name = keep["name"] if keep["mode"] == "epochs" else None
+            self.layout = Layout(keep["layout"], name, keep["latest"], keep["best"], keep["interrupted"])
+        except ValueError as error:
+            raise options.OptionError(f"{opt['opt_path']}: checkpoint: {error}") from None
+        self.saver = Saver(folder, self.layout, keep["keep_last_n"], background)
+
+    def write(self, iteration: int, parts: Mapping[str, Any], reason: str) -> None:
+        """Begin to write a checkpoint, or do it, as the options say."""
+        state = parts["state"]
+        self.amending, self.refusal = self.at == iteration, ""
+        self.at, self.reason = iteration, self.reason if self.amending else reason
+        try:
+            self.saver.save(iteration, parts, best=state["best"],
+                            amend=self.amending, reason=self.reason, epoch=state["epoch"], metric=state["metric"])
+        except (OSError, RuntimeError) as error:
+            self.failed(error)
+        self.look()
+
+    def finish(self) -> None:
+        """Wait for the save under way and say what became of it."""
+        self.saver.wait()
+        self.look()
+
+    def look(self) -> None:
+        """Say what became of a save, once; between two steps this costs nothing."""
+        try:
+            saved = self.saver.poll()
+        except (OSError, RuntimeError) as error:
+            self.failed(error)
+            return
+        if saved and not saved.amended:
+            waited = f", {saved.waited:.2f} s of it waited for" if self.saver.background else ""
+            self.log.line(f"saved    {saved.found.path} in {saved.seconds:.1f} s{waited}")
+
+    def failed(self, error: Exception) -> None:
+        """A save that failed: the run ends, or continues without, as the options say. Older ones are intact."""
+        self.refusal = str(error).splitlines()[0]
+        problem = f"checkpoint {self.at} was not saved: {self.refusal}"
+        if self.amending:
+            problem = f"checkpoint {self.at} is without the metrics of its validation: {self.refusal}"
+        if self.on_error == "stop":
+            raise CheckpointError(f"{self.folder}: {problem}; older checkpoints are intact") from None
+        if not self.amending:
+            self.at = None
+        self.log.warn(f"{problem}; the next interval tries again")
