@@ -315,7 +315,7 @@ def test_a_stop_whose_save_fails_tries_again(tmp_path, monkeypatch, capsys):
     refused, step = [], ModelPlain.optimize_parameters
 
     def full_twice(folder, iteration, *args, **kwargs):
-        if len(refused) < 2:
+        if folder.name != ".probe" and len(refused) < 2:
             refused.append(iteration)
             raise OSError(28, "No space left on device")
         return real(folder, iteration, *args, **kwargs)
