@@ -189,6 +189,8 @@ def program(argv: list[str]) -> None:
         code = 1
         if distributed.fail(f"{type(error).__name__}: {error}"):
             traceback.print_exc()
+        else:
+            code = distributed.code_of_failure()  # another one ended first; that its connection broke is no news
     if code > 128 and distributed.launched():
         code = 0  # torchrun starts again what fails, and a stop that was asked for is no failure
     if code > 128:

@@ -67,6 +67,10 @@ class Run:
             self.model = options.resolve(MODELS, opt["model"], "model")(opt)
         except ValueError as error:
             raise options.OptionError(str(error)) from error
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "memory" not in str(error):
+                raise
+            raise options.OptionError(f"{opt['opt_path']}: netG: no memory for a network so large") from None
         self.losses = FiniteCheck(self.model.scaler)
         self.models = self.model.save_dir
         self.folder = self.models if opt["path"]["models"] else self.models.parent
@@ -235,7 +239,7 @@ class Run:
                 self.losses.add(self.iteration, dict(model.log_dict), dict(model.gradient_norms))
                 if model.device.type == "cpu":
                     self.losses.check()
-            elif model.skipped_in_a_row >= train["nan_limit"]:
+            elif model.skipped_in_a_row >= min(train["nan_limit"], total):
                 raise NonFiniteLoss(f"{model.skipped_in_a_row} steps in a row were left out until iteration "
                                     f"{self.iteration}, each for a loss or gradient that is not finite; the last "
                                     "checkpoint is intact; lower the learning rate, or raise train.nan_limit")

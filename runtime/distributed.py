@@ -140,6 +140,11 @@ def fail(cause: str, code: int = 1, *, record: bool = True) -> bool:
     return first
 
 
+def code_of_failure() -> int:
+    """The exit code that the first process to fail has given to all."""
+    return _watch.code() if _watch else 1
+
+
 def spread(number: int) -> None:
     """Let the other processes have this signal as well: one that waits for data would not hear of it."""
     if _watch:
@@ -192,6 +197,12 @@ class _Watch:
             return self.store.compare_set(self.failed, "", mine) == mine
         except RuntimeError:
             return True  # torchrun is gone: every process speaks for itself
+
+    def code(self) -> int:
+        try:
+            return int(self.store.get(self.failed).split()[0])
+        except (RuntimeError, ValueError):
+            return 1  # torchrun is gone
 
     def spread(self, number: int) -> None:
         with contextlib.suppress(RuntimeError):
@@ -264,7 +275,7 @@ class _Watch:
                 if self.tell("gone"):
                     print(f"error: process {self.before} has ended without a word, as by SIGKILL; all others end too",
                           file=sys.stderr, flush=True)
-                os._exit(1)
+                os._exit(self.code())
 
 
 def _ranks(ranks: Iterable[int]) -> str:

@@ -112,6 +112,9 @@ def restore(run: Any, source: CheckpointSet | None) -> None:
     if train["total_epochs"] is not None:
         train["total_iter"] = run.iteration + run.batches.batches_until(train["total_epochs"])
     run.reports = run.model.init_train(parts, str(source.path) if source else "")
+    if source and (fault := run.model.find_non_finite()):
+        raise CheckpointError(f"{source.path}: {fault} is not finite: nothing can be learnt from there; name another "
+                              "checkpoint with --resume")
     run.model.update_learning_rate(max(run.iteration - 1, 0))  # of the last finished step, as a checkpoint has it
     run.model.load_extra_state(state)
     if "ranks" in state:

@@ -134,3 +134,21 @@ def test_fp16_that_never_finds_a_finite_gradient_ends_the_run(tmp_path, monkeypa
     with pytest.raises(train.NonFiniteLoss, match="fp16's loss scale fell to"):
         run("-opt", path)
     assert all_finite(tmp_path / "one")
+
+
+def test_a_run_of_nothing_but_skipped_steps_is_not_finished(tmp_path, monkeypatch):
+    spoil_gradients(monkeypatch, set(range(1, 100)))
+    path = write_json(tmp_path / "one.json", tiny.options(tmp_path, "one", train={"on_nan": "skip", "nan_limit": 50}))
+    with pytest.raises(train.NonFiniteLoss, match="9 steps in a row were left out"):
+        run("-opt", path)
+
+
+def test_a_checkpoint_of_weights_that_are_not_finite_is_named(tmp_path):
+    path = write_json(tmp_path / "one.json", tiny.options(tmp_path, "one"))
+    assert run("-opt", path) == 0
+    parts = checkpoint.find_newest(tmp_path / "one/models").load()
+    parts["G"]["body.0.bias"][0] = float("nan")
+    (tmp_path / "spoilt").mkdir()
+    checkpoint.commit(tmp_path / "spoilt", 9, parts)
+    with pytest.raises(checkpoint.CheckpointError, match="9.json: G.body.0.bias is not finite"):
+        run("-opt", path, "--resume", tmp_path / "spoilt/9.json", "--set", "train.total_iter=12")
