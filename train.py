@@ -23,6 +23,7 @@ from log.pictures import save_pictures
 from log.run_log import RunLog, tolerated
 from log.terminal import Pace
 from models import MODELS
+from models.model_base import ModelBase
 from report import RunReport
 from runtime import determinism, distributed
 from runtime.determinism import fastest_kernels, prepare_machine
@@ -53,6 +54,18 @@ class Silence:
         return lambda *args, **kwargs: None
 
 
+def build_model(opt: options.Section) -> ModelBase:
+    """Build the model that the options name. Raises OptionError, also where memory does not suffice for it."""
+    try:
+        return options.resolve(MODELS, opt["model"], "model")(opt)
+    except ValueError as error:
+        raise options.OptionError(str(error)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        raise options.OptionError(f"{opt['opt_path']}: netG: no memory for a network so large") from None
+
+
 class Run:
     """One launch of a run: its options, folder, model, data and log, and what it has done so far."""
 
@@ -63,14 +76,7 @@ class Run:
         self.names = names_digest(self.train_set)
         self.test_sets = {name: options.build(DATASETS, section, "dataset_type")
                           for name, section in opt["datasets"].items() if section["phase"] == "test"}
-        try:
-            self.model = options.resolve(MODELS, opt["model"], "model")(opt)
-        except ValueError as error:
-            raise options.OptionError(str(error)) from error
-        except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and "memory" not in str(error):
-                raise
-            raise options.OptionError(f"{opt['opt_path']}: netG: no memory for a network so large") from None
+        self.model = build_model(opt)
         self.losses = FiniteCheck(self.model.scaler)
         self.models = self.model.save_dir
         self.folder = self.models if opt["path"]["models"] else self.models.parent
