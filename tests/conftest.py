@@ -15,6 +15,9 @@ import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from storage import files  # noqa: E402
+
 SHARED = Path(os.environ.get("PERDURE_SHARED", ROOT.parent / "shared"))
 
 
@@ -22,6 +25,12 @@ SHARED = Path(os.environ.get("PERDURE_SHARED", ROOT.parent / "shared"))
 def two_threads():
     """Results depend on the thread count in the last bits, so no test may inherit another's."""
     torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def sound_disk():
+    """What a test's disk lacked is no news to the next one: a process says it once."""
+    files.notices.clear()
 
 
 @pytest.fixture
