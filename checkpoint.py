@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from storage import foreign
-from storage.files import _gone_if_refused, check_space, link, save_file, sync_folder, write_durably
+from storage.files import check_space, link, removed_on_failure, save_file, sync_folder, write_durably
 from storage.foreign import VERSION, is_optimizer, weights_in
 from storage.sealed import (
     MARK,
@@ -242,7 +242,7 @@ def amend(folder: Path | str, iteration: int, parts: Mapping[str, Any], layout: 
         return found
     before = _split(path).record
     temporary = folder / f"{name}.tmp"
-    with _gone_if_refused(temporary):
+    with removed_on_failure(temporary):
         labels = [MEMBER.fullmatch(member)[2] for member in before["files"]]
         facts = write_durably(temporary, parts[label], _about(iteration, label, labels, {**before, **info}))
         old = dict(before["files"][name])

@@ -64,7 +64,7 @@ class Progress:
         if distributed.is_main():  # parts of a larger world would be lost with their ranks
             self.own = {name: dict(rows) for name, rows in self.rows.items()}
         self.attempts = found["attempts"] + 1
-        distributed.from_main(lambda: self._write())
+        distributed.from_main(self.flush)
         return self
 
     def _read(self) -> dict[str, Any]:
@@ -86,13 +86,10 @@ class Progress:
         self.rows.setdefault(name, {})[index] = self.own.setdefault(name, {})[index] = row
         self.attempts = 0
         if time.monotonic() - self.wrote > WRITE_EVERY:
-            self._write()
+            self.flush()
 
     def flush(self) -> None:
-        """Write what this process has, before a launch ends in mid-validation."""
-        self._write()
-
-    def _write(self) -> None:
+        """Write what this process has."""
         kept = {"about": self.about, "attempts": self.attempts, "rows": self.own}
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -74,7 +74,7 @@ def write_durably(path: Path, payload: Any, about: Mapping[str, Any] | None = No
     Returns: its size in bytes and, of a torch file, the seal's CRC-32. Raises: OSError as the disk says.
     """
     facts = {}
-    with _gone_if_refused(path), open(path, "w+b", buffering=CHUNK) as file:
+    with removed_on_failure(path), open(path, "w+b", buffering=CHUNK) as file:
         if isinstance(payload, bytes):
             _Refusable(file).write(payload)
         else:
@@ -92,7 +92,7 @@ def write_durably(path: Path, payload: Any, about: Mapping[str, Any] | None = No
 
 
 @contextlib.contextmanager
-def _gone_if_refused(path: Path) -> Iterator[None]:
+def removed_on_failure(path: Path) -> Iterator[None]:
     """What can't be finished is not left behind."""
     try:
         yield
@@ -130,7 +130,7 @@ def save_file(path: Path | str, payload: Any, about: Mapping[str, Any] | None = 
     """Leave either the old file or the complete new one (see `write_durably`)."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    with _gone_if_refused(temporary):
+    with removed_on_failure(temporary):
         facts = write_durably(temporary, payload, about)
         os.replace(temporary, path)
     sync_folder(path.parent)
@@ -143,7 +143,7 @@ def link(source: Path, target: Path) -> None:
         return
     temporary = target.with_name(target.name + ".tmp")
     temporary.unlink(missing_ok=True)
-    with _gone_if_refused(temporary):
+    with removed_on_failure(temporary):
         try:
             os.link(source, temporary)
         except OSError:
