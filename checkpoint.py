@@ -39,9 +39,9 @@ from storage.sealed import (
     load_file,
     read_seal,
     read_torch,
-    signed,
     tail_of,
-    unsigned,
+    verified,
+    with_checksum,
 )
 from storage.tree import Snapshot, num_bytes, to_cpu
 
@@ -199,7 +199,7 @@ def _commit_split(folder: Path, iteration: int, parts: Mapping[str, Any], info: 
         with ThreadPoolExecutor(4) as pool:  # torch.save leaves other threads room while it sums and writes
             files = dict(zip(names.values(), pool.map(write, names)))
         record = {"version": VERSION, **info, "files": files}
-        write_durably(temporary[path], signed(record, indent=1))
+        write_durably(temporary[path], with_checksum(record, indent=1))
         sync_folder(folder)
         if path.exists():  # a set of the same iteration gives way as a whole
             put_away(folder, only=iteration)
@@ -249,7 +249,7 @@ def amend(folder: Path | str, iteration: int, parts: Mapping[str, Any], layout: 
         if (older := old.pop("before", None)) and find_fault(folder / name, old):
             old = older  # an earlier amendment was cut off before its state was in place
         record = {**before, **info, "files": {**before["files"], name: {**facts, "before": old}}}
-        save_file(path, signed(record, indent=1))
+        save_file(path, with_checksum(record, indent=1))
         found = _split(path)
         relink(found)
         os.replace(temporary, folder / name)
@@ -272,7 +272,7 @@ def _bundle(path: Path, names: tuple[Path, ...] = ()) -> CheckpointSet | None:
 def _split(path: Path, names: tuple[Path, ...] = ()) -> CheckpointSet:
     """The set of a commit record that can be trusted. Raises CheckpointError."""
     try:
-        record = unsigned(path.read_bytes())
+        record = verified(path.read_bytes())
         iteration, files = record["iteration"], {}
         for name in record["files"]:  # a record must not lead out of its folder or to another iteration's files
             match = MEMBER.fullmatch(name)
@@ -349,7 +349,7 @@ def _unrecorded(folder: Path, iteration: int, files: Mapping[str, Path], report:
 def _cut_off(folder: Path, iteration: int) -> Mapping[str, Mapping]:
     """Files by name that belong to a commit or removal which a kill cut off: its record has a temporary name."""
     try:
-        return unsigned((folder / f"{iteration}.json.tmp").read_bytes())["files"]
+        return verified((folder / f"{iteration}.json.tmp").read_bytes())["files"]
     except (OSError, ValueError, KeyError):
         return {}
 
@@ -650,7 +650,7 @@ def clean(folder: Path | str) -> list[str]:
 
 def save_signed(path: Path, facts: Mapping[str, Any]) -> None:
     """Write a commit record."""
-    save_file(path, signed(facts, indent=1))
+    save_file(path, with_checksum(facts, indent=1))
 
 
 def prune(folder: Path | str, keep_last_n: int | None, best: int | None = None) -> None:

@@ -195,7 +195,7 @@ def program(argv: list[str]) -> None:
         code = 0  # torchrun starts again what fails, and a stop that was asked for is no failure
     if code > 128:
         signals.die_by(code - 128)
-    distributed.leave(code)
+    distributed.exit_process(code)
 
 
 def end_others(number: int) -> tuple[bool, int | None]:

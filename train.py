@@ -176,7 +176,7 @@ class Run:
 
     def record(self) -> None:
         """A log line and a CSV row of this iteration."""
-        losses, rate = distributed.means(self.model.current_log()), self.model.current_learning_rate()
+        losses, rate = distributed.mean_over_ranks(self.model.current_log()), self.model.current_learning_rate()
         epoch = self.position[0]
         self.log.row("train", {"iteration": self.iteration, "epoch": epoch, "lr": rate, **losses})
         terms = describe_losses(losses)

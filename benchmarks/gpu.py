@@ -432,7 +432,7 @@ def world(machine: Machine) -> Iterator[Finding]:
                 run.model.optimize_parameters(run.iteration)
                 found += run.model.current_log().values()
         for network in run.model.networks.values():
-            distributed.share_buffers(network)
+            distributed.broadcast_buffers(network)
         run.state()
         return found
 

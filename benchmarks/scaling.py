@@ -106,7 +106,7 @@ def measure(args: argparse.Namespace) -> None:
         began = time.perf_counter()
         run.fetch(samples)
         asked = time.perf_counter()
-        distributed.largest(0)
+        distributed.max_over_ranks(0)
         votes.append(time.perf_counter() - asked)
         run.model.update_learning_rate(step - 1)
         run.model.optimize_parameters(step)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime.distributed import average, world_size
+from runtime.distributed import all_reduce_mean, world_size
 from runtime.ranges import NonNegativeFloat
 
 EPSILON = 1e-6  # how close to 0 and 1 a probability may come
@@ -119,7 +119,7 @@ def focal_loss(predicted: Tensor, true: Tensor) -> Tensor:
 
 def count_at_least_1(mask: Tensor) -> Tensor:
     """How many are 1 in the batch, a mean over the processes that share it."""
-    return average(mask.sum().float()).clamp(min=1 / world_size())
+    return all_reduce_mean(mask.sum().float()).clamp(min=1 / world_size())
 
 
 def gaussian_heatmap(points: Tensor, sigma: float = 1.5, radius: int = 5) -> Tensor:

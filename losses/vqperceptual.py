@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from losses.lpips import LPIPS
 from models.network_discriminator import NLayerDiscriminator
-from runtime.distributed import average
+from runtime.distributed import all_reduce_mean
 from runtime.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 LEGACY = {
@@ -200,8 +200,9 @@ def adaptive_weight(nll: Tensor, adversarial: Tensor, last_layer: Tensor | None)
     if last_layer is None:
         raise ValueError("the adaptive weight needs last_layer, the weight that makes the reconstruction's pixels")
     # times 2**10 and back: changes no bit in float32, and keeps float16 from rounding gradients to 0
-    by_nll, by_adversary = (average(torch.autograd.grad(1024 * loss, last_layer, retain_graph=True)[0]).norm() / 1024
-                            for loss in (nll, adversarial))
+    by_nll, by_adversary = (
+        all_reduce_mean(torch.autograd.grad(1024 * loss, last_layer, retain_graph=True)[0]).norm() / 1024
+        for loss in (nll, adversarial))
     return (by_nll / (by_adversary + 1e-4)).clamp(0.0, 1e4).detach()
 
 

@@ -392,7 +392,7 @@ class ModelBase:
         if not (skip or loss.device.type == "cpu"):
             return False
         bad = not torch.isfinite(loss)
-        if not (distributed.any_of(bad) if skip else bad):  # all processes leave a step out, or none
+        if not (distributed.any_rank(bad) if skip else bad):  # all processes leave a step out, or none
             return False
         self.skipped += skip
         return True

@@ -134,7 +134,7 @@ class ModelInkTrace(ModelPlain):
             seed = int(sample_rng(t["manual_seed"], *key, 1).integers(2**63))
             count = len(self.image) * distributed.world_size()
             mask = hidden_blocks(count, t["mask_ratio"], torch.Generator().manual_seed(seed), t["mask_block"])
-            self.mask = distributed.mine(mask).to(self.device)
+            self.mask = distributed.local_rows(mask).to(self.device)
             self.degraded = self.image * (1 - self.mask)
 
     def netG_forward(self) -> None:

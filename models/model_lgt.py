@@ -196,9 +196,9 @@ class ModelLGT(ModelPlain):
         t = self.opt_train
         generator = step_generator(t["manual_seed"], current_step)
         count = len(self.source) * distributed.world_size()  # drawn for the whole batch
-        x0 = distributed.mine(torch.randn((count, *self.source.shape[1:]), generator=generator)).to(self.device)
+        x0 = distributed.local_rows(torch.randn((count, *self.source.shape[1:]), generator=generator)).to(self.device)
         least = t["epsilon"] * min(self.epoch / max(t["epsilon_warmup_epochs"], 1), 1)
-        start = distributed.mine(torch.rand(count, generator=generator) * (1 - least) + least).to(self.device)
+        start = distributed.local_rows(torch.rand(count, generator=generator) * (1 - least) + least).to(self.device)
         dropped = bool(torch.rand((), generator=generator) < t["label_drop_prob"])
         style = self.target_style.to(self.device, non_blocking=True)
         x_t = torch.lerp(x0, self.source, start[:, None, None, None])
@@ -211,19 +211,19 @@ class ModelLGT(ModelPlain):
             with torch.no_grad():
                 x_1 = torch.cat([self.integrate(*part, dropped) for part in parts])
         at_once = len(parts) == distributed.world_size() == 1
-        ends = x_1 if at_once else distributed.whole(x_1.detach()).requires_grad_()
-        styles = distributed.whole(self.target_style).tolist() if t["swd_groups"] == "style" and not dropped else None
-        losses = self.G_lossfn(ends, distributed.whole(self.reference), distributed.whole(self.source), generator,
-                               styles)
+        gather = distributed.gather_rows
+        ends = x_1 if at_once else gather(x_1.detach()).requires_grad_()
+        styles = gather(self.target_style).tolist() if t["swd_groups"] == "style" and not dropped else None
+        losses = self.G_lossfn(ends, gather(self.reference), gather(self.source), generator, styles)
         if not self.unusable(losses["total"]):
             if at_once:
                 self.backward(t["G_lossfn_weight"] * losses["total"])
             else:
                 (slope,) = torch.autograd.grad(losses["total"], ends)
                 # every process has the gradient of the whole, of which theirs will be averaged
-                pulls = (distributed.mine(slope) * distributed.world_size()).chunk(t["accumulate"])
+                pulls = (distributed.local_rows(slope) * distributed.world_size()).chunk(t["accumulate"])
                 for number, (part, pull) in enumerate(zip(parts, pulls), start=1):
-                    with distributed.unreduced(self.forward_G, last=number == len(parts)):
+                    with distributed.no_sync(self.forward_G, last=number == len(parts)):
                         way = x_1 if len(parts) == 1 else self.integrate(*part, dropped)
                         self.backward(t["G_lossfn_weight"] * (way * pull).sum())
             if t["use_velocity_reg"]:
@@ -254,12 +254,12 @@ class ModelLGT(ModelPlain):
         """x (B,c,h,w) at times t (B,) -> where its way ends."""
         o = self.opt_train
         return euler(self.velocity(self.forward_G, style, average), x, t, o["ode_integration_steps"], o["ode_step"],
-                     o["gradient_checkpointing"], lambda: distributed.unreduced(self.forward_G, last=False))[0]
+                     o["gradient_checkpointing"], lambda: distributed.no_sync(self.forward_G, last=False))[0]
 
     def regularise(self, part: tuple[Tensor, Tensor, Tensor], whole: int, average: bool, last: bool = True) -> Tensor:
         """Add the gradient of a part's share of the velocity's price; returns that share."""
         x, t, style = part
-        with distributed.unreduced(self.forward_G, last):
+        with distributed.no_sync(self.forward_G, last):
             velocity = self.velocity(self.forward_G, style, average)(x, t)
             price = len(x) / whole * self.G_lossfn.regularisation(velocity)
             self.backward(self.opt_train["G_lossfn_weight"] * price)

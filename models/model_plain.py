@@ -149,7 +149,7 @@ class ModelPlain(ModelBase):
         self.G_optimizer.zero_grad(set_to_none=True)
         losses, parts = [], list(zip(*(tensor.chunk(t["accumulate"]) for tensor in whole)))
         for number, (self.degraded, self.target) in enumerate(parts, start=1):
-            with distributed.unreduced(self.forward_G, last=number == len(parts)):
+            with distributed.no_sync(self.forward_G, last=number == len(parts)):
                 with self.autocast():
                     self.netG_forward()
                 share = len(self.degraded) / len(whole[0])

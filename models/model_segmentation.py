@@ -150,7 +150,7 @@ class ModelSegmentation(ModelPlain):
 
     def end_epoch(self) -> None:
         """The epoch's means join the history; the device is waited for once."""
-        loss, counts = (distributed.total(self.epoch[name]) for name in ("loss", "counts"))
+        loss, counts = (distributed.all_reduce_sum(self.epoch[name]) for name in ("loss", "counts"))
         self.history["train_losses"].append(float(loss) / self.epoch["seen"])
         self.history["train_metrics_history"].append(segmentation_metrics(counts))
         self.begin_epoch(self.epoch["place"][0] + 1, self.epoch["place"][1])

@@ -202,7 +202,7 @@ class ModelVQGAN(ModelPlain):
         self.G_optimizer.zero_grad(set_to_none=True)
         found, parts = [], self.images.chunk(t["accumulate"])
         for number, images in enumerate(parts, start=1):
-            with distributed.unreduced(self.forward_G, last=number == len(parts)):
+            with distributed.no_sync(self.forward_G, last=number == len(parts)):
                 with self.autocast():
                     vq_loss, restored, _, indices = self.forward_G(images)
                 losses = self.calculator.compute_total_loss(images, restored.float(), vq_loss.float(), current_step)
@@ -218,7 +218,8 @@ class ModelVQGAN(ModelPlain):
             if not self.unusable(terms["gan_loss"]):
                 self.calculator.step_discriminator(terms["gan_loss"], current_step)
         # also after a step left out: what was counted before that was noticed must not wait for the next one
-        self.get_bare_model(self.netG).update_codebook(current_step, distributed.add_up, distributed.whole)
+        self.get_bare_model(self.netG).update_codebook(current_step, distributed.all_reduce_sum_,
+                                                    distributed.gather_rows)
         if self.netE is not None:
             self.update_E(t["E_decay"])
         self.log_terms(terms, [torch.cat([index.flatten() for index in level]) for level in zip(*found)])

@@ -1,10 +1,10 @@
-"""Several processes as one run: who this is, what all agree on, what a whole batch sees, and one failure ends all.
+"""Several processes as one run: rank and world size, collective calls, and the failure of one that ends all.
 
-torchrun starts the processes and says by the environment which is which; the engine is torch.distributed. With one
-process everything here is identity, so that a recipe reads the same. Two groups: `control` (gloo) is where the loop
-agrees on stopping, saving and validating; `data` (NCCL on CUDA) carries gradients and what belongs to a batch.
+torchrun starts the processes and sets the environment variables; torch.distributed connects them. With one process
+every function here is the identity, so that a recipe reads the same. There are two process groups: the default one
+(gloo) for decisions of the loop (stop, save, validate), and `_data` (NCCL on CUDA) for gradients and batches.
 
-Every process holds the rows r, r + W, r + 2W, ... of a batch (r its rank, W how many processes): see data.sampler.
+Rank r of W holds the rows r, r + W, r + 2W, ... of a batch: see data.sampler.
 """
 
 from __future__ import annotations
@@ -22,53 +22,56 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else every process advises against what `wrap` does
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else every process warns about find_unused_parameters
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
-PATIENCE = datetime.timedelta(days=7)  # one may validate or write for hours: what is wrong with it, `_Watch` finds
-LOOK_EVERY = 0.5  # seconds from one look at the others' fate to the next
-BEAT_EVERY = 4  # looks from one sign of life to the next
-SAY_AFTER = 60.0  # seconds of waiting for a process until it is named; then after four times as long, and so on
+PATIENCE = datetime.timedelta(days=7)  # a rank may validate or write for hours; `_Watch` detects a dead one
+LOOK_EVERY = 0.5  # seconds between two looks at the state of the other ranks
+BEAT_EVERY = 4  # looks per heartbeat
+SAY_AFTER = 60.0  # seconds of waiting before the missing rank is named; quadrupled after each message
 
 _data: dist.ProcessGroup | None = None  # None: the default group, gloo
-_apart = 0  # depth of `apart`
+_independent = 0  # depth of nested `independent_ranks`
 _watch: _Watch | None = None
 
 
-# ---------------------------------------------------------------- who
+# ---------------------------------------------------------------- rank and world size
 
 
 def world_size() -> int:
-    """How many processes share a batch."""
-    return dist.get_world_size() if dist.is_initialized() and not _apart else 1
+    """Return the number of processes that share a batch."""
+    return dist.get_world_size() if dist.is_initialized() and not _independent else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
-    return dist.get_rank() if dist.is_initialized() and not _apart else 0
+    """Return the number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() and not _independent else 0
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes."""
+    """Return whether this is rank 0, the only process that writes."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def launched() -> bool:
-    """Whether torchrun started this, also a single process."""
+    """Return whether torchrun started this process, even if it started only one."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
 
 
 def local_rank() -> int:
-    """Which process of this machine: its CUDA device."""
+    """Return the number of this process on its machine, which is also its CUDA device."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def device_for(opt: Mapping[str, Any]) -> torch.device:
-    """Find the device of this process by the options, which stay as the user wrote them. Raises RuntimeError."""
+    """Return the device of this process. The options stay as the user wrote them.
+
+    Raises: RuntimeError for a device name that torch does not know.
+    """
     name, here, chosen = opt["device"], local_rank(), opt.get("gpu_ids")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,7 +80,7 @@ def device_for(opt: Mapping[str, Any]) -> torch.device:
 
 
 def launcher() -> list[str]:
-    """The words that start such processes, for a command to be printed."""
+    """Return the first words of the command that starts these processes, for printing."""
     if not launched():
         return ["python"]
     nodes, here = os.environ.get("GROUP_WORLD_SIZE", "1"), os.environ["LOCAL_WORLD_SIZE"]
@@ -85,32 +88,32 @@ def launcher() -> list[str]:
 
 
 def launch() -> str:
-    """The same in every restart that a launcher makes of its own accord, else another; "" where there is none."""
+    """Identify the launch: equal in every automatic restart by the launcher; "" without a launcher."""
     return os.environ.get("SLURM_JOB_ID") or (f"{socket.gethostname()}:{os.getppid()}" if launched() else "")
 
 
 def restarted() -> bool:
-    """Whether the launcher, not the user, repeats this command: torchrun --max-restarts, a requeued Slurm job."""
+    """Return whether the launcher repeats this command (torchrun --max-restarts, a requeued Slurm job)."""
     return any(int(os.environ.get(key, 0)) > 0 for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
-# ---------------------------------------------------------------- begin and end
+# ---------------------------------------------------------------- start and end
 
 
 def start() -> None:
-    """Join the processes that torchrun started; alone, nothing happens."""
+    """Connect the processes that torchrun started. A single process needs nothing."""
     global _watch
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("gloo", timeout=PATIENCE)
         if not is_main():
-            warnings.simplefilter("ignore")  # the main process says them
+            warnings.simplefilter("ignore")  # rank 0 prints them
         _watch = _Watch()
 
 
 def use_device(device: torch.device, patience: float = 1800) -> None:
-    """From now on, batches and gradients lie there.
+    """Set up the process group for tensors on this device.
 
-    Args: patience: seconds without a sign of life of a process after which the others end.
+    Args: patience: seconds without a heartbeat of a rank after which the others end.
     """
     global _data
     if _watch:
@@ -120,7 +123,7 @@ def use_device(device: torch.device, patience: float = 1800) -> None:
 
 
 def finish() -> None:
-    """The end of a run, agreed by all: nobody's leaving is a failure any more."""
+    """Disconnect at the end of a run. All ranks call it; after it, the exit of a rank is not a failure."""
     global _data, _watch
     if dist.is_initialized():
         dist.barrier()
@@ -130,7 +133,10 @@ def finish() -> None:
 
 
 def fail(cause: str, code: int = 1, *, record: bool = True) -> bool:
-    """Tell the others to end so, and torchrun why. Returns whether this process is the first, which alone prints."""
+    """Make all ranks end with this code, and give torchrun the cause.
+
+    Returns: whether this rank is the first to fail; only the first prints its cause.
+    """
     if _watch is None:
         return True
     first = _watch.tell(cause, code)
@@ -141,18 +147,18 @@ def fail(cause: str, code: int = 1, *, record: bool = True) -> bool:
 
 
 def code_of_failure() -> int:
-    """The exit code that the first process to fail has given to all."""
+    """Return the exit code of the first rank that failed."""
     return _watch.code() if _watch else 1
 
 
-def spread(number: int) -> None:
-    """Let the other processes have this signal as well: one that waits for data would not hear of it."""
+def forward_signal(number: int) -> None:
+    """Send a signal that this rank received to the other ranks, one of which may wait for data."""
     if _watch:
-        _watch.spread(number)
+        _watch.forward_signal(number)
 
 
-def leave(code: int) -> None:
-    """End the process; of several one that failed at once, for tidying up would wait for the others."""
+def exit_process(code: int) -> None:
+    """Exit. With several processes skip the interpreter's cleanup, which would wait for the other ranks."""
     sys.stdout.flush()
     sys.stderr.flush()
     if dist.is_initialized():
@@ -161,26 +167,26 @@ def leave(code: int) -> None:
 
 
 class _Watch:
-    """Ends this process when another failed or died, whatever it is waiting for; asks it to stop when torchrun died.
+    """Two threads that end this process when another one failed or died, and stop the run when torchrun died.
 
-    Failures and stop requests are told by keys in torchrun's store. A death shows by its connection: each process
-    listens to the one before it, on a group of its own, to hear nothing until the end. Every process also counts in
-    the store: how often it gave a sign of life, which a stopped one does not, and how often all came together, which
-    names those that others wait for.
+    Failures and stop requests are keys in torchrun's store. A death shows as a closed connection: each rank waits to
+    receive from the previous rank, on a process group of its own, which sends only at the end. Every rank also keeps
+    two counters in the store: heartbeats, which a suspended process does not increase, and collective calls reached,
+    which tell whom the others wait for.
     """
 
     def __init__(self):
         self.ended = threading.Event()
         self.patience = 1800.0
-        self.came, self.waits_since = 0, None  # how often this process came to where all do; since when it is there
-        self.seen = [[-1, 0, 0.0] for _ in range(dist.get_world_size())]  # by rank: sign of life, came, silent for
+        self.came, self.waits_since = 0, None  # collective calls reached; monotonic time since which this rank waits
+        self.seen = [[-1, 0, 0.0] for _ in range(dist.get_world_size())]  # by rank: heartbeats, came, seconds silent
         self.said_after, self.beats, self.beat_at = SAY_AFTER, 0, time.monotonic()
         self.before, self.after = ((dist.get_rank() + d) % dist.get_world_size() for d in (-1, 1))
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False,
                                    timeout=datetime.timedelta(seconds=10))
-        this = from_main(lambda: os.urandom(8).hex())  # a restart must not find old ones
+        this = from_main(lambda: os.urandom(8).hex())  # a restart must not find the keys of the previous launch
         self.failed, self.stop = (f"perdure/{what}/{this}" for what in ("failed", "stop"))
         self.lives = [f"perdure/life/{this}/{rank}" for rank in range(dist.get_world_size())]
         self.store.set(self.lives[dist.get_rank()], "0 0")
@@ -190,13 +196,13 @@ class _Watch:
             thread.start()
 
     def tell(self, cause: str, code: int = 1) -> bool:
-        """Whether this is the first failure."""
+        """Record a failure. Returns whether it is the first."""
         self.ended.set()
-        mine = f"{code} {dist.get_rank()}: {cause}".encode()
+        entry = f"{code} {dist.get_rank()}: {cause}".encode()
         try:
-            return self.store.compare_set(self.failed, "", mine) == mine
+            return self.store.compare_set(self.failed, "", entry) == entry
         except RuntimeError:
-            return True  # torchrun is gone: every process speaks for itself
+            return True  # torchrun is gone: every rank prints its own cause
 
     def code(self) -> int:
         try:
@@ -204,12 +210,12 @@ class _Watch:
         except (RuntimeError, ValueError):
             return 1  # torchrun is gone
 
-    def spread(self, number: int) -> None:
+    def forward_signal(self, number: int) -> None:
         with contextlib.suppress(RuntimeError):
             self.store.compare_set(self.stop, "", f"{number} {dist.get_rank()}")
 
     def end(self) -> None:
-        """After everyone has agreed to: hang up."""
+        """Close the connections, after all ranks agreed to end."""
         self.ended.set()
         dist.send(torch.zeros(1), self.after, group=self.group)
         for thread in self.threads:
@@ -233,13 +239,13 @@ class _Watch:
                 alive = False
             if not alive:
                 if not self.ended.is_set():
-                    os.kill(os.getpid(), signal.SIGTERM)  # as if asked to: the run is saved
+                    os.kill(os.getpid(), signal.SIGTERM)  # stop as if asked to, so that the run is saved
                 return
 
     def _beat(self) -> None:
-        """Give a sign of life, and look at those of the others."""
+        """Write this rank's heartbeat and check those of the others."""
         me, now = dist.get_rank(), time.monotonic()
-        passed = min(now - self.beat_at, 2 * LOOK_EVERY * BEAT_EVERY)  # not the time in which this one was stopped
+        passed = min(now - self.beat_at, 2 * LOOK_EVERY * BEAT_EVERY)  # less any time this process was suspended
         self.beat_at, self.beats = now, self.beats + 1
         came, since = self.came, self.waits_since
         self.store.set(self.lives[me], f"{self.beats} {came}")
@@ -251,19 +257,19 @@ class _Watch:
         late = {rank: waited for rank, seen in enumerate(self.seen) if waited >= SAY_AFTER and seen[1] < came}
         self._say_who({**late, **silent}, silent, me)
         if gone := [rank for rank, seconds in silent.items() if seconds > self.patience]:
-            cause = f"{_ranks(gone)}: no sign of life for {silent[gone[0]]:.0f} s (dist_timeout): stopped, or its " \
+            cause = f"{_ranks(gone)}: no heartbeat for {silent[gone[0]]:.0f} s (dist_timeout): suspended, or its " \
                     "machine is gone; all others end too; run the same command again"
             if self.tell(cause):
                 print(f"error: {cause}", file=sys.stderr, flush=True)
             os._exit(1)
 
     def _say_who(self, awaited: Mapping[int, float], silent: Mapping[int, float], me: int) -> None:
-        """Name the processes that are waited for; the first of those that wait does."""
+        """Print which ranks are waited for. The lowest waiting rank prints."""
         if not awaited:
             self.said_after = SAY_AFTER
         elif (seconds := max(awaited.values())) >= self.said_after and \
                 me == min(set(range(len(self.seen))) - set(awaited), default=None):
-            state = "no sign of life: stopped, or its machine is gone" if silent else "it reads, validates or saves"
+            state = "no heartbeat: suspended, or its machine is gone" if silent else "it reads, validates or saves"
             print(f"waiting  for {_ranks(awaited)} since {seconds:.0f} s: {state}", file=sys.stderr, flush=True)
             self.said_after = 4 * seconds
 
@@ -279,17 +285,17 @@ class _Watch:
 
 
 def _ranks(ranks: Iterable[int]) -> str:
-    """'rank 1', or 'ranks 1, 3'."""
+    """Format rank numbers: 'rank 1', 'ranks 1, 3'."""
     ranks = sorted(ranks)
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
-# ---------------------------------------------------------------- agree
+# ---------------------------------------------------------------- decisions of all ranks
 
 
 @contextlib.contextmanager
 def _together() -> Iterator[None]:
-    """Around what all processes come together for."""
+    """Count a collective call for the watch, and how long it waits."""
     if _watch:
         _watch.waits_since = time.monotonic()
         _watch.came += 1
@@ -301,7 +307,7 @@ def _together() -> Iterator[None]:
 
 
 def from_main(make: Callable[[], Any]) -> Any:
-    """What `make` returns in the main process, the only one to call it, for all."""
+    """Call `make` on rank 0 only, and return its result on every rank."""
     if not dist.is_initialized():
         return make()
     box = [make() if is_main() else None]
@@ -310,58 +316,58 @@ def from_main(make: Callable[[], Any]) -> Any:
     return box[0]
 
 
-def gather(mine: Any) -> list[Any]:
-    """What every process has, by rank, for all."""
+def gather(value: Any) -> list[Any]:
+    """Return the values of all ranks, in rank order, on every rank."""
     if not dist.is_initialized():
-        return [mine]
+        return [value]
     boxes = [None] * dist.get_world_size()
     with _together():
-        dist.all_gather_object(boxes, mine)
+        dist.all_gather_object(boxes, value)
     return boxes
 
 
-def largest(mine: int) -> int:
-    """The largest number that any process has, for all."""
+def max_over_ranks(value: int) -> int:
+    """Return the largest value of any rank, on every rank."""
     if not dist.is_initialized():
-        return mine
-    box = torch.tensor([mine])
+        return value
+    box = torch.tensor([value])
     with _together():
         dist.all_reduce(box, dist.ReduceOp.MAX)
     return int(box)
 
 
-def any_of(mine: bool) -> bool:
-    """Whether it is so in any process."""
-    return bool(largest(int(mine)))
+def any_rank(value: bool) -> bool:
+    """Return whether the value is true on any rank."""
+    return bool(max_over_ranks(int(value)))
 
 
-def means(mine: Mapping[str, float]) -> dict[str, float]:
-    """Of each number the mean over the processes."""
-    rows = gather(dict(mine))
-    return {key: sum(row[key] for row in rows) / len(rows) for key in mine}
+def mean_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the mean of each number over the ranks."""
+    rows = gather(dict(values))
+    return {key: sum(row[key] for row in rows) / len(rows) for key in values}
 
 
-# ---------------------------------------------------------------- what a whole batch sees
+# ---------------------------------------------------------------- tensors of a whole batch
 
 
 @contextlib.contextmanager
-def apart() -> Iterator[None]:
-    """Inside, this process counts for itself, as where each one validates clips of its own."""
-    global _apart
-    _apart += 1
+def independent_ranks() -> Iterator[None]:
+    """Inside the block the world size is 1: each rank validates its own samples."""
+    global _independent
+    _independent += 1
     try:
         yield
     finally:
-        _apart -= 1
+        _independent -= 1
 
 
-def total(x: Tensor) -> Tensor:
-    """The sum over the processes; gradients pass."""
-    return x if world_size() == 1 else _Total.apply(x)
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum over the ranks. Differentiable."""
+    return x if world_size() == 1 else _AllReduceSum.apply(x)
 
 
-class _Total(torch.autograd.Function):
-    """Everyone's sum has everyone's gradient."""
+class _AllReduceSum(torch.autograd.Function):
+    """A sum over ranks; its gradient is the sum of the ranks' gradients."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -371,27 +377,27 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        return _Total.forward(ctx, gradient)
+        return _AllReduceSum.forward(ctx, gradient)
 
 
-def average(x: Tensor) -> Tensor:
-    """The mean over the processes; gradients pass."""
-    return x if world_size() == 1 else total(x) / world_size()
+def all_reduce_mean(x: Tensor) -> Tensor:
+    """Average over the ranks. Differentiable."""
+    return x if world_size() == 1 else all_reduce_sum(x) / world_size()
 
 
-def add_up(x: Tensor) -> None:
-    """The sum over the processes, in place."""
+def all_reduce_sum_(x: Tensor) -> None:
+    """Sum over the ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(x, group=_group(x))
 
 
-def mine(batch: Tensor) -> Tensor:
-    """The rows of this process in a whole batch."""
+def local_rows(batch: Tensor) -> Tensor:
+    """Select the rows of a whole batch (B, ...) that this rank computes: (B / W, ...)."""
     return batch[rank() :: world_size()]
 
 
-def whole(part: Tensor) -> Tensor:
-    """The whole batch, in its order, from the rows of each process; no gradient."""
+def gather_rows(part: Tensor) -> Tensor:
+    """Gather the rows (B / W, ...) of all ranks into the whole batch (B, ...), in its order. No gradient."""
     if world_size() == 1:
         return part
     parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(world_size())]
@@ -407,28 +413,28 @@ def _group(x: Tensor) -> dist.ProcessGroup | None:
 
 
 def wrap(network: nn.Module, find_unused_parameters: bool = True, static_graph: bool = False) -> nn.Module:
-    """The network whose backward pass averages gradients over the processes.
+    """Wrap a network so that its backward pass averages gradients over the ranks.
 
-    DistributedDataParallel builds its buckets of gradients anew after the first step, unless it looks for unused
-    parameters: then a restart's first step would sum in another order, which shows in the last bits from three
-    processes on. So it looks by default.
+    DistributedDataParallel rebuilds its gradient buckets after the first step, unless it looks for unused
+    parameters. Then the first step after a restart would sum in another order, which changes the last bits with three
+    or more ranks. So it looks for them by default.
     """
     if world_size() == 1 or not any(p.requires_grad for p in network.parameters()):
         return network
-    warnings.filterwarnings("ignore", "Grad strides")  # of gradients that lie otherwise than in their bucket
+    warnings.filterwarnings("ignore", "Grad strides")  # gradients with other strides than their bucket
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has another name from torch 2.15 on
+        warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers is renamed in torch 2.15
         return DistributedDataParallel(network, process_group=_data, broadcast_buffers=False,
                                        static_graph=static_graph, find_unused_parameters=find_unused_parameters)
 
 
-def unreduced(network: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """For the parts of a batch: gradients are averaged in the backward pass of the last one."""
+def no_sync(network: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+    """Postpone the all-reduce of gradients to the last micro-batch of a step."""
     return contextlib.nullcontext() if last or world_size() == 1 else network.no_sync()
 
 
-def share_buffers(network: nn.Module) -> None:
-    """The main process's buffers for all: batch statistics are each process's own, and its are the ones saved."""
+def broadcast_buffers(network: nn.Module) -> None:
+    """Copy the saved buffers of rank 0 to all ranks. Batch statistics differ by rank; rank 0's are saved."""
     if world_size() > 1:
         saved = network.state_dict().keys()
         for name, buffer in network.named_buffers():
@@ -437,7 +443,7 @@ def share_buffers(network: nn.Module) -> None:
 
 
 def synchronize_batchnorm(network: nn.Module) -> None:
-    """Let batch norm see the whole batch."""
+    """Replace batch norm layers by ones that use the statistics of the whole batch."""
     if world_size() > 1:
         for module in network.modules():
             if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
@@ -445,19 +451,19 @@ def synchronize_batchnorm(network: nn.Module) -> None:
 
 
 class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the rows of all processes. torch's SyncBatchNorm refuses tensors on the CPU."""
+    """Batch norm over the rows of all ranks. torch.nn.SyncBatchNorm does not support CPU tensors."""
 
     def _check_input_dim(self, x: Tensor) -> None:
-        """It was checked what stands for."""
+        """Accept any shape: the replaced layer has checked it."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(x)
         axes, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
         centred = x.float()
-        mean = average(centred.mean(axes))
+        mean = all_reduce_mean(centred.mean(axes))
         centred = centred - mean.view(shape)
-        variance = average(centred.square().mean(axes))
+        variance = all_reduce_mean(centred.square().mean(axes))
         with torch.no_grad():
             count = x.numel() // x.shape[1] * world_size()
             self.num_batches_tracked += 1

@@ -23,7 +23,7 @@ from runtime import determinism, distributed
 from runtime.determinism import fastest_kernels
 from runtime.signals import Interrupted, StopRequest
 from storage.files import save_file
-from storage.sealed import signed, unsigned
+from storage.sealed import verified, with_checksum
 from storage.tree import plain
 
 WRITE_EVERY = 5.0  # seconds between two writings of what a validation has so far
@@ -74,7 +74,7 @@ class Progress:
             if not path.exists():
                 break
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                kept = unsigned(path.read_bytes())
+                kept = verified(path.read_bytes())
                 if kept["about"] == self.about:
                     parts.append({name: {int(index): row for index, row in rows.items()}
                                   for name, rows in kept["rows"].items()})
@@ -93,7 +93,7 @@ class Progress:
         kept = {"about": self.about, "attempts": self.attempts, "rows": self.own}
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(self.path, signed(json.loads(json.dumps(kept))))
+            save_file(self.path, with_checksum(json.loads(json.dumps(kept))))
         self.wrote = time.monotonic()
 
     def close(self) -> None:
@@ -130,7 +130,7 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, iterat
             mine = left if distributed.is_main() else []
         most = model.opt["val"]["num_img"]
         failure, sample = None, None
-        with distributed.apart():
+        with distributed.independent_ranks():
             try:
                 samples = clips_of(dataset, mine)
                 for index in mine:
@@ -177,7 +177,7 @@ def validate(run: Any, stop: StopRequest) -> None:
     """
     began = time.monotonic()
     for network in run.model.networks.values():
-        distributed.share_buffers(network)
+        distributed.broadcast_buffers(network)
     about = [run.iteration, plain(run.opt["val"]), {name: plain(run.opt["datasets"][name])
                                                     for name in run.test_sets}]
     progress = Progress(run.folder / "log", about).open()

@@ -66,7 +66,7 @@ class StopRequest:
             pass
         except Exception as error:
             problem = str(error)
-        number = distributed.largest(FAILED if problem is not None else self.signal or 0)
+        number = distributed.max_over_ranks(FAILED if problem is not None else self.signal or 0)
         if number == FAILED:
             self.problem = next(text for text in distributed.gather(problem) if text is not None)
         elif number:
@@ -87,7 +87,7 @@ class StopRequest:
         """Agree now, where another step would be one too many."""
         from runtime import distributed
 
-        if number := distributed.largest(self.signal or 0):
+        if number := distributed.max_over_ranks(self.signal or 0):
             self.agreed = signal.Signals(number)
 
     @property
@@ -168,7 +168,7 @@ class _Desk:
             more = "; once more leaves without saving" if number == signal.SIGINT else \
                 f", by {signal.Signals(number).name}"
             say(f"stopping after {self.requests[-1].piece}{more}")
-            distributed.spread(number)
+            distributed.forward_signal(number)
 
     def end(self, number: int) -> None:
         """End before the first step: nothing is to be saved."""

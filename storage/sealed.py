@@ -48,7 +48,7 @@ def add_seal(writer: Any, about: Mapping[str, Any]) -> dict[str, int]:
     body = file.tell()
     assert os.pread(file.fileno(), 4, body - 22) == END, "torch.save wrote no plain zip archive"
     crc = _Archive(file.fileno(), body).crc32()
-    comment = signed({"perdure": 2, **about, "body": body, "body_crc32": crc})
+    comment = with_checksum({"perdure": 2, **about, "body": body, "body_crc32": crc})
     file.seek(body - 2)
     writer.write(struct.pack("<H", len(comment)))
     writer.write(comment)
@@ -99,17 +99,17 @@ class _Archive:
         return None
 
 
-def signed(facts: Mapping[str, Any], indent: int | None = None) -> bytes:
+def with_checksum(facts: Mapping[str, Any], indent: int | None = None) -> bytes:
     """Facts as JSON with a checksum of their own, so that a flipped bit in them is noticed as well."""
     seal = zlib.crc32(json.dumps(facts, sort_keys=True).encode())
     return json.dumps({**facts, "seal": seal}, indent=indent).encode()
 
 
-def unsigned(text: bytes) -> dict[str, Any]:
-    """The facts of `signed`. Raises ValueError when they are not what was written."""
+def verified(text: bytes) -> dict[str, Any]:
+    """The facts of `with_checksum`. Raises ValueError when they are not what was written."""
     facts = json.loads(text)
-    if isinstance(facts, dict) and facts.pop("seal", None) is not None and \
-            text in (signed(facts), signed(facts, indent=1)):  # to the byte: 1e-5 and 1E-5 are the same number
+    sealed = isinstance(facts, dict) and facts.pop("seal", None) is not None
+    if sealed and text in (with_checksum(facts), with_checksum(facts, indent=1)):  # to the byte: 1e-5 equals 1E-5
         return facts
     raise ValueError("checksum differs")
 
@@ -141,7 +141,7 @@ def read_seal(path: Path) -> dict[str, Any] | None:
         if not comment:
             raise CheckpointError(f"{path}: {'damaged (its end is missing)' if head else 'is empty'}")
     try:
-        facts = unsigned(comment)
+        facts = verified(comment)
         if struct.unpack("<H", tail[end + 20 : end + 22])[0] != len(comment) or facts["body"] != size - len(comment):
             raise ValueError("its size is another")
     except (ValueError, KeyError, TypeError, struct.error) as error:

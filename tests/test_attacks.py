@@ -344,9 +344,9 @@ def test_the_door_refuses_hostile_files(tmp_path, flag):
 @pytest.mark.parametrize("name", ["../7_G.pth", "/etc/7_G.pth", "8_G.pth", "7_G.pth/x", "7.json", "7_G.pth\0"])
 def test_a_record_that_leads_elsewhere_is_refused(tmp_path, name):
     commit(tmp_path, 7, parts(7))
-    record = sealed.unsigned((tmp_path / "7.json").read_bytes())
+    record = sealed.verified((tmp_path / "7.json").read_bytes())
     record["files"][name] = record["files"].pop("7_G.pth")
-    (tmp_path / "7.json").write_bytes(sealed.signed(record))
+    (tmp_path / "7.json").write_bytes(sealed.with_checksum(record))
     said = []
     assert find_newest(tmp_path, said.append) is None and "it names" in said[0]
 
@@ -364,7 +364,7 @@ def test_a_member_that_is_a_link_to_elsewhere_is_refused(tmp_path):
 def test_rubbish_in_place_of_a_record_is_reported(tmp_path, text):
     commit(tmp_path, 7, parts(7))
     (tmp_path / "7.json").write_bytes(text)
-    for content in (text, sealed.signed(json.loads(text)) if text.startswith(b"{") else text):
+    for content in (text, sealed.with_checksum(json.loads(text)) if text.startswith(b"{") else text):
         (tmp_path / "7.json").write_bytes(content)
         said = []
         assert find_newest(tmp_path, said.append) is None and len(said) == 1 and "record is damaged" in said[0]

@@ -363,7 +363,7 @@ def test_version_1_goes_on_exactly(tmp_path, state, monkeypatch):
         data = (tmp_path / f"old/models/4_{label}.pth").read_bytes()
         files[f"4_{label}.pth"] = {"size": len(data), "crc32": zlib.crc32(data)}
     record = {"version": 1, "iteration": 4, "timestamp": "x", "reason": "interrupted", "files": files}
-    (tmp_path / "old/models/4.json").write_bytes(sealed.signed(record, indent=1))
+    (tmp_path / "old/models/4.json").write_bytes(sealed.with_checksum(record, indent=1))
     assert run("-opt", tmp_path / "old.json") == 0
     assert differing(final(tmp_path / "old"), state) == []
 

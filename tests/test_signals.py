@@ -124,7 +124,7 @@ def test_a_process_that_is_stopped_is_named_and_may_go_on(tmp_path):
     path = tiny_file(tmp_path, "run")
     run = world.World(tmp_path / "out", 2, "-opt", path, acts=[(0, 0, "impatient"), (1, 3, "SIGSTOP")])
     run.wait_for("waiting  for rank 1 since", after="2.json in")
-    run.wait_for("no sign of life: stopped, or", after="2.json in")
+    run.wait_for("no heartbeat: suspended, or", after="2.json in")
     run.signal(signal.SIGCONT, rank=1)
     assert run.finish(30) == [0, 0], run.report()
 
@@ -134,7 +134,7 @@ def test_a_process_that_is_stopped_for_too_long_ends_the_run(tmp_path):
     run = world.World(tmp_path / "out", 2, "-opt", path, acts=[(0, 0, "impatient"), (1, 3, "SIGSTOP")])
     run.processes[0].join(40)
     assert run.processes[0].exitcode == 1, run.report()
-    assert run.said(0).count("error: rank 1: no sign of life for") == 1
+    assert run.said(0).count("error: rank 1: no heartbeat for") == 1
     run.signal(signal.SIGCONT, rank=1)
     assert run.finish(20) == [1, 1], run.report()
 
