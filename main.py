@@ -187,6 +187,7 @@ def program(argv: list[str]) -> None:
             print(f"{status('error:', sys.stderr)} {error}", file=sys.stderr)
     except Exception as error:
         code = 1
+        distributed.wait_for_cause(error)
         if distributed.fail(f"{type(error).__name__}: {error}"):
             traceback.print_exc()
         else:

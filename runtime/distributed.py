@@ -146,6 +146,12 @@ def fail(cause: str, code: int = 1, *, record: bool = True) -> bool:
     return first
 
 
+def wait_for_cause(error: Exception) -> None:
+    """Give the watch time to name a rank that died and end this process: a broken connection is only the consequence."""
+    if _watch and isinstance(error, RuntimeError):
+        time.sleep(4 * LOOK_EVERY)
+
+
 def code_of_failure() -> int:
     """Return the exit code of the first rank that failed."""
     return _watch.code() if _watch else 1

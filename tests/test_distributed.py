@@ -169,6 +169,13 @@ def test_a_process_that_is_killed_ends_those_that_do_not_talk_to_it(tmp_path):
     assert "error: process 1 has ended without a word" in said
 
 
+def test_a_broken_connection_is_not_taken_for_the_cause(tmp_path):
+    """The other process may see it before the watch has noticed the death."""
+    codes, said, _ = failed(tmp_path, [(1, 3, "SIGKILL"), (0, 0, "listens late")])
+    assert codes == [1, -signal.SIGKILL] and said.count("error:") == 1 and "Traceback" not in said, said
+    assert "error: process 1 has ended without a word" in said
+
+
 def test_nan_in_one_process_is_told_once(tmp_path):
     codes, said, _ = failed(tmp_path, [(1, 3, "nan")])
     assert 1 in codes and said.count("error:") == 1 and "not finite at iteration 4" in said
