@@ -444,7 +444,7 @@ def world(machine: Machine) -> Iterator[Finding]:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
             for place in places:
-                place.world_size = lambda: 1 if distributed._apart else Several(1)
+                place.world_size = lambda: 1 if distributed._independent else Several(1)
             for name in names:
                 together = steps(name)
                 apart = max(abs(a - b) / max(abs(a), 1e-6) for a, b in zip(alone[name], together))

@@ -147,7 +147,7 @@ def fail(cause: str, code: int = 1, *, record: bool = True) -> bool:
 
 
 def wait_for_cause(error: Exception) -> None:
-    """Give the watch time to name a rank that died and end this process: a broken connection is only the consequence."""
+    """Give the watch time to name a dead rank and end this process: a broken connection is only a consequence."""
     if _watch and isinstance(error, RuntimeError):
         time.sleep(4 * LOOK_EVERY)
 
