@@ -9,8 +9,9 @@ import main as door
 import options
 from commands.reference import arguments_in, reference
 from tests.conftest import ROOT
+from tests.test_layers import FILES, ROOMS
 
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_reference_is_what_the_code_checks():
@@ -28,18 +29,27 @@ def test_entries_of_a_docstring():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files_and_commands_are_taken(page):
-    text = page.read_text()
+    text = page.read_text().replace("\\\n", " ")  # a command may take several lines
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
-    known = door.parser_for(options.FLAGS)
     for line in re.findall(r"^    python main\.py (.*)$", text, re.MULTILINE):
         words = [word for word in shlex.split(re.split(r"\s{3,}", line)[0])]
-        file = next((words[i + 1] for i, word in enumerate(words) if word == "-opt"), None)
+        file = next((words[i + 1] for i, word in enumerate(words) if word == "-opt"), None) or \
+            options.file_for(words, str(ROOT / "options"))
         flags = options.FLAGS | (options.cli_table(str(ROOT / file)) if file and (ROOT / file).exists() else {})
         known = door.parser_for(flags, exit_on_error=False)
         known.parse_args(words)
         for key in re.findall(r"--set (\w[\w.]*)=", line):
             assert key.split(".")[0] in options.schema_of(options.Top), line
+
+
+def test_contributing_names_every_file_once_it_is_there():
+    """The guided list and the table of recipes: each path exists, and no module is missing."""
+    named = set(re.findall(r"`([\w/]+\.(?:py|json|js)|[\w/]+/)`", (ROOT / "CONTRIBUTING.md").read_text()))
+    assert not [path for path in named if not (ROOT / path).exists()]
+    modules = {str(path.relative_to(ROOT)) for path in FILES} - {f"{room}/__{kind}__.py" for room in ROOMS
+                                                                 for kind in ("init", "main")}
+    assert modules <= named, modules - named
 
 
 def test_every_option_is_explained_in_a_sentence_of_its_own():
