@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-if not os.environ.get("PERDURE_TEST_CUDA"):  # before torch looks: tests are of the CPU unless a card is asked for
+# Before torch looks, for this process and those that it starts: one thread each, as two test processes share the
+# machine; and the CPU, unless a card is asked for.
+os.environ["OMP_NUM_THREADS"] = "1"
+if not os.environ.get("PERDURE_TEST_CUDA"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch  # noqa: E402
@@ -22,14 +25,10 @@ SHARED = Path(os.environ.get("PERDURE_SHARED", ROOT.parent / "shared"))
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
-    """Results depend on the thread count in the last bits, so no test may inherit another's."""
-    torch.set_num_threads(2)
-
-
-@pytest.fixture(autouse=True)
-def sound_disk():
-    """What a test's disk lacked is no news to the next one: a process says it once."""
+def same_start():
+    """Let no test inherit another's number of threads, random numbers or missing features of a disk."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
     files.notices.clear()
 
 
@@ -51,7 +50,7 @@ def tiny_tables(monkeypatch):
 
 def run_main(*arguments, cwd=ROOT, timeout=240, **kwargs):
     """`python main.py ...` as a user runs it: a process of its own. Returns the finished process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run([sys.executable, str(ROOT / "main.py"), *map(str, arguments)], cwd=cwd, timeout=timeout,
                           env=environment, capture_output=True, text=True, **kwargs)
 

@@ -17,11 +17,6 @@ from tests.conftest import ROOT
 from tests.test_keeping import in_this_process  # noqa: F401
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads):
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def script(monkeypatch, capsys):
     """Runs a script's main in this process; returns what it printed."""

@@ -21,12 +21,6 @@ TOTAL = 4
 DENSE = {"netG": {"full_heads": True}, "train": {"G_lossfn_type": "dense"}}
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads):
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
 def option_file(folder, name="run", netG=None, train=None, workers=0, **over):
     """The shipped recipe, small: 5 samples in batches of 2, so that epochs of 2 steps are crossed."""
     return write_json(folder / f"{name}.json", {

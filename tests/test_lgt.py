@@ -35,11 +35,6 @@ VQGAN = {"ddconfig": {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_re
                       "out_ch": 3, "resolution": 16, "z_channels": 4}, "n_embed": 16, "embed_dim": 4}
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads):
-    torch.set_num_threads(1)
-
-
 def recipe(folder, name, train=None, data=None, test=None, **over):
     """An option file of 12 drawn pictures in batches of 5: epochs of 2 steps."""
     tree = {"extends": str(ROOT / "options/train_lgt.json"), "task": name, "path": {"root": str(folder)},

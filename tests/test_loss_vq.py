@@ -21,12 +21,6 @@ BUGS = ("early_discriminator", "shared_generator_pass")  # whose traces the gold
 SMALL = dict(disc_start=10, perceptual_weight=0.0, disc_ndf=4, disc_num_layers=2)
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads):
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
 def golden_file(shared, name):
     return torch.load(shared / "golden" / f"{name}.pt", weights_only=True)
 

@@ -11,12 +11,6 @@ from models.network_inktrace import MAPS, UnifiedModel, extract_keypoints, keypo
 TINY = dict(embed_dim=8, num_heads=2, num_layers=1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads):
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
 class Golden:
     """The original's case, our network with its weights, and its tolerances."""
 

@@ -12,12 +12,6 @@ SMALL = dict(base_channels=32, style_dim=8, time_dim=8, num_encoder_blocks=1, nu
 INFERENCE = ["inference_cfg_decay", "inference_no_cfg", "inference_cfg_constant"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads):
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
 @pytest.fixture(scope="module")
 def golden():
     from tests.conftest import SHARED

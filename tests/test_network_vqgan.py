@@ -42,12 +42,6 @@ FAMILY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads):
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
 def golden_file(shared, name):
     return torch.load(shared / "golden" / f"{name}.pt", weights_only=True)
 

@@ -31,12 +31,6 @@ TINY = dict(upscale=1, img_size=[4, 32, 32], window_size=[2, 4, 4], depths=[2] *
             embed_dims=[16] * 8, num_heads=[2] * 8, deformable_groups=4, drop_path_rate=0.0)
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads):
-    """Networks this small gain nothing from a second thread, and lose much to it on a busy machine."""
-    torch.set_num_threads(1)
-
-
 def tiny(seed=0, **options):
     """A network small enough for a test, whose flow and offsets are not zero as they are at a start."""
     torch.manual_seed(seed)

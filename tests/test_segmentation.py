@@ -81,7 +81,6 @@ PLACES = {"mid-epoch": ("optimize_parameters", 5), "epoch's end": ("optimize_par
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight")
-    torch.set_num_threads(1)
     assert run("-opt", options_in(folder)) == 0
     return folder / "run"
 

@@ -37,12 +37,6 @@ NETS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads):
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
 def tree(folder, name="run", net="emavq", train=None, loss=None, images=None, **over):
     data = {"dataset_type": "ImageTrainDataset", "size": 16, "generated": {"num_samples": 5}, **(images or {})}
     loss = {"disc_start": START, "disc_ndf": 4, "disc_num_layers": 1, "perceptual_weight": 0, **(loss or {})}
