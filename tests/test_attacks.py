@@ -23,6 +23,7 @@ from checkpoint import CheckpointError, Layout, Saver, commit, find_newest, loca
 from commands import checkpoints
 from storage import files, inert, sealed
 from tests.conftest import ROOT
+from tests.programs import run_program
 from tests.test_checkpoint import flip, parts
 
 LAYOUTS = {"split": Layout(), "bundle": Layout("bundle", name="it{iter}.pt")}
@@ -333,10 +334,8 @@ def test_no_file_that_can_be_read_runs_code(tmp_path, monkeypatch, capsys, modul
 @pytest.mark.parametrize("flag", ["--resume", "--init-from"])
 def test_the_door_refuses_hostile_files(tmp_path, flag):
     torch.save({"params": {"w": torch.ones(1)}, "x": Call("os", "system")}, tmp_path / "bad.pth")
-    from tests.conftest import run_main
-
-    done = run_main("-opt", ROOT / "options/train_vrt.json", "--set", f"path.root={tmp_path}",
-                    flag, tmp_path / "bad.pth", cwd=tmp_path)
+    done = run_program(tmp_path, "-opt", ROOT / "options/train_vrt.json", "--set", f"path.root={tmp_path}",
+                       flag, tmp_path / "bad.pth", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "refused: it asks for posix.system" in done.stderr
     assert not (tmp_path / "HOSTILE").exists() and not (tmp_path / "train_vrt").exists()
 

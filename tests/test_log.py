@@ -11,6 +11,7 @@ import struct
 import sys
 import termios
 import time
+from functools import partial
 
 import pytest
 
@@ -21,7 +22,8 @@ from log.tables import CsvTable
 from log.terminal import Pace, cut
 from options import OptionError
 from tests import tiny
-from tests.conftest import ROOT, write_json
+from tests.conftest import write_json
+from tests.programs import run_program
 
 
 class Terminal:
@@ -287,18 +289,14 @@ def test_tensorboard_asked_for_and_absent_is_one_line(tmp_path, monkeypatch, tin
 
 def test_tensorboard_draws_no_step_twice_after_a_kill(tmp_path):
     pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
-    import subprocess
-
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tree = tiny.options(tmp_path, "run", log={"tensorboard": True}, val={"save_img": True})
     file = write_json(tmp_path / "o.json", tree)
-    command = [sys.executable, "-m", "tests.tiny"]
-    killed = subprocess.run([*command, "--die-at", "100", "-opt", file], cwd=ROOT, timeout=120)
-    assert killed.returncode == -9
+    assert run_program(tmp_path, "-opt", file, before=partial(tiny.die_at, 100)).returncode == -9
     done = rows_of(tmp_path / "run" / "log" / "train.csv")
     assert 4 < len(done) < 9, "to be killed in the middle; choose another operation"
-    assert subprocess.run([*command, "-opt", file], cwd=ROOT, timeout=120).returncode == 0
+    assert run_program(tmp_path, "-opt", file).returncode == 0
     folder = tmp_path / "run" / "log"
     found = EventAccumulator(str(folder / "tensorboard"))
     found.Reload()

@@ -8,7 +8,8 @@ import main as door
 import options
 from data import DATASETS
 from models import MODELS, NETWORKS
-from tests.conftest import ROOT, run_main, write_json
+from tests.conftest import ROOT, write_json
+from tests.programs import run_program
 
 SHIPPED = sorted((ROOT / "options").rglob("*.json"))
 
@@ -162,8 +163,8 @@ def test_cli_table_and_built_in_flags_reach_the_options(option_file, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_no_option_file_is_one_line_and_2():
-    done = run_main()
+def test_no_option_file_is_one_line_and_2(tmp_path):
+    done = run_program(tmp_path)
     assert done.returncode == 2 and "which run?" in done.stderr and "Traceback" not in done.stderr
 
 

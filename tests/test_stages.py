@@ -3,8 +3,7 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +15,8 @@ from commands.checkpoints import main as ask
 from data import DATASETS
 from models import MODELS, NETWORKS
 from tests import tiny
-from tests.conftest import ROOT, write_json
+from tests.conftest import write_json
+from tests.programs import run_program
 from tests.test_exact import differing, run
 
 pytestmark = pytest.mark.usefixtures("tiny_tables")
@@ -151,17 +151,11 @@ def test_the_split_layout_and_root_lead_to_the_same(straight, tmp_path, layout):
         assert differing(final(tmp_path / "run" / stage / "models"), final(straight / stage)) == []
 
 
-def launch(path, die_at):
-    """All stages in a process of their own that kills itself at a file operation. Returns its exit code."""
-    done = subprocess.run([sys.executable, "-m", "tests.tiny", "--die-at", str(die_at), "-opt", str(path),
-                           "--run-all-stages"], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    return done.returncode
-
-
 def test_killed_in_one_stage_between_and_in_the_other_they_end_the_same(straight, tmp_path):
     path, seen = option_file(tmp_path), set()
     for _ in range(9):  # each launch resumes the one before; where they die is looked at, not assumed
-        assert launch(path, 36) == -signal.SIGKILL
+        killed = run_program(tmp_path, "-opt", path, "--run-all-stages", before=partial(tiny.die_at, 36))
+        assert killed.returncode == -signal.SIGKILL
         newest = [checkpoint.find_newest(tmp_path / "run" / stage) for stage in ("one", "two")]
         seen.add(tuple(found and found.iteration for found in newest))
         if newest[1] and newest[1].iteration < 4:

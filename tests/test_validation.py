@@ -4,8 +4,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -16,7 +14,8 @@ import options
 from models.model_plain import ModelPlain
 from runtime.evaluate import MOST_ATTEMPTS, NAME_BYTES, Progress, short_name
 from tests import tiny, world
-from tests.conftest import ROOT, write_json
+from tests.conftest import write_json
+from tests.programs import run_program
 from tests.test_exact import LAYOUTS, assert_equal, final
 from tests.test_resume import run
 
@@ -28,12 +27,16 @@ def option_file(folder, name, train=None, **over):
     return write_json(folder / f"{name}.json", tiny.options(folder, name, train={**BOTH, **(train or {})}, **over))
 
 
-def test_rows(folder):
+def validated(folder):
     with open(folder / "log/test.csv", newline="") as file:
         return [int(row["iteration"]) for row in csv.DictReader(file)]
 
 
-test_rows.__test__ = False
+def die_in_validation():
+    """Let this process die by SIGKILL in its first validation, once what is being saved is committed."""
+    savers, made = [], checkpoint.Saver.__init__
+    checkpoint.Saver.__init__ = lambda self, *args, **kwargs: (made(self, *args, **kwargs), savers.append(self))[0]
+    ModelPlain.validate = lambda *_: ([saver.wait() for saver in savers], os.kill(os.getpid(), signal.SIGKILL))
 
 
 @pytest.mark.parametrize("background", [False, True], ids=["waiting", "in background"])
@@ -42,20 +45,8 @@ def test_kill_9_in_a_validation_loses_no_step_that_was_to_be_saved(tmp_path, lay
     over = {"checkpoint": {**LAYOUTS[layout], "async": background}}
     assert run("-opt", option_file(tmp_path, "one", **over)) == 0
     path = option_file(tmp_path, "two", **over)
-    kill = "import sys, os, time; from tests import tiny; from models.model_plain import ModelPlain; import main\n" \
-           "for table, name, row in tiny.ROWS: table[name] = row\n" \
-           "from checkpoint import Saver\n" \
-           "real = ModelPlain.validate\n" \
-           "def validate(self, sample):\n" \
-           "    import gc, train\n" \
-           "    for one in gc.get_objects():\n" \
-           "        if isinstance(one, Saver): one.wait()\n" \
-           "    os.kill(os.getpid(), 9)\n" \
-           "ModelPlain.validate = validate\n" \
-           "main.program(sys.argv[1:])"
-    done = subprocess.run([sys.executable, "-c", kill, "-opt", str(path)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    killed = run_program(tmp_path, "-opt", path, before=die_in_validation)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert checkpoint.find_newest(tmp_path / "two/models").iteration == 3
     assert run("-opt", path) == 0
     assert_equal(tmp_path / "one", tmp_path / "two")
@@ -279,10 +270,10 @@ def test_test_csv_follows_the_history(tmp_path, monkeypatch):
     with open(tmp_path / "one/log/test.csv", "a") as file:  # as a kill between the row and the checkpoint leaves it
         file.write("6" + "," * 8 + "\n")
     assert run("-opt", path) == 0
-    assert test_rows(tmp_path / "one") == [3, 6, 9]
+    assert validated(tmp_path / "one") == [3, 6, 9]
     elsewhere = option_file(tmp_path, "two")
     assert run("-opt", elsewhere, "--resume", tmp_path / "one/models/6.json") == 0
-    assert test_rows(tmp_path / "two") == [3, 6, 9]
+    assert validated(tmp_path / "two") == [3, 6, 9]
 
 
 @pytest.mark.parametrize("background", [False, True], ids=["waiting", "in background"])

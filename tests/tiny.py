@@ -11,9 +11,13 @@ import signal
 import sys
 
 import torch
+import torch._dynamo  # the first step of an optimizer imports it, which takes 1.3 s: here once for all forked processes
 from torch import nn
 
+import losses.pixel  # noqa: F401  imported by name at a start: once here as well
 import main as door
+import metrics.psnr_ssim  # noqa: F401
+import models.model_plain  # noqa: F401
 from data import DATASETS
 from data.sampler import sample_rng
 from models import MODELS, NETWORKS
