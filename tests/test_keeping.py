@@ -23,46 +23,28 @@ from checkpoint import CheckpointError, Layout, Saver
 from commands import prove
 from models.model_plain import ModelPlain
 from storage import files
-from storage.files import FolderLock
 from storage.tree import Snapshot
 from tests import tiny, world
-from tests.conftest import ROOT, run_main, write_json
+from tests.conftest import write_json
+from tests.programs import Program
 from tests.test_checkpoint import parts
 from tests.test_exact import final, run, stopped_at
 
 pytestmark = pytest.mark.usefixtures("tiny_tables")
 
 
-def start(program, **kwargs):
-    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True, **kwargs)
-
-
 # ---------------------------------------------------------------- a lock
 
 
-def test_a_second_process_is_refused_by_the_owners_name_until_it_dies(tmp_path):
-    owner = start(f"import time; from pathlib import Path; from storage.files import FolderLock; "
-                  f"lock = FolderLock(Path({str(tmp_path)!r})); print('held', flush=True); time.sleep(60)")
-    try:
-        assert owner.stdout.readline() == "held\n"
-        with pytest.raises(CheckpointError, match=f"process {owner.pid} on .* is writing here; wait for it or stop it"):
-            FolderLock(tmp_path)
-    finally:
-        owner.kill()
-        owner.wait(10)
-    FolderLock(tmp_path).close()  # freed by its death
-
-
-def test_a_run_is_refused_while_another_trains_in_its_folder_and_workers_hold_no_lock(tmp_path):
+def test_a_run_is_refused_by_the_owners_name_until_that_dies_and_its_workers_hold_no_lock(tmp_path):
     tree = tiny.options(tmp_path, "run", workers=2, train={"total_iter": 100000, "checkpoint_save": 5})
     path = write_json(tmp_path / "run.json", tree)
-    command = [sys.executable, "-m", "tests.tiny", "-opt", str(path)]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    first = Program(tmp_path, "-opt", path)
     try:
         deadline = time.monotonic() + 60
         while not list((tmp_path / "run/models").glob("*.json")) and time.monotonic() < deadline:
             time.sleep(0.05)
-        with pytest.raises(CheckpointError, match=f"process {first.pid} on .* is writing here"):
+        with pytest.raises(CheckpointError, match=f"process {first.pid} on .* is writing here; wait for it or stop it"):
             run("-opt", path)
         first.kill()
         first.wait(10)
@@ -258,12 +240,36 @@ def test_a_kill_between_a_commit_and_its_links_is_put_right_at_the_next_start(tm
 # ---------------------------------------------------------------- --prove-resume
 
 
-def test_prove_resume_says_exact_on_the_users_own_options(tmp_path):
-    done = run_main("-opt", world.recipe("vqvae", tmp_path, "run"), "--prove-resume", "4")
-    assert done.returncode == 0, done.stderr
-    assert "4 steps straight, and 4 steps killed after step 2" in done.stdout
-    assert "parts of the state are equal" in done.stdout or "are equal, bit for bit" in done.stdout
-    assert sorted(os.listdir(tmp_path)) == ["run.json"]  # nothing of it stays
+def prove_child(task, output):
+    """Be the process of a run of prove.py, forked."""
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+    sys.stdout = open(1, "w", closefd=False)
+    sys.argv = ["", task]
+    prove.child()
+
+
+def test_prove_resume_says_exact_on_the_users_own_options(tmp_path, monkeypatch, capsys):
+    def forked(command, **_):
+        assert command[:3] == [sys.executable, "-c", prove.CHILD]
+        process = world.CONTEXT.Process(target=prove_child, args=(command[3], str(tmp_path / "said")))
+        process.start()
+        process.join(60)
+        return subprocess.CompletedProcess(command, process.exitcode, (tmp_path / "said").read_text(), "")
+
+    monkeypatch.setattr(subprocess, "run", forked)
+    path = world.recipe("vqvae", tmp_path, "run")
+    assert run("-opt", path, "--prove-resume", "4") == 0
+    said = capsys.readouterr().out
+    assert "4 steps straight, and 4 steps killed after step 2" in said and "are equal, bit for bit" in said
+    assert sorted(os.listdir(tmp_path)) == ["run.json", "said"]  # nothing of it stays
+
+
+def test_a_run_that_cannot_be_proved_ends_with_its_own_complaint(tmp_path):
+    """This one starts a process of its own, as the command does."""
+    path = world.recipe("vqvae", tmp_path, "run", netG={"net_type": "vqvae2", "n_embed": "many"})
+    with pytest.raises(options.OptionError, match='^.*netG.n_embed: "many" is not'):
+        run("-opt", path, "--prove-resume")
 
 
 class Died(BaseException):
@@ -299,6 +305,7 @@ def in_this_process(monkeypatch):
 @pytest.mark.parametrize("fault, words", [
     ("none", "exact    all 39 tensors and the rest of the state are equal, bit for bit"),
     ("a variable", "because  a run that nobody stopped repeats itself, so something that makes the next step is in no"),
+    ("a variable, and the kernels", "because  a run that nobody stopped repeats itself"),  # compared under the same
     ("the clock", "because  two runs that nobody stopped differ as well"),
     ("an operation", "because  upsample_nearest_of_the_test has no deterministic kernel on this device"),
 ])
@@ -311,7 +318,9 @@ def test_prove_resume_says_whether_and_why(tmp_path, monkeypatch, in_this_proces
         self.steps = getattr(self, "steps", 0) + 1
         if fault == "an operation" and torch.are_deterministic_algorithms_enabled():
             warnings.warn("upsample_nearest_of_the_test does not have a deterministic implementation", stacklevel=1)
-        self.degraded = self.degraded + {"none": 0, "a variable": self.steps}.get(fault, next(clock)) * 1e-3
+        more = {"none": 0, "a variable": self.steps,
+                "a variable, and the kernels": self.steps + torch.are_deterministic_algorithms_enabled()}
+        self.degraded = self.degraded + more.get(fault, next(clock)) * 1e-3
 
     monkeypatch.setattr(ModelPlain, "feed_data", feed_data)
     code = prove.prove(str(write_json(tmp_path / "run.json", tiny.options(tmp_path, "run"))), [], 4)
@@ -347,20 +356,6 @@ def test_a_proof_that_did_not_resume_is_an_error(tmp_path, monkeypatch, in_this_
     path = write_json(tmp_path / "run.json", tiny.options(tmp_path, "run"))
     with pytest.raises(CheckpointError, match="started again at iteration 0 instead of 2, so nothing was proved"):
         prove.prove(str(path), [], 4)
-
-
-def test_the_search_for_reasons_compares_runs_under_the_same_kernels(tmp_path, monkeypatch, in_this_process, capsys):
-    """A step that depends on a variable in no checkpoint, and on whether deterministic kernels are on."""
-    real = ModelPlain.feed_data
-
-    def feed_data(self, data, **kwargs):
-        real(self, data, **kwargs)
-        self.steps = getattr(self, "steps", 0) + 1
-        self.degraded = self.degraded + 1e-3 * (self.steps + torch.are_deterministic_algorithms_enabled())
-
-    monkeypatch.setattr(ModelPlain, "feed_data", feed_data)
-    assert prove.prove(str(write_json(tmp_path / "run.json", tiny.options(tmp_path, "run"))), [], 4) == 1
-    assert "because  a run that nobody stopped repeats itself" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- disks that have less, or nothing
@@ -426,8 +421,7 @@ def test_a_folder_that_takes_no_checkpoint_is_found_before_the_first_step(tmp_pa
 # ---------------------------------------------------------------- the same command, again
 
 
-@pytest.mark.parametrize("named", ["4.json", "4_G.pth", "."])
-def test_a_repeated_resume_of_another_run_resumes_its_own_newest(tmp_path, monkeypatch, capsys, named):
+def test_a_repeated_resume_of_another_run_resumes_its_own_newest(tmp_path, monkeypatch, capsys, named="4_G.pth"):
     with monkeypatch.context() as patch:
         stopped_at(patch, 4)
         assert run("-opt", write_json(tmp_path / "a.json", tiny.options(tmp_path, "other"))) == 143
