@@ -10,59 +10,41 @@ Every change is made in a temporary copy of the repository. A change that surviv
 import argparse
 import ast
 import io
+import itertools
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
+import time
 import tokenize
 from pathlib import Path
 
-from tests.conftest import ROOT, SHARED
+import pytest
+import torch  # noqa: F401  once, before the forks
 
-# Test files of each source file, the ones that fail soonest first. A folder's line is for all others in it.
+ROOT = Path(__file__).resolve().parent.parent
+# Test files of each source file, the quick ones first; where a line is absent, those of its folder.
 TESTS = {
-    "checkpoint.py": "checkpoint checkpoint_cli keeping",
-    "options.py": "options options_vrt ranges stages",
-    "data/": "data_folders data_frames data_image_files data_images data_video",
-    "data/folders.py": "data_folders segmentation lgt",
-    "data/images.py": "data_images data_folders",
-    "data/masks.py": "segmentation data_folders",
-    "data/resize.py": "resize data_images",
-    "data/sampler.py": "sampler data_images",
-    "data/loader.py": "sampler data_images data_frames synthetic",
-    "data/strokes.py": "data_strokes inktrace",
-    "data/styles.py": "data_folders lgt",
-    "data/synthetic.py": "synthetic data_images",
-    "data/synthetic_masks.py": "segmentation",
-    "data/synthetic_styles.py": "lgt",
-    "data/transforms.py": "data_video data_vimeo",
-    "data/video.py": "data_video data_frames data_folders",
-    "data/vimeo.py": "data_vimeo data_folders",
-    "losses/": "vqgan options",
-    "losses/energy.py": "loss_energy",
-    "losses/lpips.py": "loss_vq",
-    "losses/pixel.py": "loss_pixel vrt",
-    "losses/stroke.py": "network_inktrace",
-    "losses/tanimoto.py": "loss_tanimoto segmentation",
-    "losses/vqperceptual.py": "loss_vq vqgan",
-    "models/": "finite validation foreign vrt",
-    "models/codecs.py": "lgt",
-    "models/model_inktrace.py": "inktrace",
-    "models/model_lgt.py": "network_lgt lgt",
-    "models/model_segmentation.py": "segmentation",
-    "models/model_vqgan.py": "vqgan",
-    "models/model_vrt.py": "vrt",
-    "models/network_discriminator.py": "network_vqgan loss_vq",
-    "models/network_inktrace.py": "network_inktrace",
-    "models/network_lgt.py": "network_lgt lgt",
-    "models/network_resuneta.py": "network_resuneta reference_resuneta",
-    "models/network_spynet.py": "network_vrt",
-    "models/network_vqgan.py": "network_vqgan reference_vqvae",
-    "models/network_vqvae.py": "network_vqgan reference_vqvae",
-    "models/network_vrt.py": "network_vrt",
+    "checkpoint.py": "checkpoint checkpoint_cli", "options.py": "options options_vrt ranges",
+    "data": "data_folders data_frames data_images", "data/image_files.py": "data_image_files data_images",
+    "data/images.py": "data_images data_folders", "data/loader.py": "data_images data_frames synthetic",
+    "data/masks.py": "segmentation", "data/resize.py": "resize data_images", "data/sampler.py": "sampler data_images",
+    "data/strokes.py": "data_strokes inktrace", "data/styles.py": "data_folders lgt",
+    "data/synthetic.py": "synthetic data_images", "data/synthetic_masks.py": "segmentation",
+    "data/synthetic_styles.py": "lgt", "data/transforms.py": "data_video data_vimeo",
+    "data/video.py": "data_video data_frames", "data/vimeo.py": "data_vimeo",
+    "losses": "vqgan", "losses/energy.py": "loss_energy", "losses/lpips.py": "loss_vq",
+    "losses/pixel.py": "loss_pixel vrt", "losses/stroke.py": "network_inktrace",
+    "losses/tanimoto.py": "loss_tanimoto reference_resuneta", "losses/vqperceptual.py": "loss_vq",
+    "models": "finite foreign validation", "models/codecs.py": "lgt", "models/model_inktrace.py": "inktrace",
+    "models/model_lgt.py": "network_lgt lgt", "models/model_segmentation.py": "reference_resuneta segmentation",
+    "models/model_vqgan.py": "vqgan", "models/model_vrt.py": "vrt",
+    "models/network_discriminator.py": "network_vqgan", "models/network_inktrace.py": "network_inktrace",
+    "models/network_lgt.py": "network_lgt", "models/network_resuneta.py": "network_resuneta reference_resuneta",
+    "models/network_spynet.py": "network_vrt", "models/network_vqgan.py": "reference_vqvae network_vqgan",
+    "models/network_vqvae.py": "reference_vqvae network_vqgan", "models/network_vrt.py": "network_vrt",
 }
 PAIRS = ("< <=", "> >=", "== !=", "+ -", "* /", "// /", "+= -=", "*= /=", "% //", "<< >>", "True False", "and or",
          "mean sum", "min max", "amin amax", "argmin argmax", "zeros ones", "floor ceil", "any all", "sin cos",
@@ -82,39 +64,50 @@ def replacements(token: tokenize.TokenInfo) -> list[str]:
 
 
 def changes(name: str, text: str) -> list[tuple[str, int, str, str]]:
-    """List (file, line number, line, changed line) for every change of one token that still compiles."""
-    lines, found, tree = text.splitlines(), [], ast.dump(ast.parse(text))
+    """List (file, line number, line, changed line) for every change of one token."""
+    lines, found = text.splitlines(), []
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         (row, start), (_, end) = token.start, token.end
-        for new in replacements(token):
-            changed = lines[row - 1][:start] + new + lines[row - 1][end:]
-            try:
-                other = ast.dump(ast.parse("\n".join([*lines[:row - 1], changed, *lines[row:]])))
-            except SyntaxError:
-                continue
-            if other != tree:
-                found.append((name, row, lines[row - 1], changed))
+        line = lines[row - 1] if token.string else ""
+        found += [(name, row, line, line[:start] + new + line[end:]) for new in replacements(token)]
     return found
+
+
+def changed_text(text: str, row: int, changed: str) -> str | None:
+    """Return the source with one line changed, None where it does not compile or means the same."""
+    lines = text.splitlines()
+    other = "\n".join([*lines[:row - 1], changed, *lines[row:], ""])
+    try:
+        return None if ast.dump(ast.parse(other)) == ast.dump(ast.parse(text)) else other
+    except SyntaxError:
+        return None
 
 
 def tests_of(name: str) -> list[str]:
     """List the test files of a source file that exist."""
-    names = TESTS.get(name) or TESTS[f"{name.split('/')[0]}/"]
+    names = TESTS.get(name) or TESTS[name.split("/")[0]]
     return [path for path in (f"tests/test_{word}.py" for word in names.split()) if (ROOT / path).exists()]
 
 
-def passes(copy: Path, tests: list[str], seconds: float, changed: bool = True) -> bool:
-    """Run tests in the copy, and end them and what they started after `seconds`, which counts as a failure."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    environment = {**os.environ, "PERDURE_SHARED": str(SHARED), "PYTHONDONTWRITEBYTECODE": "1" if changed else ""}
-    process = subprocess.Popen(command, cwd=copy, env=environment, start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        return process.wait(seconds) == 0
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return False
+def outcome(copy: Path, tests: list[str], seconds: float, changed: bool = True) -> str:
+    """Run tests in a child process that has torch already; `timed out` where it and its children had to be ended."""
+    child = os.fork()
+    if not child:
+        os.setsid()
+        os.chdir(copy)
+        os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+        os.dup2(1, 2)
+        sys.path[0], sys.dont_write_bytecode = str(copy), changed
+        del sys.modules["tests"]
+        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+    ends = time.monotonic() + seconds
+    while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < ends:
+        time.sleep(0.05)
+    if not ended[0]:
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return "timed out"
+    return "caught" if ended[1] else "SURVIVED"
 
 
 def main() -> None:
@@ -129,24 +122,27 @@ def main() -> None:
     names = arguments.files or sorted(["checkpoint.py", "options.py", *map(str, folders)])
     sources = {name: (ROOT / name).read_text() for name in names}
     places = [change for name, text in sources.items() for change in changes(name, text)]
-    chosen = list(enumerate(random.Random(arguments.seed).sample(places, min(arguments.count, len(places))), 1))
-    chosen = [(number, change) for number, change in chosen if number in (arguments.only or range(1, len(chosen) + 1))]
-    survived, sound = 0, set()
+    random.Random(arguments.seed).shuffle(places)
+    made, survived, sound = 0, 0, set()
+    os.environ.setdefault("PERDURE_SHARED", str(ROOT.parent / "shared"))
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(shutil.copytree(ROOT, Path(folder) / "copy", ignore=SKIPPED))
-        for number, (name, row, line, changed) in chosen:
+        valid = ((place, text) for place in places if (text := changed_text(sources[place[0]], place[1], place[3])))
+        for number, ((name, row, line, changed), text) in enumerate(itertools.islice(valid, arguments.count), 1):
+            if arguments.only and number not in arguments.only:
+                continue
             path, tests = copy / name, tests_of(name)
-            if name not in sound and not passes(copy, tests, 5 * arguments.seconds, changed=False):
+            if str(tests) not in sound and outcome(copy, tests, 5 * arguments.seconds, changed=False) != "SURVIVED":
                 raise SystemExit(f"{name}: {' '.join(tests)} must pass before anything is changed")
-            sound.add(name)
-            lines, times = sources[name].splitlines(), path.stat()
-            path.write_text("\n".join([*lines[:row - 1], changed, *lines[row:], ""]))
-            lives = passes(copy, tests, arguments.seconds)
+            sound.add(str(tests))
+            times = path.stat()
+            path.write_text(text)
+            found = outcome(copy, tests, arguments.seconds)
             path.write_text(sources[name])
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # what Python compiled from it stays valid
-            survived += lives
-            print(f"{number:4} {'SURVIVED' if lives else 'caught'} {name}:{row}\n  - {line}\n  + {changed}", flush=True)
-    print(f"caught {len(chosen) - survived} of {len(chosen)} changes, out of {len(places)} possible ones")
+            made, survived = made + 1, survived + (found == "SURVIVED")
+            print(f"{number:4} {found} {name}:{row}\n  - {line}\n  + {changed}", flush=True)
+    print(f"caught {made - survived} of {made} changes")
 
 
 if __name__ == "__main__":

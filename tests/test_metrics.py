@@ -91,7 +91,8 @@ def test_image_metrics_are_means_over_images_and_know_what_one_colour_gets():
     values = image_metrics(restored, target)
     assert values["psnr"] == pytest.approx(20 * math.log10(255 / 10))
     assert values["psnr_mean_colour"] == math.inf  # the first is one colour
-    assert image_metrics(restored[1:], target[1:])["psnr_mean_colour"] == pytest.approx(20 * math.log10(2), abs=0.02)
+    assert image_metrics(restored[1:], target[1:])["psnr_mean_colour"] == pytest.approx(
+        10 * math.log10(255**2 / ((127**2 + 128**2) / 2)))
     assert image_metrics(restored[:, :1], target[:, :1])["psnr"] == pytest.approx(values["psnr"])
     with pytest.raises(ValueError, match="both must be"):
         image_metrics(restored, target[:1])

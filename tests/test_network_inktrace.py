@@ -145,12 +145,12 @@ def test_peaks_are_the_originals(golden):
 def test_bells_are_the_originals(golden):
     points = golden.true["keypoints"][:1]
     summed = golden.file["tools"]["outputs"]["gaussian_of_targets_first_sample"].float()
-    torch.testing.assert_close(gaussian_heatmap(points), summed, atol=1e-3, rtol=0)
+    torch.testing.assert_close(gaussian_heatmap(points), summed, atol=1e-4, rtol=0)  # float16 in the file
     with torch.no_grad():
         found = golden.network(True).eval()(golden.image)["keypoints"]
     loss = focal_loss(found, gaussian_heatmap(golden.true["keypoints"]))  # two bells meet in the other samples
     summed = golden.case("eval_full_skips")["keypoint_loss_gaussian_sigma1.5"]
-    assert loss.item() == pytest.approx(summed.item(), rel=1e-3)
+    assert loss.item() == pytest.approx(summed.item(), rel=golden.gate["rtol"])
 
 
 # ---------------------------------------------------------------- without the golden
