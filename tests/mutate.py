@@ -22,7 +22,7 @@ import tokenize
 from pathlib import Path
 
 import pytest
-import torch  # noqa: F401  once, before the forks
+import torch  # noqa: F401  once, for all forks
 
 ROOT = Path(__file__).resolve().parent.parent
 # Test files of each source file, the quick ones first; where a line is absent, those of its folder.
@@ -99,7 +99,7 @@ def outcome(copy: Path, tests: list[str], seconds: float, changed: bool = True) 
         os.dup2(1, 2)
         sys.path[0], sys.dont_write_bytecode = str(copy), changed
         del sys.modules["tests"]
-        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+        os._exit(pytest.main(["-x", "-q", "-n0", "-p", "no:cacheprovider", *tests]))
     ends = time.monotonic() + seconds
     while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < ends:
         time.sleep(0.05)
