@@ -1,7 +1,6 @@
-"""Use a trained model: `main.py --test` on the options' test sets, or on files of one's own with --input and --output.
+"""Use a trained model: `main.py --test` on the options' test sets, or on any files with --input and --output.
 
-What a model makes of an input is written piece by piece, each file complete or not at all, so that the same command
-goes on with a half-done output folder.
+Each result is written as soon as it is computed, and atomically, so that the same command resumes partial output.
 """
 
 from __future__ import annotations
@@ -33,20 +32,25 @@ from runtime.evaluate import describe_losses, evaluate
 from runtime.signals import StopRequest
 
 MADE_BY = "made_by.json"
-ANY_NAMES = {"encoding": "utf-8", "errors": "surrogateescape"}  # files are called by whatever bytes
+ANY_NAMES = {"encoding": "utf-8", "errors": "surrogateescape"}  # a file's name may hold any bytes
 
 
 def infer(opt: options.Section, notices: list[str], *, resume: str | None = None, source: str | None = None,
           output: str | None = None, truth: str | None = None, command: str = "") -> int:
-    """Test a model, or let it work on `source` into the folder `output`. Returns the exit code.
+    """Test a model on the options' test sets, or write its results for `source` into the folder `output`.
 
     Args:
+        notices: lines for the user from reading the options.
         resume: a checkpoint or weights file; None: the run's best, else its newest, else path.pretrained_netG.
-        truth: ground truth of `source`, for metrics. command: what goes on with a half-done output, to be printed.
+        source: files or folder to process; None: the test sets.
+        output: folder of the results; needed with `source`.
+        truth: ground truth of `source`, for metrics.
+        command: the command that resumes partial output, to be printed.
+    Returns: the exit code.
     Raises: OptionError, CheckpointError: one line.
     """
     if (source is None) != (output is None):
-        raise options.OptionError("--input and --output belong together: what to work on, and the folder for results")
+        raise options.OptionError("--input and --output belong together: files to process, and a folder for results")
     prepare_machine(opt)
     kind = options.resolve(MODELS, opt["model"], "model")
     kind.prepare_use(opt)
@@ -58,7 +62,7 @@ def infer(opt: options.Section, notices: list[str], *, resume: str | None = None
     with contextlib.closing(log), StopRequest("this sample") as stop:
         for notice in notices:
             log.line(f"note     {notice}")
-        log.line(f"weights  {load(model, opt, resume, log)}; {model.device}, {torch.get_num_threads()} threads")
+        log.line(f"weights  {load_weights(model, opt, resume, log)}; {model.device}, {torch.get_num_threads()} threads")
         if source is None:
             sets = {name: options.build(DATASETS, section, "dataset_type")
                     for name, section in opt["datasets"].items() if section["phase"] == "test"}
@@ -67,11 +71,11 @@ def infer(opt: options.Section, notices: list[str], *, resume: str | None = None
             pictures = model.save_dir.parent / "images" / "use" if opt["val"]["save_img"] else None
             evaluate(model, sets, log, None, stop, pictures)
             return stop.exit_code
-        return work(model, opt, source, Path(output), truth, log, stop, command)
+        return write_results(model, opt, source, Path(output), truth, log, stop, command)
 
 
-def load(model: ModelBase, opt: Mapping[str, Any], resume: str | None, log: RunLog) -> str:
-    """Give the model its weights. Returns what they are, for the log."""
+def load_weights(model: ModelBase, opt: Mapping[str, Any], resume: str | None, log: RunLog) -> str:
+    """Load the model's weights. Returns a description of them for the log. Raises CheckpointError."""
     if resume and Path(resume).is_file() and not resume.endswith(".json"):
         return model.load_use(checkpoint.load_file(resume), resume)  # exactly this file
     if resume:
@@ -86,15 +90,15 @@ def load(model: ModelBase, opt: Mapping[str, Any], resume: str | None, log: RunL
     return model.load_use(found.load(), str(found.path))
 
 
-def work(model: ModelBase, opt: options.Section, source: str, output: Path, truth: str | None, log: RunLog,
-         stop: StopRequest, command: str) -> int:
-    """Results of everything in `source` that `output` does not hold yet."""
+def write_results(model: ModelBase, opt: options.Section, source: str, output: Path, truth: str | None, log: RunLog,
+                  stop: StopRequest, command: str) -> int:
+    """Write the results for everything in `source` that `output` lacks. Returns the exit code."""
     if Path(source).resolve() == output.resolve():
         raise options.OptionError(f"--output {output}: is the input; name another folder")
     weights = {f"{label}.{key}": value for label, network in model.networks.items()
                for key, value in network.state_dict().items()}
-    mine = {"task": opt["task"], "weights": checkpoint.fingerprint(weights), "source": os.path.realpath(source),
-            "truth": truth and os.path.realpath(truth), **{key: opt["val"][key] for key in model.result_options}}
+    origin = {"task": opt["task"], "weights": checkpoint.fingerprint(weights), "source": os.path.realpath(source),
+              "truth": truth and os.path.realpath(truth), **{key: opt["val"][key] for key in model.result_options}}
     rows = Rows(output / "metrics.csv")
     try:
         results = model.results(source, truth, lambda name: not (output / name).exists() or
@@ -102,7 +106,7 @@ def work(model: ModelBase, opt: options.Section, source: str, output: Path, trut
         total = next(results)
         if note := passed_over():
             log.line(f"note     {note}")
-        claim(output, mine)
+        claim(output, origin)
         done = 0
         for name, content, metrics in results:
             done += 1
@@ -112,7 +116,7 @@ def work(model: ModelBase, opt: options.Section, source: str, output: Path, trut
             write_result(output / name, content)
             log.progress(f"{name}: {total - done} to go")
             if stop.signal:
-                log.line(f"stopped  by {stop.signal.name}; go on with: {command}")
+                log.line(f"stopped  by {stop.signal.name}; resume with: {command}")
                 return stop.exit_code
     except (ValueError, FileNotFoundError) as error:
         if isinstance(error, CheckpointError):
@@ -126,7 +130,7 @@ def work(model: ModelBase, opt: options.Section, source: str, output: Path, trut
 
 
 def write_result(path: Path, content: Any) -> None:
-    """A picture (C, H, W) in [0, 1] as PNG, or arrays by name as .npz: complete or not there."""
+    """Write a picture (C, H, W) in [0, 1] as PNG, or arrays by name as .npz, atomically."""
     if not isinstance(content, Mapping):
         write_picture(path, content)
         return
@@ -135,36 +139,37 @@ def write_result(path: Path, content: Any) -> None:
     checkpoint.save_file(path, file.getvalue())
 
 
-def claim(output: Path, mine: Mapping[str, Any]) -> None:
-    """Keep results of different weights or inputs apart."""
+def claim(output: Path, origin: Mapping[str, Any]) -> None:
+    """Record in the folder which weights and inputs its results come from. Raises OptionError if it has others."""
     path = output / MADE_BY
     if path.exists():
-        others = json.loads(path.read_text(encoding="utf-8"))
-        if differing := [key for key in mine if others.get(key) != mine[key]]:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        if differing := [key for key in origin if recorded.get(key) != origin[key]]:
             raise options.OptionError(f"--output {output}: holds results of another {', '.join(differing)} "
                                       f"({MADE_BY}); name another folder, or remove it")
         return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise options.OptionError(f"--output {output}: is not empty and not from here; name a new folder")
+        raise options.OptionError(f"--output {output}: is not empty and has no {MADE_BY}; name a new folder")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise options.OptionError(f"--output {output}: can't be made: {error.strerror}") from None
 
 
 class Rows:
-    """`metrics.csv`: a row for each result, by name; read again when a half-done output is gone on with."""
+    """The metrics of each result by name, in `metrics.csv`; a resumed command reads them back."""
 
     def __init__(self, path: Path):
         self.path, self.rows = path, {}
         with contextlib.suppress(FileNotFoundError), open(path, newline="", **ANY_NAMES) as file:
             for row in csv.DictReader(file):
                 name = row.pop("name")
-                with contextlib.suppress(TypeError, ValueError):  # a kill tore the last line
+                with contextlib.suppress(TypeError, ValueError):  # a kill cut the last line short
                     self.rows[name] = {key: float(value) for key, value in row.items()}
 
     def add(self, name: str, metrics: Mapping[str, float]) -> None:
+        """Append a row."""
         new = not self.path.exists()
         self.rows[name] = dict(metrics)
         with open(self.path, "a", newline="", **ANY_NAMES) as file:
@@ -174,6 +179,6 @@ class Rows:
             writer.writerow({"name": name, **metrics})
 
     def close(self) -> None:
-        """Write all rows in order of name."""
+        """Rewrite the file with all rows in order of name."""
         columns = list(next(iter(self.rows.values())))
         write_table(self.path, ["name", *columns], ({"name": name, **self.rows[name]} for name in sorted(self.rows)))

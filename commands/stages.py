@@ -1,6 +1,6 @@
-"""The stages of an option file, in their order: each is a run in a folder of its own, begun with weights of another.
+"""Train the stages of an option file in order: each is a run in its own folder, started with an earlier one's weights.
 
-    python main.py -opt options/train_inktrace.json --run-all-stages     all of them; again: goes on where it stopped
+    python main.py -opt options/train_inktrace.json --run-all-stages     all of them, resumed if some were trained
     python main.py -opt options/train_inktrace.json --stage dense        one
 """
 
@@ -26,14 +26,20 @@ Override = tuple[str, Any, str]
 def train_stages(option_file: str, overrides: Iterable[Override], only: str | None = None, *, resume: str | None = None,
                  init_from: str | None = None, fresh: bool = False, command: str = "",
                  launch: Callable[..., int] = train) -> int:
-    """Train every stage of a file, or one; what is finished is not repeated. Returns the exit code.
+    """Train every unfinished stage of a file, or one.
 
-    A stage begins with the best weights of the one before, unless its `init_from` says other.
+    A stage starts with the best weights of the previous one, unless its `init_from` names something else.
 
     Args:
-        only: name of a stage; None: all. resume: a checkpoint, with whose stage to go on. init_from: weights for the
-            first of these stages. fresh: put away what they have. command: what goes on, to be printed.
-        launch: what to do with each, as `train`.
+        option_file: the file with the stages.
+        overrides: what the command line sets, as `options.parse` takes it.
+        only: name of a stage; None: all.
+        resume: a checkpoint; its stage is resumed and the later ones follow.
+        init_from: weights for the first of these stages.
+        fresh: move what the stages have into dated folders first.
+        command: the command that resumes them, to be printed.
+        launch: trains one stage, with the signature of `train`.
+    Returns: the exit code.
     Raises: OptionError, CheckpointError: one line, before anything is trained; NonFiniteLoss.
     """
     chain = options.stage_names(option_file)
@@ -54,14 +60,14 @@ def train_stages(option_file: str, overrides: Iterable[Override], only: str | No
         for name in names:
             stop.settle()
             if stop.agreed:
-                say(f"stopped  by {stop.agreed.name} before stage {name}; go on with: {command}")
+                say(f"stopped  by {stop.agreed.name} before stage {name}; resume with: {command}")
                 return stop.exit_code
             opt, notices = parsed[name]
             first = name == names[0]
-            said = f", resumed from {resume}" if resume and first else resolve_origin(name, chain, opts)
+            origin = f", resumed from {resume}" if resume and first else set_origin(name, chain, opts)
+            title = f"stage    {name}, {chain.index(name) + 1} of {len(chain)}{origin}"
             code = launch(opt, notices, resume=resume if first else None, init_from=init_from if first else None,
-                          fresh=fresh, command=command, preface=[f"stage    {name}, {chain.index(name) + 1} of "
-                                                                 f"{len(chain)}{said}", *table(option_file, name, opt)])
+                          fresh=fresh, command=command, preface=[title, *list_overrides(option_file, name, opt)])
             if code:
                 return code
     return 0
@@ -73,14 +79,14 @@ def say(text: str) -> None:
 
 
 def stage_of(path: str, chain: list[str], only: str | None) -> str:
-    """The stage to resume with a checkpoint: its own, or what --stage says of one that is of none of these.
+    """Find the stage that a checkpoint resumes: its own, or `only` where it belongs to no stage of the file.
 
-    Raises: CheckpointError where that is not clear, with what to type instead.
+    Raises: CheckpointError where that is ambiguous, with the options that would be valid.
     """
     name = (checkpoint.locate(path).load().get("state", {}).get("metadata") or {}).get("stage")
     if only is None and name not in chain:
-        raise CheckpointError(f"{path}: is of {f'stage {name!r}' if name else 'no stage'}; say which of the stages it "
-                              f"is to resume: {' or '.join(f'--stage {one}' for one in chain)}")
+        raise CheckpointError(f"{path}: is of {f'stage {name!r}' if name else 'no stage'}; choose the stage to "
+                              f"resume: {' or '.join(f'--stage {one}' for one in chain)}")
     if only and name in chain and name != only:
         raise CheckpointError(f"{path}: is of stage {name!r}; resume that with --stage {name} --resume {path}, or "
                               f"start {only} with its weights: --stage {only} --init-from {path}")
@@ -91,34 +97,34 @@ def folder_of(opt: Mapping[str, Any]) -> Path:
     return Path(options.models_folder(opt))
 
 
-# ---------------------------------------------------------------- what a stage begins with
+# ---------------------------------------------------------------- the weights that a stage starts with
 
 
 def origin_of(name: str, chain: list[str], opts: Mapping[str, Mapping]) -> tuple[str | None, str | None]:
-    """`(earlier stage, None)`, `(None, path)`, or neither, as the options say."""
-    said = opts[name]["path"]["init_from"]
-    if said is None and name != chain[0]:
+    """Find the source of a stage's first weights: `(earlier stage, None)`, `(None, path)` or `(None, None)`."""
+    init_from = opts[name]["path"]["init_from"]
+    if init_from is None and name != chain[0]:
         return chain[chain.index(name) - 1], None
-    if said in chain:
-        if chain.index(said) >= chain.index(name):
-            raise options.OptionError(f"{opts[name]['opt_path']}: stages: {name}: init_from: {said!r} is not before it")
-        return said, None
-    return None, None if said == "none" else said
+    if init_from in chain:
+        if chain.index(init_from) >= chain.index(name):
+            raise options.OptionError(f"{opts[name]['opt_path']}: stages: {name}: init_from: {init_from!r} is not "
+                                      "before it")
+        return init_from, None
+    return None, None if init_from == "none" else init_from
 
 
 def check_origin(name: str, names: list[str], chain: list[str], opts: Mapping[str, Mapping]) -> None:
-    """Find out now, not after the stage before has trained for days, whether a stage can begin."""
+    """Check that a stage can start, before the previous one trains for days. Raises OptionError, CheckpointError."""
     earlier, path = origin_of(name, chain, opts)
     if path and not Path(path).exists():
-        made = [other for other in names[: names.index(name)]
-                if folder_of(opts[other]).resolve() in Path(path).resolve().parents]
-        if not made:
+        parents = Path(path).resolve().parents
+        if not any(folder_of(opts[other]).resolve() in parents for other in names[: names.index(name)]):
             before = ", ".join(chain[: chain.index(name)]) or "there is none"
             raise options.OptionError(f"{opts[name]['opt_path']}: stages: {name}: init_from: {path}: no such file; "
                                       f"give one, an earlier stage ({before}), or null for none")
     elif earlier and earlier not in names and not checkpoint.find_newest(folder_of(opts[earlier])):
-        raise CheckpointError(f"{folder_of(opts[earlier])}: no checkpoint, but stage {name} begins with the best of "
-                              f"{earlier}; run --stage {earlier} or --run-all-stages, or say --init-from FILE or none")
+        raise CheckpointError(f"{folder_of(opts[earlier])}: no checkpoint, but stage {name} starts with the best of "
+                              f"{earlier}; run --stage {earlier} or --run-all-stages, or give --init-from FILE or none")
     elif earlier and opts[earlier]["netG"] != opts[name]["netG"]:
         one, two = (options.resolve(MODELS, opt["model"], "model")(
                     {**opt, "device": "cpu", "train": {**opt["train"], "compile": False}})
@@ -127,8 +133,8 @@ def check_origin(name: str, names: list[str], chain: list[str], opts: Mapping[st
                          opts[earlier]["netG"], two.opt_train["G_param_strict"])
 
 
-def resolve_origin(name: str, chain: list[str], opts: Mapping[str, Mapping]) -> str:
-    """Put the file that a stage begins with in its options. Returns words for the log."""
+def set_origin(name: str, chain: list[str], opts: Mapping[str, Mapping]) -> str:
+    """Set `path.init_from` to the file that a stage starts with. Returns a description for the log."""
     earlier, path = origin_of(name, chain, opts)
     if earlier and (found := checkpoint.find_best(folder_of(opts[earlier]), say)):
         opts[name]["path"]["init_from"] = str(found.path)
@@ -136,8 +142,8 @@ def resolve_origin(name: str, chain: list[str], opts: Mapping[str, Mapping]) -> 
     return f", from {path}" if path else ""
 
 
-def table(option_file: str, name: str, opt: Mapping[str, Any]) -> list[str]:
-    """What a stage overrides, a line each."""
+def list_overrides(option_file: str, name: str, opt: Mapping[str, Any]) -> list[str]:
+    """List what a stage overrides, one line per key."""
     tree, _ = options.load(option_file)
     over = {key: value for key, value in options.stages_in(tree, option_file)[name].items()
             if key not in ("name", "init_from")}

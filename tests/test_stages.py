@@ -98,7 +98,7 @@ def test_a_bad_list_is_one_line_before_anything_is_made(tmp_path, stages, said):
 
 @pytest.mark.parametrize("words, said", [
     (("--stage", "tow"), r"there is no 'tow'; did you mean 'two'\?"),
-    (("--stage", "two"), "no checkpoint, but stage two begins with the best of one; run --stage one"),
+    (("--stage", "two"), "no checkpoint, but stage two starts with the best of one; run --stage one"),
     (("--stage", "two", "--init-from", "gone.pth"), "gone.pth: no such file")])
 def test_a_stage_that_cannot_begin_is_one_line(tmp_path, words, said):
     with pytest.raises((options.OptionError, checkpoint.CheckpointError), match=said):
@@ -177,7 +177,7 @@ def test_a_stop_ends_the_chain(tmp_path, monkeypatch, capsys):
     assert run("-opt", option_file(tmp_path)) == 143
     monkeypatch.setattr(door, "train", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM) or 0)
     assert run("-opt", option_file(tmp_path), "--run-all-stages") == 143  # a signal that no run saw
-    assert "before stage two; go on with: python main.py -opt" in capsys.readouterr().out
+    assert "before stage two; resume with: python main.py -opt" in capsys.readouterr().out
 
 
 def test_a_stage_may_begin_with_nothing(tmp_path, capsys):

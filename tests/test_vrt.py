@@ -271,7 +271,7 @@ def test_a_half_done_output_is_gone_on_with_and_ends_the_same(trained, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(infer, "write_result", interrupted)
         assert use(path, *words, tmp_path / "half") == 143
-    assert "stopped  by SIGTERM; go on with: python main.py -opt" in capsys.readouterr().out
+    assert "stopped  by SIGTERM; resume with: python main.py -opt" in capsys.readouterr().out
     assert not (tmp_path / "half/003.png").exists()
     (tmp_path / "half/001.png").unlink()
     assert use(path, *words, tmp_path / "half") == 0
@@ -315,7 +315,7 @@ def test_one_frame_and_a_folder_of_clips(trained, tmp_path):
     (["--input", "{lq}"], "--input and --output belong together"),
     (["--input", "{lq}", "--output", "{lq}"], "is the input; name another folder"),
     (["--input", "{none}", "--output", "{out}"], "does not exist"),
-    (["--input", "{lq}", "--output", "{gt}"], "is not empty and not from here"),
+    (["--input", "{lq}", "--output", "{gt}"], "is not empty and has no made_by.json"),
     (["--input", "{lq}", "--output", "{out}", "--resume", "{none}"], "no such checkpoint"),
     (["--input", "{lq}", "--output", "{out}", "--truth", "{lq}"], "scale 4 asks for GT = 4 x LQ"),
 ])
