@@ -1,20 +1,21 @@
-"""Read a torch file of others without running anything in it: plain values, tensors, and stand-ins for all the rest.
+"""Read a torch file of another program without running anything in it: plain values, tensors, and placeholders.
 
-torch.load(weights_only=True) turns a whole file down for one unknown class anywhere in it. Here the instructions of the
-pickle are gone through one by one, and only those that make plain values and tensors are carried out. No name in a file
-is ever looked up, imported or called. What would be an object becomes an `Unread`, which has a name and does nothing.
+torch.load(weights_only=True) rejects a file for one unknown class anywhere in it. Here every name in the file becomes
+an `Unread`, and every call of a name an `Unread` with the arguments. Nothing is imported, looked up or called while the
+file is read. Afterwards `_Builder` replaces the calls on two short lists by plain values and tensors; all others
+remain `Unread`, which does nothing.
 
-Layouts of the files: torch/serialization.py (zip archive since 1.6, and the older row of pickles).
+File formats: torch/serialization.py (zip archive since 1.6, before that a sequence of pickles).
 """
 
 from __future__ import annotations
 
 import io
-import pickletools
+import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,97 +23,157 @@ import numpy as np
 import torch
 
 MAGIC = 0x1950A86A20F9469CFC6C  # of torch's older files
-MOST = 20_000_000  # values in a file, those that are there twice counted twice: a small file can hold very many
-STORAGES = {f"torch.{name}Storage": kind for name, kind in {
+MAX_VALUES = 20_000_000  # shared values count each time: a small file can hold very many
+STORAGES = {f"torch.{name}Storage": dtype for name, dtype in {
     "Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16,
     "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
     "Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128}.items()}
 STORAGES["torch.storage.UntypedStorage"] = STORAGES["torch.UntypedStorage"] = torch.uint8
-DTYPES = {str(kind): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
-HARMFUL = re.compile(  # what no state asks for: such a file was made to harm, and nothing of it is used
+ALIASES = {"__builtin__": "builtins", "pathlib._local": "pathlib", "numpy.core.multiarray": "numpy.multiarray",
+           "numpy._core.multiarray": "numpy.multiarray", "numpy.core.numeric": "numpy.numeric",
+           "numpy._core.numeric": "numpy.numeric"}  # modules of other versions of Python and numpy
+DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+HARMFUL = re.compile(  # names that no training state contains: the file was made to harm, and is rejected
     r"(os|posix|nt|_?io|subprocess|commands|sys|shutil|importlib|imp|runpy|_?pickle|cPickle|cloudpickle|"
     r"ctypes|pty|socket|webbrowser|code|codeop|multiprocessing|urllib|http|torch\.(load|hub|serialization|jit)|numpy\.load|"
-    r"(builtins|__builtin__)\.(eval|exec|execfile|compile|__import__|open|input|breakpoint))(\.|$)")
+    r"builtins\.(eval|exec|execfile|compile|__import__|open|input|breakpoint))(\.|$)")
 
 
 class Unread:
-    """Stands for an object, a class or a function that is not read."""
+    """Stands for a class or function (`args` is None), or for what a call of it would return."""
 
-    __slots__ = ("name",)
+    __slots__ = ("name", "args", "state", "items")
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, args: tuple | None = None):
+        self.name, self.args = name, args
+        self.state: Any = None  # what the file sets as the object's state
+        self.items: list = []  # what the file adds to it: items of a list, or (key, value) pairs
 
     def __repr__(self) -> str:
         return f"<{self.name}, not read>"
 
+    def append(self, item: Any) -> None:
+        self.items.append(item)
 
-class _Attributes(dict):
-    """A namespace as the dict that it is."""
-
-
-class _Dtype:
-    """A numpy dtype whose byte order is still to come."""
-
-    def __init__(self, code: str, *_: Any):
-        plain = isinstance(code, str) and re.fullmatch(r"[biufcSU]\d{1,4}|[?b]1?", code)
-        self.code, self.order = code if plain else None, "="
-
-    def kind(self) -> np.dtype:
-        return np.dtype(self.code).newbyteorder(self.order)
+    def extend(self, items: Iterable[Any]) -> None:
+        self.items.extend(items)
 
 
-class _Array:
-    """A numpy array before its data come; then what the pickle calls by these numbers is the tensor."""
-
-    def __init__(self, *_: Any):
-        self.memos: list[int] = []
+# ---------------------------------------------------------------- reading the pickle
 
 
-def _scalar(kind: _Dtype, data: bytes | str) -> Any:
-    if kind.code is None:
-        return Unread("numpy.generic")
-    return np.frombuffer(_raw(data), kind.kind(), 1)[0].item()
+class _Unpickler(pickle._Unpickler):
+    """Python's own unpickler, with each instruction that could run something overridden.
+
+    It is the one written in Python: of the one written in C only two methods can be overridden, and it hashes whatever
+    a file has as a key, which can take forever. Here dicts are built last, of values that were counted.
+
+    Args:
+        file: where the pickle begins. stored: persistent id -> 1-D tensor.
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, file: Any, stored: Callable[[tuple], torch.Tensor]):
+        super().__init__(file, encoding="latin1")
+        self.persistent_load = stored
+
+    def find_class(self, module: str, name: str) -> Any:
+        name = f"{ALIASES.get(module, module)}.{name}"
+        if HARMFUL.match(name):
+            raise ValueError(f"it asks for {name}")
+        return DTYPES.get(name) or Unread(name)
+
+    def _instantiate(self, function: Any, args: Any) -> None:
+        if not isinstance(function, Unread) or not isinstance(args, (tuple, list)):
+            raise ValueError("it calls something that is not a name")
+        self.append(Unread(function.name if function.args is None else f"{function.name}()", tuple(args)))
+
+    def _target(self) -> Unread:
+        if not isinstance(self.stack[-1], Unread):
+            raise ValueError("it changes something that is neither a dict nor an object")
+        return self.stack[-1]
+
+    def load_reduce(self) -> None:
+        args = self.stack.pop()
+        self._instantiate(self.stack.pop(), args)
+
+    def load_newobj_ex(self) -> None:
+        self.stack.pop()  # keyword arguments
+        self.load_reduce()
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        self._target().state = state
+
+    def load_empty_dict(self) -> None:
+        self.append(Unread("builtins.dict", ()))
+
+    def load_dict(self) -> None:
+        pairs = self.pop_mark()
+        self.load_empty_dict()
+        self._target().extend(zip(pairs[::2], pairs[1::2]))
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._target().append((key, value))
+
+    def load_setitems(self) -> None:
+        pairs = self.pop_mark()
+        self._target().extend(zip(pairs[::2], pairs[1::2]))
+
+    def load_forbidden(self) -> None:
+        raise ValueError("it has instructions that torch does not write")
+
+    dispatch |= {
+        pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_reduce, pickle.NEWOBJ_EX[0]: load_newobj_ex,
+        pickle.BUILD[0]: load_build, pickle.EMPTY_DICT[0]: load_empty_dict, pickle.DICT[0]: load_dict,
+        pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems,
+        pickle.EMPTY_SET[0]: dispatch[pickle.EMPTY_LIST[0]], pickle.ADDITEMS[0]: dispatch[pickle.APPENDS[0]],
+        pickle.FROZENSET[0]: dispatch[pickle.TUPLE[0]]}
+    for _code in (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.PERSID):
+        dispatch[_code[0]] = load_forbidden
 
 
-def _array(state: tuple) -> Any:
-    _, shape, kind, fortran, data = state
-    if kind.code is None:
-        return Unread("numpy.ndarray")
-    values = np.frombuffer(_raw(data), kind.kind())
-    values = values.reshape(shape, order="F" if fortran else "C")
-    if values.dtype.kind in "SU":
-        return values.tolist()
-    return torch.from_numpy(np.array(values, values.dtype.newbyteorder("="), order="C"))
-
-
-def _raw(data: bytes | str) -> bytes:
-    return data.encode("latin1") if isinstance(data, str) else data
+# ---------------------------------------------------------------- building plain values
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError("a name in it is no text")
+        raise ValueError("a name in it is not a text")
     return value
 
 
-def _pairs(items: Any) -> dict:
-    """A dict of pairs. A key must be plain: the hash of tuples in tuples may take for ever."""
-    items = list(items)
-    for key, _ in items:
-        for part in key if isinstance(key, tuple) else (key,):
-            if isinstance(part, tuple):
-                raise ValueError("a key in it is nested")
-    return dict(items)
+def _bytes(data: bytes | str) -> bytes:
+    return data.encode("latin1") if isinstance(data, str) else bytes(data)
 
 
-def _encode(text: str, codec: str) -> bytes:
-    if codec not in ("latin1", "latin-1"):
-        raise ValueError(f"text in {codec!r}")
-    return text.encode(codec)
+def _numpy_dtype(call: Unread) -> np.dtype | None:
+    """Return the dtype of numbers or texts; None for another one."""
+    code, *_ = call.args
+    if not isinstance(code, str) or not re.fullmatch(r"[biufcSU]\d{1,4}|[?b]1?", code):
+        return None
+    order = call.state[1] if call.state else "="
+    return np.dtype(code).newbyteorder(order if order in ("<", ">") else "=")
 
 
-def _tensor(storage: torch.Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> torch.Tensor:
+def _numpy_scalar(call: Unread, data: bytes | str) -> Any:
+    dtype = _numpy_dtype(call)
+    return Unread("numpy.generic") if dtype is None else np.frombuffer(_bytes(data), dtype, 1)[0].item()
+
+
+def _numpy_array(shape: tuple, call: Unread, fortran: bool, data: bytes | str) -> Any:
+    if (dtype := _numpy_dtype(call)) is None:
+        return Unread("numpy.ndarray")
+    values = np.frombuffer(_bytes(data), dtype).reshape(shape, order="F" if fortran else "C")
+    if dtype.kind in "SU":
+        return values.tolist()
+    return torch.from_numpy(np.array(values, dtype.newbyteorder("="), order="C"))
+
+
+def _tensor(storage: torch.Tensor, offset: int, size: tuple, stride: tuple, _grad: Any = None, _hooks: Any = None,
+            dtype: Any = None, *_: Any) -> torch.Tensor:
+    storage = _view(storage, dtype) if isinstance(dtype, torch.dtype) else storage
     numbers = (offset, *size, *stride)
     if not (isinstance(storage, torch.Tensor) and len(size) == len(stride) and all(type(n) is int for n in numbers)
             and min(numbers) >= 0 and (0 in size or offset + sum((n - 1) * s for n, s in zip(size, stride))
@@ -121,206 +182,78 @@ def _tensor(storage: torch.Tensor, offset: int, size: tuple, stride: tuple, *_: 
     return storage.as_strided(size, stride, offset)
 
 
-def _typed_tensor(storage: torch.Tensor, offset: int, size: tuple, stride: tuple, _grad: Any, _hooks: Any,
-                  kind: torch.dtype, *_: Any) -> torch.Tensor:
-    return _tensor(storage[: len(storage) // kind.itemsize * kind.itemsize].view(kind), offset, size, stride)
+def _view(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return data[: len(data) // dtype.itemsize * dtype.itemsize].view(dtype)
 
 
-MAKERS: dict[str, Callable[..., Any]] = {  # all that may be made: each is pure, and written or chosen here
-    "collections.OrderedDict": lambda items=(): _pairs(items), "collections.defaultdict": lambda *_: {},
-    "collections.Counter": lambda items=(): dict(items) if isinstance(items, dict) else {},
-    "_codecs.encode": _encode,
+# The only calls that are carried out, each by a function of this file or a plain type.
+MAKERS: dict[str, Callable[..., Any]] = {
+    "builtins.set": list, "builtins.frozenset": tuple, "builtins.complex": complex, "torch.Size": tuple,
+    "collections.Counter": lambda counts=None: counts if isinstance(counts, dict) else {},
+    "_codecs.encode": lambda text, codec: text.encode("latin1"),
     "torch._utils._rebuild_tensor": _tensor, "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _typed_tensor,
-    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_tensor_v3": _tensor, "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
-    "torch.Size": tuple, "numpy.dtype": _Dtype,
-    "argparse.Namespace": lambda *_: _Attributes(), "types.SimpleNamespace": lambda *_: _Attributes()}
-MAKERS |= {f"numpy.{core}.multiarray.{name}": maker for core in ("core", "_core")
-           for name, maker in (("scalar", _scalar), ("_reconstruct", _Array))}
-MAKERS |= {f"numpy.{core}.numeric._frombuffer": lambda data, kind, shape, order:
-           _array((1, shape, kind, order == "F", data)) for core in ("core", "_core")}
-MAKERS |= {f"{module}.{name}": lambda *parts: "/".join(map(_text, parts)).replace("//", "/") for name in
-           ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
-           for module in ("pathlib", "pathlib._local")}
-MAKERS |= {f"{module}.{name}": maker for module in ("builtins", "__builtin__")
-           for name, maker in (("set", list), ("frozenset", tuple), ("complex", complex))}
+    "numpy.multiarray.scalar": _numpy_scalar,
+    "numpy.numeric._frombuffer": lambda data, call, shape, order: _numpy_array(shape, call, order == "F", data)}
+MAKERS |= {f"pathlib.{name}": lambda *parts: "/".join(parts).replace("//", "/") for name in
+           ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")}
+FILLED: dict[str, Callable[[tuple, Any, list], Any]] = {  # the same of (args, state, items)
+    "builtins.dict": lambda args, state, items: dict(items),
+    "collections.defaultdict": lambda args, state, items: dict(items),
+    "collections.OrderedDict": lambda args, state, items: dict([*(args[0] if args else ()), *items]),
+    "argparse.Namespace": lambda args, state, items: state if isinstance(state, dict) else {},
+    "types.SimpleNamespace": lambda args, state, items: state if isinstance(state, dict) else {},
+    "numpy.multiarray._reconstruct": lambda args, state, items: _numpy_array(*state[1:])}
 
 
-class _Machine:
-    """Carries out the instructions of one pickle. Args: stored: the 1-D tensor that a persistent id speaks of."""
+class _Builder:
+    """Carries out the calls in a value that are on the short lists.
 
-    PUSHED = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "STRING", "BINSTRING",
-              "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "UNICODE", "BINUNICODE",
-              "SHORT_BINUNICODE", "BINUNICODE8", "FLOAT", "BINFLOAT"}
-    MADE: dict[str, Callable[[], Any]] = {
-        "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_LIST": list,
-        "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple, "EMPTY_SET": list}
+    Raises ValueError for a value that contains itself, or more than MAX_VALUES values.
+    """
 
-    def __init__(self, stored: Callable[[tuple], torch.Tensor]):
-        self.stored = stored
-        self.stack: list[Any] = []
-        self.below: list[list[Any]] = []  # stacks that a mark covered
-        self.memo: dict[int, Any] = {}
+    def __init__(self):
+        self.known: dict[int, tuple[Any, int]] = {}  # id -> the value built, and how many values it holds
 
-    def run(self, file: io.BufferedIOBase) -> Any:
-        for op, arg, _ in pickletools.genops(file):
-            name, stack = op.name, self.stack
-            if name in self.PUSHED:
-                stack.append(arg)
-            elif name in self.MADE:
-                stack.append(self.MADE[name]())
-            elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-                number = len(self.memo) if name == "MEMOIZE" else arg
-                self.memo[number] = stack[-1]
-                if isinstance(stack[-1], _Array):
-                    stack[-1].memos.append(number)
-            elif name in ("GET", "BINGET", "LONG_BINGET"):
-                stack.append(self.memo[arg])
-            elif name == "MARK":
-                self.below.append(stack)
-                self.stack = []
-            elif name in ("PROTO", "FRAME"):
-                pass
-            elif name == "STOP":
-                return stack.pop()
-            else:
-                getattr(self, f"_{name.lower()}", self._unknown)(arg)
-        raise ValueError("it has no end")
+    def build(self, value: Any) -> tuple[Any, int]:
+        """Return the value, and how many values it holds."""
+        if not isinstance(value, (list, tuple, Unread)):
+            return value, 1 + len(value) // 64 if isinstance(value, (str, bytes)) else 1
+        if id(value) not in self.known:
+            self.known[id(value)] = None, MAX_VALUES  # while it is being built
+            self.known[id(value)] = self._build(value)
+        if self.known[id(value)][1] >= MAX_VALUES:
+            raise ValueError("it holds too many values, or itself")
+        return self.known[id(value)]
 
-    def _unknown(self, arg: Any) -> None:
-        raise ValueError("it has instructions that torch does not write")
-
-    def _marked(self) -> list[Any]:
-        items, self.stack = self.stack, self.below.pop()
-        return items
-
-    # names, and what would be calls
-
-    def _global(self, name: str) -> None:
-        name = name.replace(" ", ".")
-        if HARMFUL.match(name):
-            raise ValueError(f"it asks for {name}")
-        self.stack.append(DTYPES.get(name) or Unread(name))
-
-    def _stack_global(self, _: Any) -> None:
-        name, module = self.stack.pop(), self.stack.pop()
-        self._global(f"{_text(module)} {_text(name)}")
-
-    def _make(self, what: Any, arguments: Any) -> Any:
-        if not isinstance(what, Unread) or not isinstance(arguments, tuple):
-            raise ValueError("it calls what is no name")
-        maker = MAKERS.get(what.name)
-        return maker(*arguments) if maker else Unread(what.name)
-
-    def _reduce(self, _: Any) -> None:
-        arguments = self.stack.pop()
-        self.stack.append(self._make(self.stack.pop(), arguments))
-
-    _newobj = _reduce
-
-    def _newobj_ex(self, _: Any) -> None:
-        self.stack.pop()
-        self._reduce(None)
-
-    def _inst(self, name: str) -> None:
-        arguments = tuple(self._marked())
-        self._global(name)
-        self.stack.append(self._make(self.stack.pop(), arguments))
-
-    def _obj(self, _: Any) -> None:
-        what, *arguments = self._marked()
-        self.stack.append(self._make(what, tuple(arguments)))
-
-    def _build(self, _: Any) -> None:
-        state, target = self.stack.pop(), self.stack[-1]
-        if isinstance(target, _Array):
-            self.stack[-1] = _array(state)
-            self.memo |= dict.fromkeys(target.memos, self.stack[-1])
-        elif isinstance(target, _Dtype):
-            target.order = state[1] if state[1] in ("<", ">") else "="
-        elif isinstance(target, _Attributes):
-            target.update(state)
-        elif not isinstance(target, (Unread, dict)):  # an OrderedDict's own attributes say nothing of its content
-            raise ValueError("it sets what can't be set")
-
-    def _binpersid(self, _: Any) -> None:
-        self.stack.append(self.stored(self.stack.pop()))
-
-    # containers
-
-    def _pop(self, _: Any) -> None:
-        self.stack.pop() if self.stack else self._marked()
-
-    def _pop_mark(self, _: Any) -> None:
-        self._marked()
-
-    def _dup(self, _: Any) -> None:
-        self.stack.append(self.stack[-1])
-
-    def _fill(self, items: list[Any], pairs: bool) -> None:
-        target = self.stack[-1]
-        if pairs and isinstance(target, dict):
-            target.update(_pairs(zip(items[::2], items[1::2])))
-        elif not pairs and isinstance(target, list):
-            target.extend(items)
-        elif not isinstance(target, Unread):
-            raise ValueError("it fills what is no container")
-
-    def _append(self, _: Any) -> None:
-        self._fill([self.stack.pop()], False)
-
-    def _appends(self, _: Any) -> None:
-        self._fill(self._marked(), False)
-
-    _additems = _appends
-
-    def _setitem(self, _: Any) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._fill([key, value], True)
-
-    def _setitems(self, _: Any) -> None:
-        self._fill(self._marked(), True)
-
-    def _list(self, _: Any) -> None:
-        items = self._marked()
-        self.stack.append(items)
-
-    def _tuple(self, _: Any) -> None:
-        items = self._marked()
-        self.stack.append(tuple(items))
-
-    _frozenset = _tuple
-
-    def _dict(self, _: Any) -> None:
-        items = self._marked()
-        self.stack.append(_pairs(zip(items[::2], items[1::2])))
-
-    def _tuple1(self, _: Any, count: int = 1) -> None:
-        self.stack[-count:] = [tuple(self.stack[-count:])]
-
-    def _tuple2(self, _: Any) -> None:
-        self._tuple1(None, 2)
-
-    def _tuple3(self, _: Any) -> None:
-        self._tuple1(None, 3)
+    def _build(self, value: list | tuple | Unread) -> tuple[Any, int]:
+        if isinstance(value, Unread):
+            if value.name == "numpy.dtype" and value.args:
+                value.state, count = self.build(value.state)
+                return value, count
+            if value.args is None or value.name not in MAKERS | FILLED:
+                return value, 1
+            (args, one), (state, two), (items, three) = map(self.build, (value.args, value.state, value.items))
+            made = MAKERS[value.name](*args) if value.name in MAKERS else FILLED[value.name](args, state, items)
+            return made, one + two + three
+        built = [self.build(part) for part in value]
+        return type(value)(part for part, _ in built), 1 + sum(count for _, count in built)
 
 
 # ---------------------------------------------------------------- files
 
 
 def read(path: Path) -> Any:
-    """What a torch file holds. Raises ValueError, in a few words, for anything but a whole torch file."""
+    """Read a torch file. Raises ValueError, in a few words, for anything but a complete torch file."""
     try:
-        value = _read_zip(path) if zipfile.is_zipfile(path) else _read_row(path)
-        _weigh(value, {})
+        return _Builder().build(_read_zip(path) if zipfile.is_zipfile(path) else _read_pickles(path))[0]
     except ValueError:
         raise
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except Exception as error:  # a pickle that nobody wrote on purpose fails in many ways
+    except Exception as error:  # arbitrary bytes fail in many ways
         raise ValueError(f"its pickle is damaged ({type(error).__name__})") from None
-    return value
 
 
 def _read_zip(path: Path) -> Any:
@@ -338,34 +271,35 @@ def _read_zip(path: Path) -> Any:
         known: dict[str, torch.Tensor] = {}
 
         def stored(pid: tuple) -> torch.Tensor:
-            _, kind, key, *_ = pid
+            _, storage, key, *_ = pid
             if _text(key) not in known:
                 data = bytearray(archive.read(records[f"data/{key}"]))
                 known[key] = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-            return _typed(known[key], kind)
+            return _view(known[key], STORAGES[storage.name])
 
-        return _Machine(stored).run(io.BytesIO(archive.read(records["data.pkl"])))
+        return _Unpickler(io.BytesIO(archive.read(records["data.pkl"])), stored).load()
 
 
-def _read_row(path: Path) -> Any:
-    """torch's older layout: magic number, version, machine, the object, keys, then the data of each key."""
+def _read_pickles(path: Path) -> Any:
+    """Read torch's older format: magic number, version, machine, the object, keys, then the data of each key."""
     with open(path, "rb") as file:
         left, known = path.stat().st_size, {}
 
         def stored(pid: tuple) -> torch.Tensor:
             nonlocal left
-            _, kind, key, _, count, *view = pid
+            _, storage, key, _, count, *view = pid
+            dtype = STORAGES[storage.name]
             if view and view[0] is not None:
                 raise ValueError("it holds views of views")
             if _text(key) not in known:
-                left -= count * STORAGES[kind.name].itemsize
+                left -= count * dtype.itemsize
                 if count < 0 or left < 0:
                     raise ValueError("its data are not all there")
-                known[key] = torch.zeros(count * STORAGES[kind.name].itemsize, dtype=torch.uint8)
-            return _typed(known[key], kind)
+                known[key] = torch.zeros(count * dtype.itemsize, dtype=torch.uint8)
+            return _view(known[key], dtype)
 
         def load() -> Any:
-            return _Machine(stored).run(file)
+            return _Unpickler(file, stored).load()
 
         try:
             magic = load()
@@ -374,40 +308,21 @@ def _read_row(path: Path) -> Any:
         if magic != MAGIC:
             raise ValueError("it is not a torch file")
         load()
-        if not load().get("little_endian", True):
+        if not _Builder().build(load())[0].get("little_endian", True):
             raise ValueError("its numbers are big-endian")
         value = load()
         for key in load():
             (count,) = struct.unpack("<q", file.read(8))
-            size = len(known[key])
-            data = file.read(size)
-            if count < 0 or len(data) != size:
+            data = file.read(len(known[key]))
+            if count < 0 or len(data) != len(known[key]):
                 raise ValueError("its data are not all there")
             if data:
                 known[key].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     return value
 
 
-def _typed(data: torch.Tensor, kind: Unread) -> torch.Tensor:
-    kind = STORAGES[kind.name]
-    return data[: len(data) // kind.itemsize * kind.itemsize].view(kind)
-
-
-def _weigh(value: Any, known: dict[int, int]) -> int:
-    """How many values there are, for whoever goes through them. Raises ValueError for too many, or a circle."""
-    if not isinstance(value, (dict, list, tuple)):
-        return 1
-    if id(value) not in known:
-        known[id(value)] = MOST  # while it is being looked into
-        parts = (*value.keys(), *value.values()) if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum(_weigh(part, known) for part in parts)
-    if known[id(value)] >= MOST:
-        raise ValueError("it holds too many values, or itself")
-    return known[id(value)]
-
-
 def unread_in(value: Any) -> Unread | None:
-    """The first stand-in in a value, if any."""
+    """Return the first placeholder in a value, if any."""
     if isinstance(value, Mapping):
         value = [*value.keys(), *value.values()]
     elif not isinstance(value, (list, tuple)):
