@@ -1,13 +1,13 @@
 """Checkpoints that can't be lost: commit, verify, find, restore, keep.
 
-A *set* is everything of one iteration, by label: networks "G", "E", "D", optimizers "optimizerG", ..., and "state",
-which is what else makes the next step. It lies on the disk in one of two layouts:
+A *set* holds everything of one iteration, by label: networks "G", "E", "D", optimizers "optimizerG", ..., and "state",
+the rest of what the next step depends on. It lies on the disk in one of two layouts:
 
-- split, as KAIR's scripts know it: `{iter}_G.pth`, `{iter}_optimizerG.pth`, ..., `{iter}_state.pth`, and, renamed into
-  place last, the commit record `{iter}.json` with the size and checksum of each. The set exists once its record does.
-- bundle: one file with everything, under names that the options choose; its record is the file's own seal.
+- split, as KAIR's scripts expect it: `{iter}_G.pth`, `{iter}_optimizerG.pth`, ..., `{iter}_state.pth`, and, renamed
+  into place last, the commit record `{iter}.json` with the size and checksum of each. The set exists once its record does.
+- bundle: one file with everything, under names from the options; its record is the file's own seal.
 
-Folders that KAIR wrote (no record) and single files that others wrote are read too, see storage/foreign.py.
+Folders that KAIR wrote (no record) and single files of other programs are read too, see storage/foreign.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,28 +31,26 @@ import torch
 
 from storage import foreign
 from storage.files import check_space, link, removed_on_failure, save_file, sync_folder, write_durably
-from storage.foreign import VERSION, is_optimizer, weights_in
+from storage.foreign import VERSION, extract_weights, is_optimizer
 from storage.sealed import (
     MARK,
     CheckpointError,
     find_fault,
     load_file,
     read_seal,
+    read_tail,
     read_torch,
-    tail_of,
     verified,
     with_checksum,
 )
 from storage.tree import Snapshot, num_bytes, to_cpu
 
-__all__ = ["CheckpointError", "VERSION", "is_optimizer", "load_file", "save_file", "weights_in"]  # of storage
+__all__ = ["CheckpointError", "VERSION", "extract_weights", "is_optimizer", "load_file", "save_file"]  # of storage
 MEMBER = re.compile(r"(\d+)_([A-Za-z][A-Za-z0-9]*)\.pth")
 RECORD = re.compile(r"(\d+)\.json")
 BASICSR = re.compile(r"net_([a-z])_(\d+)\.pth")  # its networks, beside ../training_states/{iter}.state
 SUFFIXES = (".pt", ".pth", ".ckpt")  # of files that may be bundles
-# in a state, and easily done without
-OF_EVERY_MODEL = ("skipped", "skipped_in_a_row", "scheduler_state_dict", "scaler_state_dict")
-ABOUT = ("timestamp", "epoch", "reason", "best", "metric")  # of a set, in its record and in each seal
+ABOUT = ("timestamp", "epoch", "reason", "best", "metric")  # facts about a set, in its record and in each seal
 Report = Callable[[str], None]
 
 
@@ -61,18 +59,18 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class CheckpointSet:
-    """The files of one iteration: committed by us (with a record), or as others leave them (without)."""
+    """The files of one iteration: committed by us (with a record), or from another program (without)."""
 
     folder: Path
-    iteration: int | None  # None: the file of others does not say
+    iteration: int | None  # None: another program's file that does not hold it
     files: Mapping[str, Path]  # by label; a bundle is one file, "bundle"
     record: Mapping | None = field(default=None, compare=False)
-    names: tuple[Path, ...] = field(default=(), compare=False)  # of the record or bundle: every hard link to it there
-    _checked: list = field(default_factory=list, compare=False, repr=False)
+    names: tuple[Path, ...] = field(default=(), compare=False)  # all hard links to the record or bundle in the folder
+    _verified: list = field(default_factory=list, compare=False, repr=False)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What is in it: "G", "E", "optimizerG", "state", ..."""
+        """The labels of its parts: "G", "E", "optimizerG", "state", ..."""
         return tuple(self.record["parts"]) if self.bundled and self.record else tuple(self.files)
 
     @property
@@ -90,14 +88,9 @@ class CheckpointSet:
             return self.files["bundle"]
         return self.folder / f"{self.iteration}.json" if self.committed else self.files["G"]
 
-    @property
-    def ours(self) -> bool:
-        """Whether this program wrote it: sealed or recorded, or of a version that did neither."""
-        return self.committed or "state" in self.files and self.files["state"].suffix == ".pth"
-
     def fault(self) -> str | None:
-        """What is wrong with the set, or None: each file's size and checksum against the record, or its own."""
-        if self._checked:
+        """Compare each file with the record, or with its own seal. Returns what is wrong, or None."""
+        if self._verified:
             return None
         for path in self.files.values():
             facts = None
@@ -108,11 +101,11 @@ class CheckpointSet:
                 reason = find_fault(path, facts["before"]) and reason
             if reason:
                 return f"{path.name}: {reason}"
-        self._checked.append(None)  # good; what is bad is looked at again
+        self._verified.append(True)  # only success is remembered: a fault is looked for again
         return None
 
     def load(self) -> dict[str, Any]:
-        """Every part, by label, verified first. Raises CheckpointError, also when there is no network to load."""
+        """Verify and load every part, by label. Raises CheckpointError, also when there is no network."""
         if fault := self.fault():
             raise CheckpointError(f"{self.folder}: {fault}")
         parts = {label: read_torch(path) for label, path in self.files.items()}
@@ -120,7 +113,7 @@ class CheckpointSet:
             payload = parts["bundle"]
             parts = foreign.unpack(payload, self.path)
             if "G" not in parts:
-                raise foreign.no_network(payload, self.path)
+                raise foreign.no_network_error(payload, self.path)
         elif not self.committed:
             parts = foreign.unpack_members(parts, self.path)
         if "state" in parts:
@@ -130,23 +123,26 @@ class CheckpointSet:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the files of a run's checkpoints are called. In the split layout latest and best are links to records."""
+    """File names of a run's checkpoints. In the split layout latest and best are links to records.
+
+    Raises: ValueError, one line, for names that a file can't have.
+    """
 
     kind: str = "split"
-    name: str | None = "epoch_{epoch:04d}.pt"  # a bundle's; None: there is only the latest
+    name: str | None = "epoch_{epoch:04d}.pt"  # a bundle's; None: only the latest and the best are kept
     latest: str | None = "latest.pt"
     best: str | None = "best.pt"
     interrupted: str = "interrupted.pt"
 
     def __post_init__(self):
-        """Raises ValueError, one line, for names that no file could have."""
         for key in ("name", "latest", "best", "interrupted"):
             name = getattr(self, key)
             try:
-                tried = name and name.format(epoch=1, iter=1)
+                example = name and name.format(epoch=1, iter=1)
             except (KeyError, IndexError, ValueError):
                 raise ValueError(f"{key}: {name!r}: the fields are {{epoch}} and {{iter}}") from None
-            if tried and (Path(tried).name != tried or not tried.endswith(SUFFIXES) or MEMBER.fullmatch(tried)):
+            if example and (Path(example).name != example or not example.endswith(SUFFIXES)
+                            or MEMBER.fullmatch(example)):
                 raise ValueError(f"{key}: {name!r} must be a file name that ends in one of {', '.join(SUFFIXES)}")
         if self.name and self.name.format(epoch=1, iter=1) == self.name.format(epoch=2, iter=2):
             raise ValueError(f"name: {self.name!r} needs the field {{epoch}} or {{iter}}, or null for only the latest")
@@ -154,23 +150,26 @@ class Layout:
             raise ValueError("name and latest can't both be null")
 
     def file_name(self, iteration: int, epoch: int, reason: str) -> str:
-        """What a committed bundle is called."""
+        """Return the file name of a committed bundle."""
         if reason == "interrupted":
             return self.interrupted
         return self.name.format(epoch=epoch, iter=iteration) if self.name else self.latest or self.interrupted
 
     def link_name(self, which: str) -> str | None:
-        """What the link "latest" or "best" is called."""
+        """Return the file name of the link "latest" or "best"; None: there is no such link."""
         name = getattr(self, which)
         return f"{Path(name).stem}.json" if name and self.kind == "split" else name
+
+
+# ---------------------------------------------------------------- committing
 
 
 def commit(folder: Path | str, iteration: int, parts: Mapping[str, Any], layout: Layout = Layout(),
            **info: Any) -> CheckpointSet:
     """Write the parts of an iteration and make them exist at once.
 
-    Args: parts: label -> what `torch.save` writes. info: plain values for the record: epoch, reason, metric, ...
-    Raises: OSError or RuntimeError when the disk refuses; then nothing of the set is left, and every older one is.
+    Args: parts: label -> an object for `torch.save`. info: plain values for the record: epoch, reason, metric, ...
+    Raises: OSError or RuntimeError when writing fails; then no file of the set remains, and older sets are intact.
     """
     folder = Path(folder)
     check_space(folder, num_bytes(parts))
@@ -181,31 +180,32 @@ def commit(folder: Path | str, iteration: int, parts: Mapping[str, Any], layout:
 
 
 def save_bundle(path: Path, parts: Mapping[str, Any], info: Mapping[str, Any]) -> CheckpointSet:
-    """One file with all parts; `info`, with the iteration, goes into its seal."""
+    """Write all parts to one file, with `info`, which has the iteration, in its seal."""
     save_file(path, foreign.pack(parts), {"name": path.name, "parts": sorted(parts), **info})
     return _bundle(path)
 
 
 def _commit_split(folder: Path, iteration: int, parts: Mapping[str, Any], info: Mapping[str, Any]) -> CheckpointSet:
-    """All files under temporary names, then renamed; the record last."""
+    """Write all files under temporary names, then rename them, the record last."""
     names = {label: f"{iteration}_{label}.pth" for label in parts}
     path = folder / f"{iteration}.json"
     temporary = {folder / name: folder / f"{name}.tmp" for name in (*names.values(), path.name)}
     renamed: list[Path] = []
     try:
         def write(label: str) -> dict[str, int]:
-            return write_durably(folder / f"{names[label]}.tmp", parts[label], _about(iteration, label, parts, info))
+            return write_durably(folder / f"{names[label]}.tmp", parts[label], _member_seal(iteration, label, parts,
+                                                                                           info))
 
-        with ThreadPoolExecutor(4) as pool:  # torch.save leaves other threads room while it sums and writes
+        with ThreadPoolExecutor(4) as pool:  # torch.save frees the interpreter while it sums and writes
             files = dict(zip(names.values(), pool.map(write, names)))
         record = {"version": VERSION, **info, "files": files}
         write_durably(temporary[path], with_checksum(record, indent=1))
         sync_folder(folder)
-        if path.exists():  # a set of the same iteration gives way as a whole
-            put_away(folder, only=iteration)
+        if path.exists():  # move away a set of the same iteration
+            archive(folder, only=iteration)
         for final, written in temporary.items():
             if final == path:
-                sync_folder(folder)  # the files are there before what speaks for them
+                sync_folder(folder)  # the files are on the disk before their record is
             renamed.append(final)
             os.replace(written, final)
         sync_folder(folder)
@@ -217,22 +217,22 @@ def _commit_split(folder: Path, iteration: int, parts: Mapping[str, Any], info: 
     return CheckpointSet(folder, iteration, {label: folder / name for label, name in names.items()}, record)
 
 
-def _about(iteration: int, label: str, labels: Iterable[str], info: Mapping[str, Any]) -> dict[str, Any]:
-    """What the seal of a member tells, also of its set, should the record get lost."""
+def _member_seal(iteration: int, label: str, labels: Iterable[str], info: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts in a member's seal, with those about its set, from which a lost record is rebuilt."""
     return {"iteration": iteration, "part": label,
             "set": {**{key: info.get(key) for key in ABOUT}, "parts": sorted(labels)}}
 
 
 def amend(folder: Path | str, iteration: int, parts: Mapping[str, Any], layout: Layout,
           relink: Callable[[CheckpointSet], None], **info: Any) -> CheckpointSet:
-    """Commit another state of a set that exists, e.g. with the metrics of its validation; it is whole at any moment.
+    """Replace the state of a committed set, e.g. to add the metrics of its validation; the set stays complete.
 
     A bundle is written again and replaced. Of a split set only the state is written: first its record is replaced by
-    one that accepts both the new state and the one before, then the state.
+    one that accepts both the new and the previous state, then the state.
 
     Args: parts, info: as `commit`, and equal to the set's but for "state". relink: renews the links to the record,
-        which name the one before until then.
-    Raises: OSError or RuntimeError; the set is then as it was.
+        which lead to the previous record until then.
+    Raises: OSError or RuntimeError; the set is then unchanged.
     """
     folder, label = Path(folder), "state"
     path, name = folder / f"{iteration}.json", f"{iteration}_{label}.pth"
@@ -240,16 +240,15 @@ def amend(folder: Path | str, iteration: int, parts: Mapping[str, Any], layout: 
         found = commit(folder, iteration, parts, layout, **info)
         relink(found)
         return found
-    before = _split(path).record
+    previous = _split(path).record
     temporary = folder / f"{name}.tmp"
     with removed_on_failure(temporary):
-        labels = [MEMBER.fullmatch(member)[2] for member in before["files"]]
-        facts = write_durably(temporary, parts[label], _about(iteration, label, labels, {**before, **info}))
-        old = dict(before["files"][name])
+        labels = [MEMBER.fullmatch(member)[2] for member in previous["files"]]
+        facts = write_durably(temporary, parts[label], _member_seal(iteration, label, labels, {**previous, **info}))
+        old = dict(previous["files"][name])
         if (older := old.pop("before", None)) and find_fault(folder / name, old):
             old = older  # an earlier amendment was cut off before its state was in place
-        record = {**before, **info, "files": {**before["files"], name: {**facts, "before": old}}}
-        save_file(path, with_checksum(record, indent=1))
+        _write_record(path, {**previous, **info, "files": {**previous["files"], name: {**facts, "before": old}}})
         found = _split(path)
         relink(found)
         os.replace(temporary, folder / name)
@@ -257,20 +256,24 @@ def amend(folder: Path | str, iteration: int, parts: Mapping[str, Any], layout: 
     return found
 
 
+def _write_record(path: Path, record: Mapping[str, Any]) -> None:
+    save_file(path, with_checksum(record, indent=1))
+
+
 def _bundle(path: Path, names: tuple[Path, ...] = ()) -> CheckpointSet | None:
-    """A file of ours as a set, or None when it is none. Raises CheckpointError for a damaged seal or another's file."""
+    """Return a bundle of ours as a set, or None. Raises CheckpointError for a damaged seal or a copy of another one."""
     seal = read_seal(path)
     if not seal or "parts" not in seal:
         return None
     names = tuple(sorted(names or (path,), key=lambda name: name.name != seal["name"]))
-    path = names[0]  # what it was committed as, rather than a link to it
-    if path.name != seal["name"] and _alike(path.name, seal["name"]):
+    path = names[0]  # the name of the commit rather than a link to it
+    if path.name != seal["name"] and re.sub(r"\d+", "#", path.name) == re.sub(r"\d+", "#", seal["name"]):
         raise CheckpointError(f"{path}: holds what was committed as {seal['name']}")
     return CheckpointSet(path.parent, seal["iteration"], {"bundle": path}, seal, names)
 
 
 def _split(path: Path, names: tuple[Path, ...] = ()) -> CheckpointSet:
-    """The set of a commit record that can be trusted. Raises CheckpointError."""
+    """Return the set of a valid commit record. Raises CheckpointError."""
     try:
         record = verified(path.read_bytes())
         iteration, files = record["iteration"], {}
@@ -280,7 +283,7 @@ def _split(path: Path, names: tuple[Path, ...] = ()) -> CheckpointSet:
                 raise ValueError(f"it names {name!r}")
             files[match[2]] = path.parent / name
         if (match := RECORD.fullmatch(path.name)) and int(match[1]) != iteration:
-            raise ValueError(f"it speaks for {iteration}")
+            raise ValueError(f"it is of iteration {iteration}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path.name}: the commit record is damaged ({error})") from None
     return CheckpointSet(path.parent, iteration, files, record, names or (path,))
@@ -290,32 +293,33 @@ def _split(path: Path, names: tuple[Path, ...] = ()) -> CheckpointSet:
 
 
 def find_sets(folder: Path | str, report: Report | None = None) -> list[CheckpointSet]:
-    """The sets in a folder, oldest first: ours, of either layout, and KAIR's, unverified. Bad records are reported."""
-    report, sets = report or (lambda line: None), []
-    members, records, singles = _scan(Path(folder))
+    """Return the sets in a folder, unverified, oldest first: ours, of either layout, and KAIR's.
+
+    Args: report: called with a line for each file that makes no set.
+    """
+    folder, report, sets = Path(folder), report or (lambda line: None), []
+    members, records, singles = _scan(folder)
     for names in records.values():
         try:
             sets.append(_split(names[0], names))
         except CheckpointError as error:
             report(str(error))
     for iteration, files in members.items():
-        if iteration not in records and (found := _unrecorded(Path(folder), iteration, files, report)):
+        if iteration not in records and (found := _unrecorded(folder, iteration, files, report)):
             sets.append(found)
-    sets += _basicsrs(Path(folder))
+    sets += _basicsr_sets(folder)
     for names in singles:
         try:
-            found = _bundle(names[0], names)
+            if found := _bundle(names[0], names):
+                sets.append(found)
         except (CheckpointError, OSError) as error:
-            if counts(names[0]):
+            if _may_be_checkpoint(names[0]):
                 report(str(error).removeprefix(f"{folder}/"))
-            continue
-        if found:
-            sets.append(found)
     return sorted(sets, key=lambda found: found.iteration)
 
 
 def _unrecorded(folder: Path, iteration: int, files: Mapping[str, Path], report: Report) -> CheckpointSet | None:
-    """The set that members without a record make: KAIR's, or ours where their seals say that all are there."""
+    """Return the set of members without a record: KAIR's, or ours if the seals show that all of one save are there."""
     try:
         seals = {label: read_seal(path) for label, path in files.items()}
     except (CheckpointError, OSError) as error:
@@ -329,33 +333,33 @@ def _unrecorded(folder: Path, iteration: int, files: Mapping[str, Path], report:
     own = {label: seal for label, seal in seals.items()
            if seal and (seal.get("iteration"), seal.get("part")) == (iteration, label)}
     about = {label: seal.get("set") or {} for label, seal in own.items()}
-    saves = {json.dumps([told.get(key) for key in ("timestamp", "epoch", "parts")]) for told in about.values()}
+    saves = {json.dumps([facts.get(key) for key in ("timestamp", "epoch", "parts")]) for facts in about.values()}
     wanted = set(next(iter(about.values()), {}).get("parts") or ("G", "state", "optimizerG"))
     if wanted <= set(own) and len(saves) == 1:
-        facts = {label: {"size": files[label].stat().st_size, "body_crc32": seal["body_crc32"]}
+        facts = {files[label].name: {"size": files[label].stat().st_size, "body_crc32": seal["body_crc32"]}
                  for label, seal in own.items()}
-        record = {"version": VERSION, "iteration": iteration, "reason": "regular", **about["state"],
-                  "files": {files[label].name: facts[label] for label in own}}
+        record = {"version": VERSION, "iteration": iteration, "reason": "regular", **about["state"], "files": facts}
         record.pop("parts", None)
         return CheckpointSet(folder, iteration, {label: files[label] for label in own}, record)
     if not _cut_off(folder, iteration):
         strays = [f"{files[label].name} is {seal.get('part')} of iteration {seal.get('iteration')}"
                   for label, seal in seals.items() if seal and label not in own]
-        report(f"{iteration}: there is no {iteration}.json, and to do without it "
-               + ("; ".join(strays) or f"{', '.join(sorted(wanted - set(own)) or ['one save of all'])} is missing"))
+        missing = ", ".join(sorted(wanted - set(own)))
+        report(f"{iteration}: there is no {iteration}.json, and it can't be rebuilt: "
+               + ("; ".join(strays) or (f"{missing} is missing" if missing else "the files are of different saves")))
     return None
 
 
 def _cut_off(folder: Path, iteration: int) -> Mapping[str, Mapping]:
-    """Files by name that belong to a commit or removal which a kill cut off: its record has a temporary name."""
+    """Return the files, by name, of a commit or removal that was cut off: its record has a temporary name."""
     try:
         return verified((folder / f"{iteration}.json.tmp").read_bytes())["files"]
     except (OSError, ValueError, KeyError):
         return {}
 
 
-def _basicsrs(folder: Path) -> list[CheckpointSet]:
-    """BasicSR's networks in a folder, with the optimizers in `training_states` beside it."""
+def _basicsr_sets(folder: Path) -> list[CheckpointSet]:
+    """Return BasicSR's networks in a folder, with the optimizers in `training_states` beside it."""
     sets: dict[int, dict[str, Path]] = {}
     for path in sorted(folder.glob("net_*_*.pth")):
         if (match := BASICSR.fullmatch(path.name)) and path.is_file():
@@ -367,18 +371,13 @@ def _basicsrs(folder: Path) -> list[CheckpointSet]:
     return [CheckpointSet(folder, iteration, files) for iteration, files in sets.items() if "G" in files]
 
 
-def counts(path: Path) -> bool:
-    """Whether a file that can't be read may be a checkpoint by its name, rather than a loss's or codec's weights."""
-    return bool(foreign.TRAINING.search(path.name) or not foreign.HELPERS.search(path.name))
-
-
-def _alike(a: str, b: str) -> bool:
-    """Whether two names differ in their numbers only: then the file is another's copy, not itself."""
-    return re.sub(r"\d+", "#", a) == re.sub(r"\d+", "#", b)
+def _may_be_checkpoint(path: Path) -> bool:
+    """Return whether an unreadable file may be a checkpoint by its name, rather than pretrained weights of a loss."""
+    return bool(foreign.TRAINING.search(path.name) or not foreign.PRETRAINED.search(path.name))
 
 
 def _scan(folder: Path) -> tuple[dict[int, dict[str, Path]], dict[int, tuple[Path, ...]], list[tuple[Path, ...]]]:
-    """Files that may be checkpoints, by name: members by iteration and label, records, others; each with its links."""
+    """List files that may be checkpoints: members by iteration and label, records, others; each with its hard links."""
     members: dict[int, dict[str, Path]] = {}
     linked: dict[Any, list[Path]] = {}
     try:
@@ -399,41 +398,43 @@ def _scan(folder: Path) -> tuple[dict[int, dict[str, Path]], dict[int, tuple[Pat
     return members, records, [names for names in groups if names[0].suffix != ".json"]
 
 
-def has_traces(folder: Path | str) -> bool:
-    """Whether anything in the folder looks like a checkpoint, good or not."""
+def has_checkpoints(folder: Path | str) -> bool:
+    """Return whether a folder holds anything that looks like a checkpoint, usable or not."""
     bad: list[str] = []
     return bool(find_sets(folder, bad.append) or bad or any(_find_foreign(Path(folder))))
 
 
 def _find_foreign(folder: Path) -> tuple[list[CheckpointSet], dict[Path, str]]:
-    """Single files of others that hold a training state, oldest first; and those that may, but can't be used: why."""
+    """Return other programs' training states in a folder, oldest first, and files that can't be used, with reasons."""
     found, bad = [], {}
     for (path, *_) in _scan(folder)[2]:
         try:
             if read_seal(path) is not None or BASICSR.fullmatch(path.name):
                 continue
         except (CheckpointError, OSError):
-            continue  # find_sets has said so
+            continue  # find_sets has reported it
         try:
             payload = load_file(path)
             parts = foreign.unpack(payload, path)
             state = parts.get("state")
             if state and "G" not in parts:
-                raise foreign.no_network(payload, path)
+                raise foreign.no_network_error(payload, path)
             if state:
                 found.append((state["iteration"] or 0, state["epoch"], path.stat().st_mtime, path))
         except CheckpointError as error:
-            if counts(path):
+            if _may_be_checkpoint(path):
                 bad[path] = str(error).removeprefix(f"{folder}/")
     return [CheckpointSet(folder, iteration or None, {"bundle": path})
             for iteration, _, _, path in sorted(found)], bad
 
 
 def find_newest(folder: Path | str, report: Report | None = None) -> CheckpointSet | None:
-    """The newest set that verifies, or None; each newer one that does not is reported with its reason.
+    """Return the newest set that is not damaged, or None.
 
-    KAIR's folders may hold different iterations of G, E and the optimizer: then the newest iteration that has
-    all of them is used, and the difference is reported.
+    KAIR's folders may hold different iterations of G, E and the optimizer: then the newest iteration that has all of
+    them is used, and the difference is reported.
+
+    Args: report: called with a line for each newer set that is not used, with its reason.
     """
     report = report or (lambda line: None)
     sets = find_sets(folder, report)
@@ -442,23 +443,21 @@ def find_newest(folder: Path | str, report: Report | None = None) -> CheckpointS
         for line in bad.values():
             report(line)
     kairs = [s for s in sets if not s.committed and not s.bundled]
-    everything = set().union(*(s.labels for s in kairs)) if kairs else set()
+    everything = set().union(*(s.labels for s in kairs))
+    complete = [s.iteration for s in kairs if set(s.labels) == everything]
     for candidate in reversed(sets):
-        if candidate in kairs and set(candidate.labels) != everything:
-            complete = [s.iteration for s in kairs if set(s.labels) == everything]
-            if complete:
-                report(f"{candidate.iteration}: only {', '.join(candidate.labels)} of this iteration; "
-                       f"{', '.join(sorted(everything))} are together at {max(complete)}")
-                continue
-        if fault := candidate.fault():
+        if complete and candidate in kairs and set(candidate.labels) != everything:
+            report(f"{candidate.iteration}: only {', '.join(candidate.labels)} of this iteration; "
+                   f"{', '.join(sorted(everything))} are together at {max(complete)}")
+        elif fault := candidate.fault():
             report(f"checkpoint {candidate.iteration} is not used: {fault}")
-            continue
-        return candidate
+        else:
+            return candidate
     return None
 
 
 def find_best(folder: Path | str, report: Report | None = None) -> CheckpointSet | None:
-    """The set of the best validation as the newest one knows it, else the newest."""
+    """Return the set of the best validation according to the newest set, else the newest set."""
     newest = find_newest(folder, report)
     if newest is None or newest.record is None or newest.record.get("best") in (None, newest.iteration):
         return newest
@@ -467,11 +466,11 @@ def find_best(folder: Path | str, report: Report | None = None) -> CheckpointSet
 
 
 def find_last_checkpoint(save_dir, net_type: str = "G", pretrained_path: str | None = None) -> tuple[int, str | None]:
-    """KAIR's scan for the newest file of one kind.
+    """Find the newest file of one kind, as KAIR does.
 
     Args: save_dir: folder of `{iter}_{net_type}.pth`. pretrained_path: what to return when there is none.
-    Returns: (iteration, path); (0, pretrained_path) if none is left. Differs from KAIR: names that do not
-    match are ignored, uncommitted and damaged sets are skipped.
+    Returns: (iteration, path), or (0, pretrained_path).
+    Source: KAIR, utils/utils_option.py. Differs: other file names are ignored, uncommitted and damaged sets skipped.
     """
     for candidate in reversed(find_sets(save_dir)):
         if net_type in candidate.files and not candidate.fault():
@@ -480,9 +479,9 @@ def find_last_checkpoint(save_dir, net_type: str = "G", pretrained_path: str | N
 
 
 def locate(path: Path | str, report: Report | None = None) -> CheckpointSet:
-    """The set that a user names by a folder, a commit record, a bundle, or a member other than an optimizer.
+    """Return the set that a path names: a folder, a commit record, a bundle, or a member other than an optimizer.
 
-    Raises: CheckpointError in one line, also for a damaged set: what was named is never replaced silently.
+    Raises: CheckpointError, one line, also for a damaged set: a set that was named is never replaced by another.
     """
     path = Path(path)
     if path.is_dir():
@@ -502,12 +501,12 @@ def locate(path: Path | str, report: Report | None = None) -> CheckpointSet:
 
 
 def models_of(folder: Path) -> Path:
-    """A run's folder stands for the models folder in it."""
+    """Return the models folder in a run's folder, or the folder itself where it has none."""
     return folder / "models" if (folder / "models").is_dir() else folder
 
 
 def reasons(lines: list[str]) -> str:
-    """Why nothing was usable, as the end of a line."""
+    """Return the end of a message: why none of several checkpoints is usable."""
     return f" ({lines[-1]}{f'; and {len(lines) - 1} more' if len(lines) > 1 else ''})" if lines else ""
 
 
@@ -517,14 +516,14 @@ def _located_record(path: Path) -> CheckpointSet:
     except CheckpointError:
         if RECORD.fullmatch(path.name):
             raise
-        raise CheckpointError(f"{path}: is no commit record; one is named like 500.json") from None
+        raise CheckpointError(f"{path}: is not a commit record; one is named like 500.json") from None
 
 
 def _located_file(path: Path) -> CheckpointSet:
-    """The set of a member, or a bundle, ours or of others."""
+    """Return the set of a member, or a bundle, of ours or of another program."""
     if path.suffix == ".state" or BASICSR.fullmatch(path.name):
         for folder in (path.parent, path.parent.parent / "models"):
-            for candidate in _basicsrs(folder):
+            for candidate in _basicsr_sets(folder):
                 if path.resolve() in [file.resolve() for file in candidate.files.values()]:
                     return candidate
         if path.suffix == ".state":
@@ -547,47 +546,101 @@ def _located_file(path: Path) -> CheckpointSet:
     parts = foreign.unpack(payload, path)
     if "state" in parts:
         if "G" not in parts:
-            raise foreign.no_network(payload, path)
+            raise foreign.no_network_error(payload, path)
         return CheckpointSet(path.parent, parts["state"]["iteration"], {"bundle": path})
-    weights_in(payload, path)  # an optimizer or rubbish is named as such
+    extract_weights(payload, path)  # raises for an optimizer or other content
     raise CheckpointError(f"{path}: holds weights only, no iteration; start from them with --init-from {path}")
 
 
 def read_weights(path: Path | str) -> tuple[dict[str, torch.Tensor], Mapping[str, Any]]:
-    """The weights that a path names, of G where there are more, and the options they were trained with ({}: unknown).
+    """Return the weights that a path names, of G where there are several, and their options ({}: unknown).
 
-    Args: path: a file of ours or of others, a member, a commit record or a folder.
+    Args: path: a file of ours or of another program, a member, a commit record or a folder.
     Raises: CheckpointError, one line.
     """
     path = Path(path)
     if path.is_dir() or path.suffix == ".json":
         parts = locate(path).load()
-        return weights_in(parts.get("G"), path), parts.get("state", {}).get("config", {})
+        return extract_weights(parts.get("G"), path), parts.get("state", {}).get("config", {})
     payload = load_file(path)
     member = MEMBER.fullmatch(path.name)
     state = path.with_name(f"{member[1]}_state.pth") if member else None
     about = load_file(state) if state and state.exists() else payload
     config = about.get("config") if isinstance(about, Mapping) else None
-    return weights_in(payload, path), config if isinstance(config, Mapping) else {}
+    return extract_weights(payload, path), config if isinstance(config, Mapping) else {}
 
 
-# ---------------------------------------------------------------- keeping and putting away
+# ---------------------------------------------------------------- keeping and archiving
 
 
-def try_out(folder: Path, layout: Layout = Layout()) -> None:
-    """Commit, link, read and remove a tiny set in a folder of its own below `folder`, as a run does with its own.
+def retained(sets: Sequence[CheckpointSet], keep_last_n: int | None, best: int | None) -> dict[int, list[str]]:
+    """Return the iterations that retention keeps, each with the reasons.
+
+    Kept are the newest set, the best, and the last n regular ones; a set that was saved only because a run was
+    interrupted, or for a best that has been surpassed, is superseded.
+
+    Args: sets: oldest first. keep_last_n: None: all regular ones. best: iteration of the best validation.
+    """
+    regular = sorted({s.iteration for s in sets if s.committed and s.record.get("reason", "regular") == "regular"})
+    kept: dict[int, list[str]] = {sets[-1].iteration: ["newest"]} if sets else {}
+    if best is not None:
+        kept.setdefault(best, []).append("best")
+    for iteration in regular[-keep_last_n:] if keep_last_n else regular:
+        kept.setdefault(iteration, []).append(f"one of the last {keep_last_n}" if keep_last_n else "regular")
+    return kept
+
+
+def num_retained(layout: Layout, keep_last_n: int | None, num_saves: int) -> int:
+    """Return the most sets that are on the disk at a time, with the one that is being written, after so many saves."""
+    if layout.kind == "bundle" and not layout.name:
+        return min(num_saves, 3)  # the latest, the best, and the new one
+    return min(num_saves, keep_last_n + 2) if keep_last_n else num_saves
+
+
+def prune(folder: Path | str, keep_last_n: int | None, best: int | None = None) -> None:
+    """Remove the sets that retention does not keep."""
+    sets = [s for s in find_sets(folder) if s.committed]
+    kept = retained(sets, keep_last_n, best)
+    for old in sets:
+        num_names = sum(len(other.names) for other in sets if other.iteration == old.iteration)
+        linked = old.bundled and num_names > 1  # the link or copy that is called best remains
+        if old.iteration not in kept or linked and kept[old.iteration] == ["best"]:
+            remove(old)
+
+
+def remove(old: CheckpointSet) -> None:
+    """Delete a set: its record first, so that the set ceases to exist at once.
+
+    Of a bundle only the name of its commit is deleted; links to it, as best, remain.
+    """
+    if old.bundled:
+        (old.folder / old.record["name"]).unlink(missing_ok=True)
+        return
+    record = old.folder / f"{old.iteration}.json"
+    leaving = record.with_name(f"{record.name}.tmp")
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(record, leaving)  # names the files until they are deleted, see _cut_off
+    sync_folder(old.folder)
+    for path in old.files.values():
+        path.unlink(missing_ok=True)
+    sync_folder(old.folder)
+    leaving.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path, layout: Layout = Layout()) -> None:
+    """Commit, link, read and remove a tiny set in a subfolder, with the calls that a run's own checkpoints need.
 
     Raises: CheckpointError, one line with the cause and a remedy.
     """
     place = folder / ".probe"
-    shutil.rmtree(place, ignore_errors=True)  # of a kill
+    shutil.rmtree(place, ignore_errors=True)  # a kill may have left it
     try:
         place.mkdir()
         found = commit(place, 1, {"G": {"w": torch.ones(1)}, "state": {"iteration": 1}}, layout)
         link(found.path, place / f"link{found.path.suffix}")
-        find_newest(place, report=print).load()
+        locate(place).load()
         remove(found)
-    except (OSError, RuntimeError, CheckpointError, AttributeError) as error:
+    except (OSError, RuntimeError, CheckpointError) as error:
         number = getattr(error, "errno", None)
         remedy = "make room there, or set path.root to another disk" if number in (errno.ENOSPC, errno.EDQUOT) else \
             "give this user the right to write there, or set path.root to another folder" \
@@ -598,40 +651,21 @@ def try_out(folder: Path, layout: Layout = Layout()) -> None:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def remove(old: CheckpointSet) -> None:
-    """Delete a set: its record first, so that it is gone at once.
-
-    Of a bundle only the name that it was committed under goes: links to it, as best, stay.
-    """
-    if old.bundled:
-        (old.folder / old.record["name"]).unlink(missing_ok=True)
-        return
-    record = old.folder / f"{old.iteration}.json"
-    leaving = record.with_name(f"{record.name}.tmp")
-    with contextlib.suppress(FileNotFoundError):
-        os.replace(record, leaving)  # speaks for the files until they are gone, see _cut_off
-    sync_folder(old.folder)
-    for path in old.files.values():
-        path.unlink(missing_ok=True)
-    sync_folder(old.folder)
-    leaving.unlink(missing_ok=True)
-
-
 def clean(folder: Path | str) -> list[str]:
-    """End what a kill cut off: remove temporary files, write a lost record anew. Returns lines to be said.
+    """Repair what a kill left: delete temporary files, rebuild a lost record. Returns lines for the log.
 
-    Nothing else is deleted: members of ours that no record speaks for, and that make no set, are put aside.
+    Files of ours that belong to no complete set are archived, not deleted.
     """
-    folder, said, strays = Path(folder), [], []
+    folder, lines, strays = Path(folder), [], []
     members, records, _ = _scan(folder)
     for iteration, files in members.items():
         if iteration in records:
             continue
         leaving, found = _cut_off(folder, iteration), _unrecorded(folder, iteration, files, lambda line: None)
         if found and found.committed and not found.fault():
-            save_signed(folder / f"{iteration}.json", found.record)
+            _write_record(folder / f"{iteration}.json", found.record)
             if not leaving:
-                said.append(f"{iteration}.json was missing; written anew from the seals of its files, which are whole")
+                lines.append(f"{iteration}.json was missing; rebuilt from the seals of its files, which are intact")
         elif found is None or found.committed:
             for path in files.values():
                 facts = leaving.get(path.name)
@@ -644,44 +678,24 @@ def clean(folder: Path | str) -> list[str]:
             path.unlink(missing_ok=True)
     if strays:
         names = ", ".join(path.name for path in strays[:4]) + (f" and {len(strays) - 4} more" if strays[4:] else "")
-        said.append(f"put aside what belongs to no checkpoint, {names}: {_move(strays, folder)}")
-    return said
+        lines.append(f"archived files that belong to no checkpoint, {names}: {_move(strays, folder)}")
+    return lines
 
 
-def save_signed(path: Path, facts: Mapping[str, Any]) -> None:
-    """Write a commit record."""
-    save_file(path, with_checksum(facts, indent=1))
+def archive(folder: Path | str, after: int = -1, only: int | None = None) -> Path | None:
+    """Move the sets newer than an iteration (or `only` one) into a dated folder beside it. Returns that, if any.
 
-
-def prune(folder: Path | str, keep_last_n: int | None, best: int | None = None) -> None:
-    """After a commit: drop what it supersedes, never best or newest.
-
-    That is all but the newest n regular sets, and those that were saved only as interrupted or best, and aren't now.
-    """
-    sets = [s for s in find_sets(folder) if s.committed]
-    regular = sorted({s.iteration for s in sets if s.record.get("reason", "regular") == "regular"})
-    kept = {*(regular[-keep_last_n:] if keep_last_n else regular), *(s.iteration for s in sets[-1:])}
-    for old in sets:
-        names = sum(len(other.names) for other in sets if other.iteration == old.iteration)
-        outlives = old.bundled and names > 1  # under the name of best or latest, a link or a copy
-        if old.iteration not in kept and (old.iteration != best or outlives):
-            remove(old)
-
-
-def put_away(folder: Path | str, after: int = -1, only: int | None = None) -> Path | None:
-    """Move what is newer than an iteration (or `only` one) into a dated folder beside it. Returns that, if any.
-
-    Where all goes (`after` is -1), so do training files of others; what is no checkpoint is never touched.
+    With `after` -1 everything goes, also training files of other programs. Other files are never touched.
     """
     folder = Path(folder)
     members, records, singles = _scan(folder)
     wanted = (lambda iteration: iteration == only) if only is not None else (lambda iteration: iteration > after)
     moved = [path for iteration, files in members.items() if wanted(iteration) for path in files.values()]
     all_go = only is None and after < 0
-    moved += [path for names in singles for path in names if wanted(_iteration_of(path, all_go))]
+    moved += [path for names in singles for path in names if wanted(_bundle_iteration(path, all_go))]
     if all_go:
         found, bad = _find_foreign(folder)
-        moved += [*bad, *(path for one in (*found, *_basicsrs(folder)) for path in one.files.values()
+        moved += [*bad, *(path for one in (*found, *_basicsr_sets(folder)) for path in one.files.values()
                           if path.parent == folder)]
     moved += [path for iteration, names in records.items() if wanted(iteration) for path in reversed(names)]
     return _move(moved, folder) if moved else None
@@ -689,36 +703,31 @@ def put_away(folder: Path | str, after: int = -1, only: int | None = None) -> Pa
 
 def _move(paths: list[Path], folder: Path) -> Path:
     """Move files into a dated folder beside theirs. Returns it."""
-    archive = unused_name(folder.parent / f"{folder.name}_{time.strftime('%Y%m%d_%H%M%S')}")
-    archive.mkdir()
-    # Records come last: a set half moved is whole in neither place, but none is lost; a rerun moves the rest.
+    first = target = folder.parent / f"{folder.name}_{time.strftime('%Y%m%d_%H%M%S')}"
+    number = 1
+    while target.exists():
+        number += 1
+        target = first.with_name(f"{first.name}_{number}")
+    target.mkdir()
+    # Records come last: a set that is half moved is complete in neither place, but no file is lost.
     for path in dict.fromkeys(paths):
-        os.replace(path, archive / path.name)
-    sync_folder(archive)
+        os.replace(path, target / path.name)
+    sync_folder(target)
     sync_folder(folder)
-    return archive
+    return target
 
 
-def _iteration_of(path: Path, doubtful: bool) -> int:
-    """Of a bundle of ours; a damaged one counts as newer than anything, a file of others as older.
+def _bundle_iteration(path: Path, all_go: bool) -> int:
+    """Return the iteration of a bundle of ours; -2 for another file, the largest number for a damaged bundle.
 
-    Args: doubtful: so does a damaged file that may have been anything but a loss's or codec's weights.
+    Args: all_go: whether any damaged file that may be a checkpoint counts as a bundle.
     """
     try:
         seal = read_seal(path)
         return seal["iteration"] if seal and "parts" in seal else -2
     except CheckpointError:
-        ours = MARK in tail_of(path) or foreign.TRAINING.search(path.name) or (doubtful and counts(path))
+        ours = MARK in read_tail(path) or foreign.TRAINING.search(path.name) or (all_go and _may_be_checkpoint(path))
         return sys.maxsize if ours else -2
-
-
-def unused_name(path: Path) -> Path:
-    """`path`, or `path_2`, `path_3`, ... whichever does not exist yet."""
-    candidate, n = path, 1
-    while candidate.exists():
-        n += 1
-        candidate = path.with_name(f"{path.name}_{n}")
-    return candidate
 
 
 # ---------------------------------------------------------------- one run's checkpoints
@@ -726,20 +735,20 @@ def unused_name(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Saved:
-    """What became of a save."""
+    """The result of a save."""
 
     found: CheckpointSet
     seconds: float  # from the snapshot to the commit
-    waited: float  # of these, how long training stood still
-    amended: bool = False  # whether only the state was written, to a set that was there
+    waited: float  # seconds of these that training waited
+    amended: bool = False  # whether only the state of an existing set was written
 
 
 class Saver:
-    """Commits a run's checkpoints in order, here or on a thread, links latest and best, keeps what is to be kept.
+    """Commits a run's checkpoints in order, here or on a thread, links latest and best, and removes superseded ones.
 
     Args:
-        folder: where they lie. layout: how they are called. keep_last_n: how many stay; None: all.
-        background: write on a thread, from a snapshot; training goes on meanwhile.
+        folder: folder of the checkpoints. layout: their file names. keep_last_n: see `retained`.
+        background: write on a thread, from a snapshot, while training continues.
     """
 
     def __init__(self, folder: Path, layout: Layout = Layout(), keep_last_n: int | None = None,
@@ -750,12 +759,12 @@ class Saver:
 
     def save(self, iteration: int, parts: Mapping[str, Any], best: int | None = None, amend: bool = False,
              **info: Any) -> None:
-        """Commit a set. What becomes of it, `poll` says; when not in background, what it meets is raised here.
+        """Commit a set; `poll` returns the result. Errors are raised here, or by `poll` when in the background.
 
-        Args: best: iteration of the best set so far. amend: the set is there, only its state differs. info: see
+        Args: best: iteration of the best set so far. amend: the set exists, only its state differs. info: see
             `commit`.
         """
-        assert self.pending is None, "wait for the save before and poll it"
+        assert self.pending is None, "poll the previous save first"
         began = time.monotonic()
         if amend and self.layout.kind == "split":
             parts = {"state": parts["state"]}
@@ -770,10 +779,7 @@ class Saver:
     def _commit(self, iteration: int, parts: Mapping[str, Any], best: int | None, amends: bool, info: Mapping[str, Any],
                 began: float, waited: float | None) -> Saved:
         def relink(found: CheckpointSet) -> None:
-            if info.get("reason") != "interrupted" and (name := self.layout.link_name("latest")):
-                link(found.path, self.folder / name)
-            if best == iteration:
-                self.mark_best(found)
+            self._link(found, latest=info.get("reason") != "interrupted", best=best == iteration)
 
         if amends:
             found = amend(self.folder, iteration, parts, self.layout, relink, best=best, **info)
@@ -785,34 +791,32 @@ class Saver:
         return Saved(found, seconds, seconds if waited is None else waited, amends)
 
     def relink(self, best: int | None) -> None:
-        """Make latest and best name what they should, after a kill between a commit and its links, or a rewind."""
+        """Renew the links latest and best, after a kill between a commit and its links, or after a rewind."""
         sets = [found for found in find_sets(self.folder) if found.committed]
         regular = [found for found in sets if found.record.get("reason") != "interrupted"]
-        if regular and (name := self.layout.link_name("latest")):
-            link(regular[-1].path, self.folder / name)
         for found in sets:
-            if found.iteration == best:
-                self.mark_best(found)
+            self._link(found, latest=found in regular[-1:], best=found.iteration == best)
 
-    def mark_best(self, found: CheckpointSet) -> None:
-        if name := self.layout.link_name("best"):
-            link(found.path, self.folder / name)
+    def _link(self, found: CheckpointSet, latest: bool, best: bool) -> None:
+        for which, wanted in (("latest", latest), ("best", best)):
+            if wanted and (name := self.layout.link_name(which)):
+                link(found.path, self.folder / name)
 
     def poll(self) -> Saved | None:
-        """What ended since the last look; raises the error that a save met. Costs nothing when there is none."""
+        """Return the result of a save that has ended since the last call, or None. Raises the save's error."""
         if self.pending is None or not self.pending.done():
             return None
         ended, self.pending = self.pending, None
         return ended.result()
 
     def wait(self) -> None:
-        """Until the save under way has ended."""
+        """Wait for the save in progress."""
         if self.pending:
             wait([self.pending])
 
 
 def fingerprint(weights: Mapping[str, torch.Tensor], *settings: Any) -> str:
-    """A digest of weights, their names, and plain values that matter as well."""
+    """Return a SHA-256 digest (hexadecimal) of weights, their names, and further plain values."""
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, value in weights.items():
         digest.update(name.encode())
@@ -820,10 +824,8 @@ def fingerprint(weights: Mapping[str, torch.Tensor], *settings: Any) -> str:
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------- what else makes the next step
-
-
 def timestamp() -> str:
+    """Return the local time for a record."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 

@@ -1,13 +1,13 @@
-"""Checkpoints for people: `python -m checkpoint inspect | verify | compare | rank | convert`; the exit code judges.
+"""`python -m checkpoint inspect | verify | compare | rank | convert`: the exit code is the answer.
 
-    python -m checkpoint inspect experiments/train_vrt             what is there: iterations, metrics, sizes
+    python -m checkpoint inspect experiments/train_vrt             list the sets: iterations, metrics, sizes
     python -m checkpoint verify experiments/train_vrt              0: every set is good, 1: one is not
-    python -m checkpoint compare a/models/300.json b/models/300.json   0: every tensor is equal, 1: not
-    python -m checkpoint rank sweep                                runs by their best metric, and their options
+    python -m checkpoint compare a/models/300.json b/models/300.json   0: every tensor is equal, 1: one is not
+    python -m checkpoint rank sweep                                list runs by their best metric, with their options
     python -m checkpoint convert run/models/300.json --to weights vrt.pth
 
-A folder stands for its newest checkpoint, but for all of them where they are verified or inspected, and for all runs
-below it where they are ranked. 2: the command could not be carried out.
+A folder stands for its newest set; for all its sets in verify and inspect; for all runs below it in rank. Exit code 2:
+the command could not be carried out.
 """
 
 from __future__ import annotations
@@ -25,35 +25,37 @@ import checkpoint
 from checkpoint import CheckpointError, CheckpointSet, models_of
 from log.terminal import number
 from options import flatten
+from runtime.history import History
 from storage import foreign
-from storage.files import in_units, save_file
+from storage.files import format_bytes, save_file
 from storage.sealed import find_fault, load_file, read_seal
 from storage.tree import differ, flat, is_tensor, same
 
-PUT_AWAY = re.compile(r"_\d{8}_\d{6}(_\d+)?$")  # end of a folder that checkpoint.put_away made
+ARCHIVED = re.compile(r"_\d{8}_\d{6}(_\d+)?$")  # end of the name of a folder that checkpoint.archive made
 UNCOMPARED = ("timestamp", "environment", "version")  # of a state; options are compared on their own
 
 
 def main(argv: list[str]) -> int:
+    """Run a command. Returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m checkpoint", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for command, words in ((inspect, "what is in it"), (verify, "each set: good, or what is wrong"),
-                           (compare, "which tensors and options differ"), (rank, "runs, the best first"),
-                           (convert, "the same for another program")):
+    for command, words in ((inspect, "list the content"), (verify, "list each set as good or bad, with the reason"),
+                           (compare, "list the tensors and options that differ"), (rank, "list runs, the best first"),
+                           (convert, "write the set for another program")):
         one = commands.add_parser(command.__name__, help=words)
         one.set_defaults(command=command)
         if command is rank:
-            one.add_argument("paths", type=Path, nargs="+", metavar="FOLDER", help="of a run, or of many")
+            one.add_argument("paths", type=Path, nargs="+", metavar="FOLDER", help="folder of a run, or of several")
         for name in {compare: ("a", "b"), rank: ()}.get(command, ("path",)):
             one.add_argument(name, type=Path, metavar=name.upper(), help="a file, a commit record or a folder")
         if command is inspect:
-            one.add_argument("--options", action="store_true", help="print the options that it was trained with")
+            one.add_argument("--options", action="store_true", help="print the options of its run")
             one.add_argument("--tensors", action="store_true", help="list every tensor")
         if command is convert:
             one.add_argument("--to", required=True, choices=("kair", "bundle", "weights"))
             one.add_argument("out", type=Path, metavar="OUT", help="a folder for kair, else a file")
-            one.add_argument("--network", help="which weights: G, E, ...; without it E where there is one, else G")
+            one.add_argument("--network", help="network to write: G, E, ...; default: E where there is one, else G")
     args = vars(parser.parse_args(argv))
     try:
         return args.pop("command")(**args)
@@ -66,6 +68,7 @@ def main(argv: list[str]) -> int:
 
 
 def inspect(path: Path, options: bool, tensors: bool) -> int:
+    """Print the parts of a set or file, with sizes and state; of a folder, its sets."""
     if path.is_dir() and not (options or tensors):
         return inspect_folder(models_of(path))
     parts = read(path)
@@ -78,13 +81,12 @@ def inspect(path: Path, options: bool, tensors: bool) -> int:
             print(f"  {name:<12}{value}")
     for label, part in parts.items():
         if label != "state":
-            found = dict(flat(part))
-            size = sum(value.numel() * value.element_size() for value in found.values() if is_tensor(value))
-            count = sum(value.numel() for value in found.values() if is_tensor(value))
-            print(f"  {label:<12}{sum(map(is_tensor, found.values()))} tensors, {count:,} numbers, {in_units(size)}")
+            found = {key: value for key, value in flat(part) if is_tensor(value)}
+            size = sum(value.numel() * value.element_size() for value in found.values())
+            count = sum(value.numel() for value in found.values())
+            print(f"  {label:<12}{len(found)} tensors, {count:,} numbers, {format_bytes(size)}")
             for key, value in found.items() if tensors else ():
-                if is_tensor(value):
-                    print(f"    {key}  {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}")
+                print(f"    {key}  {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}")
     if state:
         held = [key for key in state if key not in ("iteration", "epoch", "metric", "best", "timestamp", "environment")]
         print(f"  {'state':<12}{', '.join(held)}")
@@ -94,7 +96,7 @@ def inspect(path: Path, options: bool, tensors: bool) -> int:
 
 
 def inspect_folder(folder: Path) -> int:
-    """A table of the sets in a folder, one a line."""
+    """Print the sets in a folder, a line each."""
     problems: list[str] = []
     sets = checkpoint.find_sets(folder, problems.append)
     for line in problems:
@@ -103,7 +105,7 @@ def inspect_folder(folder: Path) -> int:
         record = found.record or {}
         size = sum(path.stat().st_size for path in found.files.values() if path.is_file())
         metric = f"metric {record['metric']:.4f}" if isinstance(record.get("metric"), float) else ""
-        words = [f"{found.path.name:<24}", f"iteration {found.iteration:>8}", in_units(size),
+        words = [f"{found.path.name:<24}", f"iteration {found.iteration:>8}", format_bytes(size),
                  f"{record.get('timestamp', 'not ours: no record')}", metric,
                  record.get("reason", "") if record.get("reason") != "regular" else "",
                  ", ".join(path.stem for path in found.names[1:])]
@@ -114,17 +116,19 @@ def inspect_folder(folder: Path) -> int:
 
 
 def describe_kind(path: Path) -> str:
+    """Return what a file is, with its size."""
     if path.is_dir() or path.suffix == ".json":
         return "a committed set"
     seal = read_seal(path)
     if seal is None:
-        return f"written by another program, {in_units(path.stat().st_size)}"
+        return f"written by another program, {format_bytes(path.stat().st_size)}"
     kind = "a bundle" if "parts" in seal else f"{seal['part']} of iteration {seal['iteration']}" if "part" in seal \
         else "weights"
-    return f"{kind}, sealed and good, {in_units(path.stat().st_size)}"
+    return f"{kind}, sealed and good, {format_bytes(path.stat().st_size)}"
 
 
 def describe(facts: Mapping | None) -> str | None:
+    """Return facts as 'key value, key value'."""
     return ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None) if facts else None
 
 
@@ -132,7 +136,7 @@ def describe(facts: Mapping | None) -> str | None:
 
 
 def verify(path: Path) -> int:
-    """One line a set; the last says how many are good."""
+    """Print a line for each set, and last how many are bad."""
     if path.is_file() and path.suffix != ".json" and not checkpoint.MEMBER.fullmatch(path.name):
         fault = find_fault(path)
         print(f"bad   {path.name}: {fault}" if fault else f"good  {path.name}: {describe_kind(path)}")
@@ -148,10 +152,12 @@ def verify(path: Path) -> int:
     problems: list[str] = []
     folder = models_of(path)
     sets = checkpoint.find_sets(folder, problems.append)
+    num_good = 0
     for found in sets:
         if fault := found.fault():
             problems.append(f"{found.iteration}: {fault}")
         else:
+            num_good += 1
             print(f"good  {describe_set(found)}")
     for line in problems:
         print(f"bad   {line}")
@@ -159,27 +165,28 @@ def verify(path: Path) -> int:
         print(f"note  {leftover.name}: left by an interrupted save; the next start of the run removes it")
     if not sets and not problems:
         raise CheckpointError(f"{folder}: no checkpoint in this folder")
-    print(f"{len(sets) + len(problems) - sum(1 for s in sets if s.fault())} sets, {len(problems)} bad")
+    print(f"{num_good + len(problems)} sets, {len(problems)} bad")
     return 1 if problems else 0
 
 
 def describe_set(found: CheckpointSet) -> str:
+    """Return a set's file, iteration, parts and size."""
     size = sum(path.stat().st_size for path in found.files.values())
     kind = "" if found.committed else ", no record: the zip archives' own checksums only"
-    return f"{found.path.name}: iteration {found.iteration}, {', '.join(found.labels)}, {in_units(size)}{kind}"
+    return f"{found.path.name}: iteration {found.iteration}, {', '.join(found.labels)}, {format_bytes(size)}{kind}"
 
 
 # ---------------------------------------------------------------- compare
 
 
 def compare(a: Path, b: Path) -> int:
-    """Differing tensors, values and options, a line each; the last line says it all."""
+    """Print a line for each tensor, value and option that differs, and last a summary."""
     one, two = read(a), read(b)
     if len(one) == len(two) == 1 and set(one) != set(two):  # one network against another, as G against E
         one, two = {"weights": next(iter(one.values()))}, {"weights": next(iter(two.values()))}
-    opted = [parts.get("state", {}).pop("config", {}) for parts in (one, two)]
-    if all(opted):
-        one["options"], two["options"] = opted
+    configs = [parts.get("state", {}).pop("config", {}) for parts in (one, two)]
+    if all(configs):
+        one["options"], two["options"] = configs
     lines, count = [f"{label}: only in {a if label in one else b}" for label in one.keys() ^ two.keys()], 0
     left, right = (dict(flat({label: parts[label] for label in one.keys() & two.keys()})) for parts in (one, two))
     for key in {**left, **right}:
@@ -207,22 +214,22 @@ def compare(a: Path, b: Path) -> int:
 
 
 def rank(paths: list[Path]) -> int:
-    """Tables of the runs below some folders, by their best metric; runs of other stages or metrics stand apart."""
+    """Print the runs below some folders by their best metric, in a table for each stage and metric."""
     tables: dict[tuple, list[tuple]] = {}
     for folder in dict.fromkeys(folder for path in paths for folder in runs_below(path)):
         state = checkpoint.find_newest(folder, print).load().get("state", {})
         name, mode = state.get("metadata", {}).get("best_metric", (None, None))
-        best = next((row for row in state.get("history", []) if row["iteration"] == state.get("best")), {})
-        value = next((value for key, value in best.items() if key == name or key.endswith(f".{name}")), None)
-        if value is None:
+        history = History(name, mode, state.get("history", []))
+        if history.best is None:
             print(f"left out {folder}: no validation yet")
             continue
         config = state.get("config", {})
         shown = folder.parent if folder.name == "models" else folder
-        told = {key: value for key, value in flatten(config).items()
-                if not key.startswith(("path.", "opt_path", "task"))}
-        when = f"at {state['best']:,}, done {state['iteration']:,} of {config['train']['total_iter']:,}"
-        tables.setdefault((state["metadata"].get("stage"), name, mode), []).append((value, shown, when, told))
+        chosen = {key: value for key, value in flatten(config).items()
+                  if not key.startswith(("path.", "opt_path", "task"))}
+        when = f"at {history.best:,}, done {state['iteration']:,} of {config['train']['total_iter']:,}"
+        tables.setdefault((state["metadata"].get("stage"), name, mode), []).append(
+            (history.value(history.best_row), shown, when, chosen))
     for (stage, name, mode), rows in tables.items():
         rows.sort(key=lambda row: row[0], reverse=mode == "max")
         differing = [key for key in rows[0][3] if any(row[3].get(key) != rows[0][3][key] for row in rows)]
@@ -239,11 +246,11 @@ def rank(paths: list[Path]) -> int:
 
 
 def runs_below(path: Path) -> Iterator[Path]:
-    """The folders at or below a path that hold checkpoints, without what was put away."""
+    """Yield the folders at or below a path that hold checkpoints, except archived ones."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder of runs")
     for folder, below, _ in os.walk(path):
-        below[:] = sorted(name for name in below if not PUT_AWAY.search(name))
+        below[:] = sorted(name for name in below if not ARCHIVED.search(name))
         if checkpoint.find_newest(folder):
             yield Path(folder)
 
@@ -252,7 +259,7 @@ def runs_below(path: Path) -> Iterator[Path]:
 
 
 def convert(path: Path, to: str, out: Path, network: str | None) -> int:
-    """Write what others read; nothing that exists is touched."""
+    """Write a set for another program; files that exist are not touched."""
     parts = read(path)
     out.parent.mkdir(parents=True, exist_ok=True)
     networks = [label for label in parts if label != "state" and not label.startswith("optimizer")]
@@ -261,7 +268,7 @@ def convert(path: Path, to: str, out: Path, network: str | None) -> int:
         if label not in parts:
             raise CheckpointError(f"{path}: holds no network {label}; valid: {', '.join(networks) or 'none'}")
         refuse_existing(out)
-        save_file(out, foreign.weights_in(parts[label], path))
+        save_file(out, foreign.extract_weights(parts[label], path))
         print(f"{out}: the weights of {label}, a bare state dict")
         return 0
     iteration = parts.get("state", {}).get("iteration")
@@ -285,20 +292,21 @@ def convert(path: Path, to: str, out: Path, network: str | None) -> int:
 
 
 def refuse_existing(path: Path) -> None:
+    """Raise CheckpointError when a path exists."""
     if path.exists():
-        raise CheckpointError(f"{path}: exists already; name another or remove it")
+        raise CheckpointError(f"{path}: exists already; name another path or remove it")
 
 
-# ---------------------------------------------------------------- all
+# ---------------------------------------------------------------- shared
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The parts that a path stands for: of a set, or only the one file when a member or a weights file is named."""
+    """Load the parts of the set that a path names, or of the one file when it names a member or a weights file."""
     member = checkpoint.MEMBER.fullmatch(path.name)
     if member and path.is_file():
         return {member[2]: load_file(path)}
     if path.is_file() and path.suffix != ".json":
         payload = load_file(path)
         parts = foreign.unpack(payload, path)
-        return parts or {"G": foreign.weights_in(payload, path)}
+        return parts or {"G": foreign.extract_weights(payload, path)}
     return checkpoint.locate(path).load()

@@ -31,7 +31,7 @@ from runtime.evaluate import describe_losses
 from runtime.resume import find_source
 from runtime.signals import StopRequest
 from storage import tree
-from storage.files import in_units
+from storage.files import format_bytes
 from storage.tree import differ, flat, is_tensor, same
 from train import Run
 
@@ -93,13 +93,10 @@ def estimate(run: Run) -> int:
 def weigh(run: Run, size: int) -> Finding:
     """The checkpoints that the run will come to keep, `size` bytes each, against the room on its disk."""
     saves, keep = times_due(run, "save"), run.opt["checkpoint"]
-    if keep["layout"] == "bundle" and (keep["mode"] == "best" or not keep["name"]):
-        saves = min(saves, 3)  # the latest, the best, and one being written
-    elif keep["keep_last_n"]:
-        saves = min(saves, keep["keep_last_n"] + 2)
+    saves = checkpoint.num_retained(run.saves.layout, keep["keep_last_n"], saves)
     place = nearest(run.models)
     free = shutil.disk_usage(place).free
-    text = f"checkpoints to come: {saves} of {in_units(size)}, {in_units(free)} free"
+    text = f"checkpoints to come: {saves} of {format_bytes(size)}, {format_bytes(free)} free"
     if free < saves * size:
         return "fail" if free < 2 * size else "warn", f"{text} on the disk of {place}: make room, or set " \
             "checkpoint.keep_last_n, or path.root to another disk"
@@ -266,7 +263,7 @@ class Trial:
             whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         else:
             peak, whole = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(None).total_memory
-        text = f"{in_units(peak)} at the most, of {in_units(whole)}"
+        text = f"{format_bytes(peak)} at the most, of {format_bytes(whole)}"
         return ("warn", f"{text}: little is left; {LESS_MEMORY}") if peak > 0.9 * whole else ("ok", text)
 
     def save(self) -> Finding:
@@ -280,7 +277,7 @@ class Trial:
             kept = dict(flat(found.load()))
         if differing := [key for key, value in flat(tree.to_cpu(parts)) if not equal(value, kept.get(key))]:
             return "fail", f"{place}: {', '.join(differing[:3])} is not read as it was written; is the disk sound?"
-        return "ok", f"{in_units(self.size)} written in {self.save_time:.2g} s and read back equal, in {place}"
+        return "ok", f"{format_bytes(self.size)} written in {self.save_time:.2g} s and read back equal, in {place}"
 
     def duration(self) -> Finding:
         run, left = self.run, self.opt["train"]["total_iter"] - self.run.iteration

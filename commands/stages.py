@@ -54,7 +54,7 @@ def train_stages(option_file: str, overrides: Iterable[Override], only: str | No
         parsed[name] = options.parse(option_file, [*overrides, *own], MODELS, NETWORKS, DATASETS, name)
     opts = {name: opt for name, (opt, _) in parsed.items()}
     for name in names[1:] if resume else names:
-        if fresh or not checkpoint.has_traces(folder_of(opts[name])):
+        if fresh or not checkpoint.has_checkpoints(folder_of(opts[name])):
             check_origin(name, names, chain, opts)
     with StopRequest(waits=False) as stop:
         for name in names:

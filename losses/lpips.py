@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import vgg16
 
-from checkpoint import load_file, weights_in
+from checkpoint import extract_weights, load_file
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 LPIPS_URL = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth"
@@ -132,4 +132,4 @@ def _read(name: str, path: str, url: str) -> dict[str, Tensor]:
     if not Path(path).expanduser().is_file():
         raise FileNotFoundError(f"{name}: {path} does not exist; download {url} to there, or set perceptual_weight "
                                 "to 0 to train without a perceptual loss")
-    return weights_in(load_file(Path(path).expanduser()), path)
+    return extract_weights(load_file(Path(path).expanduser()), path)

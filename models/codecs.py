@@ -158,7 +158,7 @@ class SDVAECodec(nn.Module):
 def trained(path: str, net: dict | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights of a checkpoint, and the section of the network that they are of, unless it is given."""
     if net and Path(path).is_file():
-        return checkpoint.weights_in(checkpoint.load_file(path), path), dict(net)
+        return checkpoint.extract_weights(checkpoint.load_file(path), path), dict(net)
     try:
         parts = checkpoint.locate(path).load()
     except checkpoint.CheckpointError as error:

@@ -224,7 +224,7 @@ class ModelBase:
         Lenient (strict False) goes by name and shape, and by position only if every shape agrees in order.
         Raises: CheckpointError, one line.
         """
-        weights = checkpoint.weights_in(checkpoint.load_file(load_path), load_path, param_key)
+        weights = checkpoint.extract_weights(checkpoint.load_file(load_path), load_path, param_key)
         return self.load_weights(network, weights, strict, str(load_path))
 
     def load_weights(self, network: nn.Module, weights: Mapping[str, Tensor], strict: bool, source: str) -> str:

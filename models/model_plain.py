@@ -19,7 +19,7 @@ from models.model_base import ModelBase
 from options import Section, build
 from runtime import distributed, schedules
 from runtime.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ProperFraction
-from storage.foreign import unpack, weights_in
+from storage.foreign import extract_weights, unpack
 
 
 class ModelPlain(ModelBase):
@@ -174,7 +174,7 @@ class ModelPlain(ModelBase):
         weights = unpacked[label] if label in unpacked else payload
         self.netE = None
         self.networks = {"G": self.netG}
-        return f"{label} of " + self.load_weights(self.netG, weights_in(weights, source), True, source)
+        return f"{label} of " + self.load_weights(self.netG, extract_weights(weights, source), True, source)
 
     def test(self) -> None:
         """Restore `degraded` with the moving average if there is one, else with G."""

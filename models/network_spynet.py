@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torchvision.ops import deform_conv2d
 
-from storage.foreign import weights_in
+from storage.foreign import extract_weights
 from storage.sealed import CheckpointError, load_file
 
 NUM_LEVELS = 6  # basic_module[0] works at 1/32 of the size, basic_module[5] at full size
@@ -256,7 +256,7 @@ class SpyNet(nn.Module):
         if not path.is_file():
             raise FileNotFoundError(f"spynet_path: {path} does not exist; {REMEDY}")
         try:
-            state = weights_in(load_file(path), path)
+            state = extract_weights(load_file(path), path)
         except CheckpointError as error:
             raise ValueError(f"spynet_path: {error}; {REMEDY}") from None
         wanted = self.state_dict()

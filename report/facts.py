@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 import torch.nn.functional as F
 
-from checkpoint import CheckpointSet, Layout, find_sets, models_of
+from checkpoint import CheckpointSet, Layout, find_sets, models_of, retained
 from data.image_files import encode, picture_in
 from options import flatten
+from runtime.history import History
 
 MOST_POINTS = 2000  # of a curve on the page; of more rows each stretch gives its lowest and its highest
 NEWEST_VALIDATIONS = 20  # whose pictures are shown,
@@ -193,27 +194,23 @@ class RunFolder:
         """The checkpoint table, newest first."""
         names = {key: flat.get(f"checkpoint.{key}") for key in ("best", "layout")}
         links = {Layout(names["layout"] or "split", best=names["best"]).link_name("best")} if names["best"] else set()
-        regular = sorted({s.iteration for s in sets if s.committed and s.record.get("reason", "regular") == "regular"})
-        last = flat.get("checkpoint.keep_last_n")
+        linked = next((s.iteration for s in sets if any(path.name in links for path in s.names)), None)
+        best_at = best["iteration"] if best else linked
+        kept = retained(sets, flat.get("checkpoint.keep_last_n"), best_at)
         rows: dict[int, dict[str, Any]] = {}
         for found in reversed(sets):
             size = sum(path.stat().st_size for path in found.files.values() if path.exists())
             if found.iteration in rows:
                 continue  # a copy of it, where hard links fail
             record = found.record or {}
-            linked = any(path.name in links for path in found.names)
-            is_best = found.iteration == best["iteration"] if best else linked
-            kept = ["newest"] if not rows else []
-            kept += ["best"] if is_best else []
-            if found.iteration in (regular[-last:] if last else regular):
-                kept.append(f"one of the last {last}" if last else "regular")
             checked, fault = self.verify(found, size <= verify_bytes)
             verify_bytes -= size
             rows[found.iteration] = {
                 "iteration": found.iteration, "epoch": record.get("epoch"), "metric": record.get("metric"),
-                "size": size, "saved": record.get("timestamp"), "checked": checked, "fault": fault, "best": is_best,
+                "size": size, "saved": record.get("timestamp"), "checked": checked, "fault": fault,
+                "best": found.iteration == best_at,
                 "file": found.path.name, "reason": record.get("reason"), "committed": found.committed,
-                "kept": ", ".join(kept) or "until the next regular one"}
+                "kept": ", ".join(kept.get(found.iteration, ["until the next regular one"]))}
         return list(rows.values())
 
     def verify(self, found: CheckpointSet, now: bool) -> tuple[float | None, str | None]:
@@ -282,15 +279,12 @@ def best_row(columns: Mapping[str, np.ndarray], metric: Any) -> dict[str, Any] |
     """The validation with the best metric: which iteration, and every metric's value there."""
     if not metric or not len(columns.get("iteration", ())):
         return None
-    name, mode = metric
-    column = next((key for key in columns if key == name or key.endswith(f".{name}")), None)
-    if column is None or not np.isfinite(columns[column]).any():
+    history = History(*metric, rows=[dict(zip(columns, map(float, row))) for row in zip(*columns.values())])
+    if (row := history.best_row) is None:
         return None
-    values = columns[column] if mode == "max" else -columns[column]
-    row = int(np.where(np.isfinite(values), values, -np.inf).argmax())
-    return {"column": column, "mode": mode, "iteration": int(columns["iteration"][row]),
-            "value": float(columns[column][row]),
-            "metrics": {key: float(v[row]) for key, v in columns.items() if key != "iteration" and np.isfinite(v[row])}}
+    return {"column": history.column(row), "mode": history.mode, "iteration": int(row["iteration"]),
+            "value": history.value(row),
+            "metrics": {key: value for key, value in row.items() if key != "iteration" and math.isfinite(value)}}
 
 
 def begin_launch(launches: list[dict], iteration: int, began: float, **facts: Any) -> list[dict]:

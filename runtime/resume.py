@@ -25,6 +25,8 @@ from runtime.evaluate import Progress
 from storage import files, foreign, sealed
 from storage.tree import plain
 
+OPTIONAL = ("skipped", "skipped_in_a_row", "scheduler_state_dict", "scaler_state_dict")  # keys of a state
+
 
 def find_source(run: Any, resume: str | None, init_from: str | None, fresh: bool) -> CheckpointSet | None:
     """The set to go on from: the one named, else the newest good one of this run, else none.
@@ -48,7 +50,7 @@ def find_source(run: Any, resume: str | None, init_from: str | None, fresh: bool
         return None
     why: list[str] = []
     source = checkpoint.find_newest(run.models, lambda line: (why.append(line), run.log.warn(line)))
-    if source is None and (why or checkpoint.has_traces(run.models)):
+    if source is None and (why or checkpoint.has_checkpoints(run.models)):
         raise CheckpointError(f"{run.models}: there are checkpoints, but none is usable{checkpoint.reasons(why)}; "
                               "name another one with --resume, or start over with --fresh, which puts them aside")
     config = source.load().get("state", {}).get("config") if source and (init_from or named) else None
@@ -93,7 +95,7 @@ def restore(run: Any, source: CheckpointSet | None) -> None:
     if run.iteration is None:  # others count epochs only
         run.iteration = state["epoch"] * per_epoch
     run.started_at = run.iteration
-    run.history.rows = state["history"] if "history" in state else foreign.validations(state, run.iteration)
+    run.history.rows = state["history"] if "history" in state else foreign.convert_validations(state, run.iteration)
     run.resumed_from = run.resumed_from or (state.get("metadata") or {}).get("resumed_from")
     seed, rank = train["manual_seed"], distributed.rank()
     position = state.get("sampler_state") or {"epoch": run.iteration // per_epoch, "offset": 0}
@@ -158,7 +160,7 @@ def banner(run: Any, source: CheckpointSet | None, parts: Mapping[str, Any]) -> 
            if run.iteration < train["total_iter"] else ""))
     wanted = [*run.model.networks, *run.model.optimizers, "state"]
     absent = [label for label in wanted if label not in parts]
-    own = [name for name in run.model.extra_state(run.iteration) if name not in checkpoint.OF_EVERY_MODEL]
+    own = [name for name in run.model.extra_state(run.iteration) if name not in OPTIONAL]
     absent += [name for name in ("rng_state", "sampler_state", *own) if state and name not in state]
     if absent:
         say(f"absent   {', '.join(absent)}: begun anew, so not bit for bit the run that was interrupted")
@@ -223,16 +225,16 @@ def open_folder(run: Any, resumed_from: CheckpointSet | None, fresh: bool) -> No
         raise CheckpointError(f"{run.models}: can't be made: {error.strerror}; is path.root right?") from None
     if run.lock is None:
         run.claim()
-        if resumed_from is None and checkpoint.has_traces(run.models):
+        if resumed_from is None and checkpoint.has_checkpoints(run.models):
             raise CheckpointError(f"{run.folder}: another process began this run just now; run the same command "
                                   "again to go on from there")
-    checkpoint.try_out(run.models, run.saves.layout)
+    checkpoint.check_writable(run.models, run.saves.layout)
     for notice in files.notices:
         run.log.warn(notice)
     own = resumed_from is not None and resumed_from.folder.resolve() == run.models.resolve()
     if launch := distributed.launch():
         run.launch_file.write_text(launch)
-    archive = checkpoint.put_away(run.models, after=run.iteration if own else -1)
+    archive = checkpoint.archive(run.models, after=run.iteration if own else -1)
     if archive:
         run.log.line(f"archived {'all' if fresh else 'other' if not own else 'newer'} checkpoints: {archive}")
     for line in checkpoint.clean(run.models):

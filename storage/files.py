@@ -1,7 +1,7 @@
-"""One file that is whole or absent: write it to the disk, link it, lock its folder.
+"""Write a file that is either complete or absent, link it, and lock its folder.
 
-Atomic on POSIX (DESIGN 6): temporary name in the same folder, write, fsync, rename, fsync of the folder. Where a disk
-lacks one of these calls, the file is written without it, and `notices` says so.
+Atomic on POSIX (DESIGN 6): temporary name in the same folder, write, fsync, rename, fsync of the folder. Where a file
+system lacks one of these calls, the file is written without it, and `notices` gets a line about it.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ import torch
 
 from storage.sealed import CHUNK, CheckpointError, add_seal
 
-LACKS = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what a call that a disk does not have answers
-notices: list[str] = []  # what a disk does not have, once each; a run says them
+UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # errors of a call that is not implemented
+notices: list[str] = []  # what the file system lacks, once each; the run prints them
 
 
-class _Refusable:
-    """A file to write to that remembers why the disk refused: torch.save hides it behind an error of its own."""
+class _Writer:
+    """Writes to a file and keeps the original OSError, which torch.save replaces by its own error."""
 
     def __init__(self, file):
-        self.file, self.refusal = file, None
+        self.file, self.error = file, None
 
     def write(self, data) -> int:
         try:
             return self.file.write(data)
         except OSError as error:
-            self.refusal = error
+            self.error = error
             raise
 
     def flush(self) -> None:
@@ -45,15 +45,15 @@ class _Refusable:
 
 @contextlib.contextmanager
 def _written_back(descriptor: int) -> Iterator[None]:
-    """The disk takes a file while it is still being written, so that little is left for the fsync at the end."""
+    """Move a file to the disk while it is being written, so that little is left for the fsync at the end."""
     done, errors = threading.Event(), []
 
     def write_back() -> None:
         try:
             while not done.wait(0.02):
                 os.fdatasync(descriptor)
-        except OSError as error:  # told once and only here: the data may be gone, so the file is
-            if error.errno not in LACKS:  # else there is the fsync at the end
+        except OSError as error:  # Linux reports a write error once; the data may be lost, so the file is discarded
+            if error.errno not in UNSUPPORTED:  # else the fsync at the end does it
                 errors.append(error)
 
     thread = threading.Thread(target=write_back, daemon=True)
@@ -68,32 +68,32 @@ def _written_back(descriptor: int) -> Iterator[None]:
 
 
 def write_durably(path: Path, payload: Any, about: Mapping[str, Any] | None = None) -> dict[str, int]:
-    """Create a file and force it to the disk; when that fails, there is none.
+    """Create a file and force it to the disk; remove it when that fails.
 
-    Args: payload: bytes, or what `torch.save` writes. about: of a torch file, plain values for its seal.
-    Returns: its size in bytes and, of a torch file, the seal's CRC-32. Raises: OSError as the disk says.
+    Args: payload: bytes, or an object for `torch.save`. about: plain values for the seal of a torch file.
+    Returns: the size in bytes and, of a torch file, the seal's CRC-32. Raises: OSError.
     """
     facts = {}
     with removed_on_failure(path), open(path, "w+b", buffering=CHUNK) as file:
+        writer = _Writer(file)
         if isinstance(payload, bytes):
-            _Refusable(file).write(payload)
+            writer.write(payload)
         else:
             with _written_back(file.fileno()):
-                writer = _Refusable(file)
                 try:
                     torch.save(payload, writer)
                 except RuntimeError:
-                    raise writer.refusal or OSError("torch.save failed") from None
+                    raise writer.error or OSError("torch.save failed") from None
                 facts = add_seal(writer, about or {})
         file.flush()
-        with _lacking("files"):
+        with _unsupported_noted("files"):
             os.fsync(file.fileno())
         return {"size": file.tell(), **facts}
 
 
 @contextlib.contextmanager
 def removed_on_failure(path: Path) -> Iterator[None]:
-    """What can't be finished is not left behind."""
+    """Remove a file if the block that writes it fails."""
     try:
         yield
     except BaseException:
@@ -103,8 +103,8 @@ def removed_on_failure(path: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Force a folder's entries (renames, links, removals) to the disk, where it can (not all CIFS, FUSE, DrvFs can)."""
-    with _lacking("folders", errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR):
+    """Force a folder's entries (renames, links, removals) to the disk; some CIFS, FUSE and DrvFs can't do that."""
+    with _unsupported_noted("folders", errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
@@ -113,21 +113,21 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _lacking(what: str, *further: int) -> Iterator[None]:
-    """Do without fsync where the disk has none, and note it; other errors are errors."""
+def _unsupported_noted(kind: str, *further: int) -> Iterator[None]:
+    """Ignore and note that fsync is not supported; other errors are raised."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (*LACKS, *further):
+        if error.errno not in (*UNSUPPORTED, *further):
             raise
-        notice = (f"this disk can't be told to write {what} down at once (fsync: {error.strerror}): a kill loses "
-                  "nothing, a power cut may lose the newest checkpoint")
+        notice = (f"this file system can't force {kind} to the disk (fsync: {error.strerror}): a kill loses nothing, "
+                  "but a power cut may lose the newest checkpoint")
         if notice not in notices:
             notices.append(notice)
 
 
 def save_file(path: Path | str, payload: Any, about: Mapping[str, Any] | None = None) -> dict[str, int]:
-    """Leave either the old file or the complete new one (see `write_durably`)."""
+    """Replace a file by a complete new one, or leave it as it is. Takes and returns the same as `write_durably`."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with removed_on_failure(temporary):
@@ -138,7 +138,7 @@ def save_file(path: Path | str, payload: Any, about: Mapping[str, Any] | None = 
 
 
 def link(source: Path, target: Path) -> None:
-    """Make `target` another name of a file, replacing what it named before at once; a copy where links fail."""
+    """Make `target` a hard link to a file, in place of the previous one; a copy where links are not supported."""
     if target.exists() and target.samefile(source):
         return
     temporary = target.with_name(target.name + ".tmp")
@@ -153,26 +153,27 @@ def link(source: Path, target: Path) -> None:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise OSError (ENOSPC) when the folder's disk has less room than `needed` bytes."""
+    """Raise OSError (ENOSPC) when the folder's disk has less than `needed` bytes free."""
     usage = shutil.disk_usage(folder)
-    free = usage.free
-    if free < needed and usage.total:  # some network disks do not say
-        raise OSError(errno.ENOSPC, f"the disk of {folder} has {in_units(free)} free, {in_units(needed)} are needed")
+    if usage.free < needed and usage.total:  # 0: a network disk that does not report its size
+        raise OSError(errno.ENOSPC, f"the disk of {folder} has {format_bytes(usage.free)} free, {format_bytes(needed)} "
+                                    "are needed")
 
 
-def in_units(size: float) -> str:
-    """Bytes for people: '512 B', '2.4 MB', '1.2 GB'."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+def format_bytes(size: float) -> str:
+    """Return bytes in words: '512 B', '2.4 MB', '1.2 GB'."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
-    raise AssertionError
+    return f"{size:.1f} GB"
 
 
 class FolderLock:
-    """One process at a time writes in a folder. The system frees the lock when its owner ends, however it ends.
+    """Locks a folder for one writing process. The system frees the lock when its owner ends, however it ends.
 
     A POSIX record lock: unlike flock's it is not inherited by data workers, which may outlive a killed parent.
+
     Raises: CheckpointError naming the owner, or when the folder can't be written.
     """
 
@@ -191,19 +192,20 @@ class FolderLock:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise CheckpointError(f"{folder}: {owner} is writing here; wait for it or stop it, or give this run "
                                       "another task name") from None
-            return  # a file system without locks: nothing to be had
+            return  # a file system without locks
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self.file.flush()
 
     def close(self) -> None:
+        """Free the lock."""
         self.file.close()
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether another process has the folder's lock, or may have: a disk that can't tell counts as yes.
+    """Return whether another process has the folder's lock; True also where the file system can't tell.
 
-    Not for a process that has it itself: asking would free it.
+    Not for the process that has the lock: closing the file here would free it.
     """
     query = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # a struct flock
     try:

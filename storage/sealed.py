@@ -1,12 +1,12 @@
 """Sealed files: checksums of every byte, and reading that verifies first and never runs code.
 
 A torch file is a zip archive with a CRC-32 of each record's data, which torch.load does not check (measured: a flipped
-bit loads silently). Ours carry a *seal* in the archive's comment, which every other reader skips: a JSON object with
-what the file is and the CRC-32 of all that is not data. That includes the table of the data's own CRCs, so the two
-together cover every byte, and nothing is summed twice.
+bit loads silently). Our files carry a *seal* in the archive's comment, which every other reader skips. It is a JSON
+object that describes the file and holds the CRC-32 of all bytes that are not data. Those include the table of the
+data's own CRCs, so the two together cover every byte, and no byte is summed twice.
 
     | header, data | header, data | ... | table of records | PK 5 6 ... length | {"perdure": 2, ..., "seal": CRC} |
-    |        the data's CRCs stand in the table          |   end of archive  |     the comment: the seal         |
+    |      the data's CRCs are in the table of records     |   end of archive  |     the comment: the seal         |
     |<----------------------------- body ---------------------------------->|
                  body_crc32 covers the body without the data, with the comment's length taken as 0;
                  the seal's own CRC covers the rest of its JSON
@@ -29,24 +29,28 @@ import torch
 
 from storage import inert
 
-END = b"PK\x05\x06"  # signature of a zip archive's last record: 22 bytes, the last two say how long the comment is
+END = b"PK\x05\x06"  # signature of a zip archive's last record: 22 bytes, the last two are the comment's length
 MARK = b'{"perdure": '
 CHUNK = 1 << 20
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that can't be read, trusted or written: one line that says which and why."""
+    """Raised for a checkpoint that can't be read, trusted or written: one line with the path and the reason."""
 
 
 # ---------------------------------------------------------------- writing
 
 
 def add_seal(writer: Any, about: Mapping[str, Any]) -> dict[str, int]:
-    """Append the seal to a torch file just written: its length where the archive's end says 0, then the text."""
+    """Append the seal to a torch file that was just written, and set the length of the archive's comment.
+
+    Args: writer: has `write`, and the open file as `file`. about: plain values for the seal.
+    Returns: what a commit record needs besides the size: the CRC-32 of the body.
+    """
     file = writer.file
     file.flush()
     body = file.tell()
-    assert os.pread(file.fileno(), 4, body - 22) == END, "torch.save wrote no plain zip archive"
+    assert os.pread(file.fileno(), 4, body - 22) == END, "torch.save wrote something else than a plain zip archive"
     crc = _Archive(file.fileno(), body).crc32()
     comment = with_checksum({"perdure": 2, **about, "body": body, "body_crc32": crc})
     file.seek(body - 2)
@@ -56,10 +60,10 @@ def add_seal(writer: Any, about: Mapping[str, Any]) -> dict[str, int]:
 
 
 class _Archive:
-    """A torch file as a zip archive without a comment: its records, and everything else.
+    """Read a torch file as a zip archive of uncompressed records.
 
     Args: descriptor: an open file. body: its size in bytes up to the comment.
-    Raises: ValueError, zipfile.BadZipFile: it is not what torch writes.
+    Raises: ValueError, zipfile.BadZipFile where it is not what torch writes.
     """
 
     def __init__(self, descriptor: int, body: int):
@@ -73,22 +77,22 @@ class _Archive:
             name, extra = struct.unpack("<HH", header[26:30])
             start = record.header_offset + 30 + name + extra
             if record.header_offset < end or record.compress_type or record.file_size != record.compress_size or \
-                    record.external_attr & 16:  # a folder: torch then reads nothing and gives what was in memory
+                    record.external_attr & 16:  # for a folder torch reads no bytes and returns uninitialized memory
                 raise ValueError("its records overlap, are compressed or folders")
             end = start + record.file_size
             self.data.append((start, end, record.CRC))
         if end > body - 22:
-            raise ValueError("its records lead beyond its end")
+            raise ValueError("its records extend beyond its end")
 
     def crc32(self) -> int:
-        """Of every byte that is no record's data, the comment's length taken as 0."""
+        """Return the CRC-32 of every byte that is not a record's data, with the comment's length taken as 0."""
         crc, at = 0, 0
         for start, end, _ in self.data:
             crc, at = zlib.crc32(os.pread(self.descriptor, start - at, at), crc), end
         return zlib.crc32(os.pread(self.descriptor, self.body - 2 - at, at) + b"\0\0", crc)
 
-    def broken(self) -> int | None:
-        """The first record whose data is not what it was, counted from 0."""
+    def find_broken_record(self) -> int | None:
+        """Return the number of the first record whose data do not match its CRC, counted from 0."""
         buffer = memoryview(bytearray(CHUNK))
         for i, (start, end, expected) in enumerate(self.data):
             crc = 0
@@ -100,13 +104,13 @@ class _Archive:
 
 
 def with_checksum(facts: Mapping[str, Any], indent: int | None = None) -> bytes:
-    """Facts as JSON with a checksum of their own, so that a flipped bit in them is noticed as well."""
+    """Return facts as JSON with a checksum of their own, so that a flipped bit in them is noticed as well."""
     seal = zlib.crc32(json.dumps(facts, sort_keys=True).encode())
     return json.dumps({**facts, "seal": seal}, indent=indent).encode()
 
 
 def verified(text: bytes) -> dict[str, Any]:
-    """The facts of `with_checksum`. Raises ValueError when they are not what was written."""
+    """Return the facts that `with_checksum` wrote. Raises ValueError when a byte differs."""
     facts = json.loads(text)
     sealed = isinstance(facts, dict) and facts.pop("seal", None) is not None
     if sealed and text in (with_checksum(facts), with_checksum(facts, indent=1)):  # to the byte: 1e-5 equals 1E-5
@@ -117,43 +121,43 @@ def verified(text: bytes) -> dict[str, Any]:
 # ---------------------------------------------------------------- reading
 
 
-def tail_of(path: Path) -> bytes:
-    """Where a file's seal is, if it has one."""
+def read_tail(path: Path) -> bytes:
+    """Read the end of a file, which holds the seal if it has one."""
     with open(path, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 22 - 0xFFFF))
         return file.read()
 
 
 def read_seal(path: Path) -> dict[str, Any] | None:
-    """What a torch file of ours says it is, or None for a file that others wrote. Raises CheckpointError if damaged.
+    """Read the seal of a torch file; None for a file of another program. Raises CheckpointError if it is damaged.
 
-    Only the file's end is read: whether the rest is what was sealed, `find_fault` says.
+    Only the end of the file is read; `find_fault` verifies the rest.
     """
     with open(path, "rb") as file:
         head = file.read(4)
         size = file.seek(0, os.SEEK_END)
-    tail = tail_of(path)
+    tail = read_tail(path)
     end = tail.rfind(END)
     comment = tail[end + 22 :] if end >= 0 else b""
     if MARK not in tail:
         if end >= 0 and tail[end + 20 :] == b"\0\0" or end < 0 and head[:1] not in (b"P", b"\0", b""):
-            return None  # a whole archive without a comment, or no archive at all: torch's old format
+            return None  # a complete archive without a comment, or torch's old format
         if not comment:
             raise CheckpointError(f"{path}: {'damaged (its end is missing)' if head else 'is empty'}")
     try:
         facts = verified(comment)
         if struct.unpack("<H", tail[end + 20 : end + 22])[0] != len(comment) or facts["body"] != size - len(comment):
-            raise ValueError("its size is another")
+            raise ValueError("its size differs")
     except (ValueError, KeyError, TypeError, struct.error) as error:
         raise CheckpointError(f"{path}: damaged (its seal: {error})") from None
     return facts
 
 
 def find_fault(path: Path, facts: Mapping[str, int] | None = None) -> str | None:
-    """What is wrong with a torch file, or None.
+    """Return what is wrong with a torch file, or None.
 
-    Args: facts: size and CRC-32 that a commit record gives; None: the file's own seal counts, and for a file of
-    others the CRCs of the zip archive.
+    Args: facts: size and CRC-32 from a commit record; None: verify against the file's own seal, or, in a file of
+        another program, against the CRCs of the zip archive.
     """
     if not path.is_file():
         return "is missing"
@@ -161,7 +165,7 @@ def find_fault(path: Path, facts: Mapping[str, int] | None = None) -> str | None
     if size == 0:
         return "is empty"
     try:
-        if not facts and (kind := what_else(path)):
+        if not facts and (kind := find_other_format(path)):
             return kind
         if facts:
             if size != facts["size"]:
@@ -174,12 +178,12 @@ def find_fault(path: Path, facts: Mapping[str, int] | None = None) -> str | None
         if seal:
             with open(path, "rb") as file:
                 archive = _Archive(file.fileno(), seal["body"])
-                if archive.crc32() != seal["body_crc32"] or archive.broken() is not None:
+                if archive.crc32() != seal["body_crc32"] or archive.find_broken_record() is not None:
                     return "damaged (checksum differs)"
         elif zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
                 broken = archive.testzip()  # looks at names and flags, too
-                if broken or _Archive(file.fileno(), size - len(archive.comment)).broken() is not None:
+                if broken or _Archive(file.fileno(), size - len(archive.comment)).find_broken_record() is not None:
                     return f"damaged (record {broken})"
         else:
             read_torch(path)
@@ -192,20 +196,20 @@ def find_fault(path: Path, facts: Mapping[str, int] | None = None) -> str | None
 
 
 def has_checksums(path: Path) -> bool:
-    """Whether damage in a torch file can be noticed: files in torch's old layout have no checksum of any kind."""
+    """Return whether damage in a torch file can be noticed: torch's old format has no checksum of any kind."""
     return zipfile.is_zipfile(path)
 
 
-def what_else(path: Path) -> str | None:
-    """What a file is that is called like a torch file and is none, with a way out; None: it may be one."""
+def find_other_format(path: Path) -> str | None:
+    """Return which other format a file has, and how to get a torch file from it; None if it may be a torch file."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(512)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return "is a web page, not a checkpoint: its download asked for something; fetch it again"
+        return "is a web page, not a checkpoint: the download needs a login or a confirmation; download it again"
     if text.startswith(b"version https://git-lfs"):
-        return "is a pointer of Git LFS, not the file itself: run git lfs pull where it came from"
+        return "is a pointer of Git LFS, not the file itself: run git lfs pull in its repository"
     if size > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= size - 8:
         return ("is a safetensors file: convert it with python -c \"import torch, safetensors.torch as s; "
                 f"torch.save(s.load_file('{path.name}'), '{path.stem}_weights.pth')\"")
@@ -227,9 +231,9 @@ def _crc32(path: Path) -> int:
 
 
 def load_file(path: Path | str) -> Any:
-    """Verify a torch file, then read it to the CPU: code in it is never run.
+    """Verify a torch file, then read it to the CPU; code in it is never run.
 
-    Raises: CheckpointError in one line: missing, empty, truncated, damaged, not a torch file, or refused.
+    Raises: CheckpointError, one line, when it is missing, empty, damaged, not a torch file, or holds code.
     """
     path = Path(path)
     if path.is_dir():
@@ -243,22 +247,22 @@ def load_file(path: Path | str) -> Any:
 
 
 def read_torch(path: Path) -> Any:
-    """Read a torch file that was found good: tensors and plain values. Raises CheckpointError in one line.
+    """Read the tensors and plain values of a torch file that was verified. Raises CheckpointError, one line.
 
-    In a file of others that holds more, the rest is stood in for (see storage/inert.py) and nothing of it is run.
+    Other objects in a file of another program become placeholders (see storage/inert.py).
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         blamed = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class|operand)[: ]+(?:GLOBAL )?(\S+)", str(error))
-        what = f"it asks for {blamed.group(1) or blamed.group(2)}" if blamed else "it is no plain torch file"
+        what = f"it asks for {blamed.group(1) or blamed.group(2)}" if blamed else "it is not a plain torch file"
         if read_seal(path) is None:
             try:
                 return inert.read(path)
             except ValueError as reason:
                 what = _first_line(reason)
         raise CheckpointError(f"{path}: refused: {what}; only tensors and plain values are read") from None
-    except Exception as error:  # torch's reader fails in many ways on bytes that nobody wrote on purpose
+    except Exception as error:  # torch's reader fails in many ways on arbitrary bytes
         raise CheckpointError(f"{path}: can't be read as a torch file: {_first_line(error)}") from None
 
 

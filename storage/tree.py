@@ -1,4 +1,4 @@
-"""Nested states, dicts and lists of tensors and plain values: copy, measure, flatten, compare."""
+"""Copy, measure, flatten and compare nested states: dicts and lists of tensors and plain values."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 
 class Snapshot:
-    """A copy of a nested state in host memory; the buffers are made once and used again."""
+    """Copies a nested state to host memory, into buffers that are allocated once."""
 
     def __init__(self):
-        self.buffers: dict[tuple, torch.Tensor] = {}  # by the path of keys that leads to the tensor
+        self.buffers: dict[tuple, torch.Tensor] = {}  # by the path of keys to the tensor
 
     def take(self, tree: Any) -> Any:
-        """The copy; the one taken before is overwritten."""
+        """Return the copy; it overwrites the previous one."""
         copied = self._copy(tree, ())
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
@@ -37,7 +37,7 @@ class Snapshot:
 
 
 def to_cpu(tree: Any) -> Any:
-    """A nested state with every tensor on the CPU; containers are new, CPU tensors are the same."""
+    """Return a nested state with every tensor on the CPU; containers are new, CPU tensors are not copied."""
     if isinstance(tree, torch.Tensor):
         return tree.detach().cpu()
     if isinstance(tree, Mapping):
@@ -46,7 +46,7 @@ def to_cpu(tree: Any) -> Any:
 
 
 def num_bytes(tree: Any) -> int:
-    """How large a nested state becomes on the disk, a little too much rather than too little."""
+    """Return the bytes that a nested state takes on the disk, rounded up."""
     if isinstance(tree, torch.Tensor):
         return tree.numel() * tree.element_size() + 512
     if isinstance(tree, Mapping):
@@ -55,7 +55,7 @@ def num_bytes(tree: Any) -> int:
 
 
 def differ(a: torch.Tensor, b: torch.Tensor) -> str | None:
-    """How two tensors differ, or None."""
+    """Return how two tensors differ, or None."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return f"{tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype}"
     if torch.equal(a, b):
@@ -69,11 +69,12 @@ def differ(a: torch.Tensor, b: torch.Tensor) -> str | None:
 
 
 def same(a: Any, b: Any) -> bool:
+    """Return whether two plain values are equal; NaN equals NaN."""
     return a == b or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b))
 
 
 def flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of a nested state with the path that leads to it."""
+    """Yield the path and value of every leaf of a nested state."""
     if isinstance(tree, Mapping):
         tree = tree.items()
     elif isinstance(tree, (list, tuple)):
@@ -90,7 +91,7 @@ def is_tensor(value: Any) -> bool:
 
 
 def plain(tree: Any) -> Any:
-    """Options as plain dicts and lists, for files."""
+    """Return options as plain dicts and lists, for files."""
     if isinstance(tree, Mapping):
         return {key: plain(value) for key, value in tree.items()}
     return [plain(value) for value in tree] if isinstance(tree, (list, tuple)) else tree

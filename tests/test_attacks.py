@@ -198,7 +198,7 @@ def test_power_loss_after_any_file_operation_leaves_a_complete_set(tmp_path, mon
 @pytest.mark.parametrize("call", ["fsync", "replace", "link", "write"])
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EACCES])
 def test_an_error_at_any_operation_is_said_and_harms_nothing(tmp_path, monkeypatch, layout, call, number):
-    saver, real = Saver(tmp_path, layout), files._Refusable.write if call == "write" else getattr(os, call)
+    saver, real = Saver(tmp_path, layout), files._Writer.write if call == "write" else getattr(os, call)
     saver.save(1, parts(1), best=1)
     saver.poll()
     for failing in range(0, 1000, 13 if call == "write" else 1):
@@ -212,7 +212,7 @@ def test_an_error_at_any_operation_is_said_and_harms_nothing(tmp_path, monkeypat
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         saver.pending = None
         with monkeypatch.context() as patch:
-            patch.setattr(files._Refusable, "write", refuse) if call == "write" else patch.setattr(os, call, refuse)
+            patch.setattr(files._Writer, "write", refuse) if call == "write" else patch.setattr(os, call, refuse)
             try:
                 saver.save(2, parts(2), best=2)
                 refused = False
@@ -499,7 +499,7 @@ def test_damage_in_the_directory_of_anothers_archive_is_one_line(tmp_path, kind)
         said = []
         try:
             found = find_newest(tmp_path, said.append)
-            assert found is None and (said or checkpoint.has_traces(tmp_path)) or \
+            assert found is None and (said or checkpoint.has_checkpoints(tmp_path)) or \
                 torch.equal(found.load()["G"]["w"], torch.full((64,), 2.0))
             locate(tmp_path / "last.ckpt").load()
         except CheckpointError as error:
@@ -525,5 +525,5 @@ def test_what_only_is_called_a_checkpoint_is_called_by_its_name(tmp_path, kind):
     (tmp_path / "run").mkdir()
     os.replace(tmp_path / "model.ckpt", tmp_path / "run/model.ckpt")
     said = []
-    assert find_newest(tmp_path / "run", said.append) is None and checkpoint.has_traces(tmp_path / "run")
+    assert find_newest(tmp_path / "run", said.append) is None and checkpoint.has_checkpoints(tmp_path / "run")
     assert any(sealed.re.search(words, line) for line in said)

@@ -222,11 +222,11 @@ def test_putting_away_moves_whole_sets(tmp_path):
     models.mkdir()
     for n in (1, 2, 3):
         commit(models, n, parts(n))
-    first = checkpoint.put_away(models, after=1)
+    first = checkpoint.archive(models, after=1)
     assert [s.iteration for s in find_sets(first)] == [2, 3] and [s.iteration for s in find_sets(models)] == [1]
     assert all(s.fault() is None for s in find_sets(first))
-    second = checkpoint.put_away(models)
-    assert second != first and not list(models.iterdir()) and checkpoint.put_away(models) is None
+    second = checkpoint.archive(models)
+    assert second != first and not list(models.iterdir()) and checkpoint.archive(models) is None
 
 
 def test_every_generator_is_restored_from_plain_types(tmp_path):
@@ -247,13 +247,13 @@ def test_every_generator_is_restored_from_plain_types(tmp_path):
 def test_weights_are_found_below_the_usual_keys_without_prefixes(tmp_path, wrap):
     weights = {"module._orig_mod.a.module.w": torch.ones(2), "_orig_mod.module.b": torch.zeros(1)}
     payload = {wrap: weights, "epoch": 3} if wrap else weights
-    assert list(checkpoint.weights_in(payload, "x")) == ["a.module.w", "b"]
+    assert list(checkpoint.extract_weights(payload, "x")) == ["a.module.w", "b"]
 
 
 def test_what_is_no_network_is_refused_by_name():
     for payload, words in ((parts()["optimizerG"], "optimizer"), ([1], "holds a list"), ({"a": 1}, "no weights")):
         with pytest.raises(CheckpointError, match=words):
-            checkpoint.weights_in(payload, "x.pth")
+            checkpoint.extract_weights(payload, "x.pth")
 
 
 # ---------------------------------------------------------------- what lies there besides
@@ -278,7 +278,7 @@ def test_a_lost_record_is_rebuilt_from_the_seals_of_whole_members(tmp_path, monk
     (models / "7.json").unlink()
     found = find_newest(models)
     assert found.iteration == 7 and torch.equal(found.load()["G"]["w"], torch.full((64,), 7.0))
-    assert checkpoint.clean(models) == ["7.json was missing; written anew from the seals of its files, which are whole"]
+    assert checkpoint.clean(models) == ["7.json was missing; rebuilt from the seals of its files, which are intact"]
     again = json.loads((models / "7.json").read_text())
     record["files"]["7_state.pth"].pop("before", None)
     assert again["files"] == record["files"] and find_newest(models).fault() is None
@@ -309,11 +309,11 @@ def test_members_that_make_no_set_are_said_and_put_aside_not_deleted(tmp_path, d
             os.replace(tmp_path / "kept", models / "20_G.pth")
     before, said = files_in(models), []
     found = find_newest(models, said.append)
-    assert len(said) == 1 and names[0].partition("_")[0] in said[0] and checkpoint.has_traces(models)
+    assert len(said) == 1 and names[0].partition("_")[0] in said[0] and checkpoint.has_checkpoints(models)
     assert (found is not None) == (damage == "copied from another iteration")
     (line,) = checkpoint.clean(models)
     archive = checkpoint.Path(line.rpartition(": ")[2])
-    assert "put aside what belongs to no checkpoint" in line and set(names) <= set(os.listdir(archive))
+    assert "archived files that belong to no checkpoint" in line and set(names) <= set(os.listdir(archive))
     assert files_in(models) | files_in(archive) == before
 
 
@@ -362,9 +362,9 @@ def test_files_of_others_beside_the_checkpoints_are_not_touched(tmp_path):
     checkpoint.clean(models)
     checkpoint.prune(models, 1)
     commit(models, 4, parts(4))
-    archives = [checkpoint.put_away(models, after=3), checkpoint.put_away(models)]
+    archives = [checkpoint.archive(models, after=3), checkpoint.archive(models)]
     assert all(archives) and files_in(models) == others
-    assert not checkpoint.has_traces(models)  # a new run may start among them
+    assert not checkpoint.has_checkpoints(models)  # a new run may start among them
 
 
 @pytest.mark.parametrize("left", ["only E", "only an optimizer", "a folder as record", "state without the rest"])
@@ -379,7 +379,7 @@ def test_a_folder_with_traces_and_nothing_usable_is_never_taken_for_empty(tmp_pa
         (tmp_path / ("300_G.pth" if left == "a folder as record" else "300_optimizerG.pth")).unlink()
         (tmp_path / "300.json").mkdir()
     said = []
-    assert find_newest(tmp_path, said.append) is None and "300" in said[0] and checkpoint.has_traces(tmp_path)
+    assert find_newest(tmp_path, said.append) is None and "300" in said[0] and checkpoint.has_checkpoints(tmp_path)
     with pytest.raises(CheckpointError, match="no usable checkpoint in this folder .*300"):
         locate(tmp_path)
 

@@ -376,7 +376,7 @@ def test_a_disk_without_fsync_is_accepted_and_said_once(tmp_path, monkeypatch, c
     monkeypatch.setattr(files, "notices", [])
     if number in (errno.EINVAL, errno.ENOTSUP) or kind == "folders" and number in (errno.EBADF, errno.EACCES):
         assert run("-opt", path) == 0
-        assert capsys.readouterr().out.count(f"this disk can't be told to write {kind} down at once") == 1
+        assert capsys.readouterr().out.count(f"this file system can't force {kind} to the disk") == 1
         assert final(tmp_path / "run")["state"]["iteration"] == 9
     else:
         with pytest.raises(CheckpointError, match=f"models: a checkpoint can't be written here: {os.strerror(number)}; "

@@ -410,4 +410,4 @@ def test_an_unreadable_frame_ends_the_run_with_its_name_and_keeps_what_was_learn
                     "--batch_size", "1", "--set", "train.total_iter=50", timeout=60)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "00000003.png" in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    assert checkpoint.has_traces(tmp_path / "frames/models") == ("iter " in done.stdout)
+    assert checkpoint.has_checkpoints(tmp_path / "frames/models") == ("iter " in done.stdout)
