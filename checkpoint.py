@@ -4,7 +4,8 @@ A *set* holds everything of one iteration, by label: networks "G", "E", "D", opt
 the rest of what the next step depends on. It lies on the disk in one of two layouts:
 
 - split, as KAIR's scripts expect it: `{iter}_G.pth`, `{iter}_optimizerG.pth`, ..., `{iter}_state.pth`, and, renamed
-  into place last, the commit record `{iter}.json` with the size and checksum of each. The set exists once its record does.
+  into place last, the commit record `{iter}.json` with the size and checksum of each. The set exists once its record
+  does.
 - bundle: one file with everything, under names from the options; its record is the file's own seal.
 
 Folders that KAIR wrote (no record) and single files of other programs are read too, see storage/foreign.py.
