@@ -1,11 +1,11 @@
-"""The door: arguments -> options -> train(). Nothing imports it.
+"""Command-line entry point: arguments -> options -> train() or another command.
 
-    python main.py -opt options/train_vrt.json            trains; the same command again goes on where it stopped
-    python main.py -opt FILE --resume PATH                goes on from the checkpoint you name
+    python main.py -opt options/train_vrt.json            train; the same command again resumes
+    python main.py -opt FILE --resume PATH                resume from the checkpoint that you name
     python main.py --resume PATH                          the same with the options in the checkpoint
-    python main.py -opt FILE --set train.total_iter=1000  any option from the command line
-    python main.py -opt FILE --dry-run                    tries everything once, trains nothing
-    torchrun --nproc_per_node=2 main.py -opt FILE         several processes; scripts/train.slurm: several nodes
+    python main.py -opt FILE --set train.total_iter=1000  set any option from the command line
+    python main.py -opt FILE --dry-run                    try everything once without training
+    torchrun --nproc_per_node=2 main.py -opt FILE         train on several processes; scripts/train.slurm: several nodes
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import os
 import shlex
 import sys
 import traceback
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from runtime import signals
 
 if __name__ == "__main__":
-    signals.begin_program()  # what is imported below takes seconds
+    signals.begin_program()  # the imports below take seconds
 
 import checkpoint
 import options
@@ -34,6 +35,7 @@ from data import DATASETS
 from log.terminal import status
 from models import MODELS, NETWORKS
 from runtime import distributed
+from runtime.hooks import Hooks
 from train import NonFiniteLoss, train
 
 
@@ -43,42 +45,43 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser_for(flags: dict[str, str], **settings) -> argparse.ArgumentParser:
-    """The command line: what every run has, and the flags of an option file's `cli` table."""
+    """Build the parser: the flags of every run, and those of an option file's `cli` table."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, **settings)
     parser.add_argument("-opt", "--opt", metavar="FILE", help="option file, e.g. options/train_vrt.json")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", metavar="PATH",
-                       help="go on from this checkpoint: a member of a set, its record (500.json) or a folder")
-    start.add_argument("--init-from", "--init_from", metavar="FILE", help="begin with these weights, by name and shape")
-    parser.add_argument("--fresh", action="store_true", help="put away the run's checkpoints and begin anew")
+                       help="resume from this checkpoint: a member of a set, its record (500.json) or a folder")
+    start.add_argument("--init-from", "--init_from", metavar="FILE",
+                       help="start with these weights, matched by name and shape")
+    parser.add_argument("--fresh", action="store_true", help="archive the run's checkpoints and start over")
     stages = parser.add_mutually_exclusive_group()
-    stages.add_argument("--stage", metavar="NAME", help="train only this one of the file's stages")
+    stages.add_argument("--stage", metavar="NAME", help="train only this stage of the file")
     stages.add_argument("--run-all-stages", "--run_all_stages", action="store_true",
-                        help="train all of them, each from the best of the one before; without either: the same")
+                        help="train all stages, each from the best weights of the previous one (the default)")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--dry-run", action="store_true",
-                         help="train nothing: try data, steps, a validation and a save once, and print a table")
-    instead.add_argument("--test", action="store_true", help="train nothing: test on the options' test sets, or with")
-    parser.add_argument("--input", metavar="PATH", help="... on files of your own, e.g. a folder of frames")
-    parser.add_argument("--output", metavar="FOLDER", help="... into this folder; a half-done one is gone on with")
-    parser.add_argument("--truth", metavar="PATH", help="... and this is what they should be, for metrics")
+                         help="try data, steps, a validation and a save once without training, and print a table")
+    instead.add_argument("--test", action="store_true", help="test without training: on the test sets, or with --input")
+    parser.add_argument("--input", metavar="PATH", help="with --test: test on these files, e.g. a folder of frames")
+    parser.add_argument("--output", metavar="FOLDER", help="with --test: write results here; partial output is resumed")
+    parser.add_argument("--truth", metavar="PATH", help="with --test: the ground truth of the inputs, for metrics")
     instead.add_argument("--prove-resume", type=int, nargs="?", const=6, metavar="N",
-                         help="only run N steps straight and N steps with a kill, and say whether they end equal")
-    parser.add_argument("--quiet", action="store_true", help="print only warnings, errors and how it ended")
-    parser.add_argument("--tensorboard", action="store_true", help="record also for TensorBoard, in log/tensorboard")
+                         help="compare N steps with N steps that are killed halfway and resumed; default 6")
+    parser.add_argument("--quiet", action="store_true", help="print only warnings, errors and the last line")
+    parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard records, in log/tensorboard")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set any option")
-    for name in ("--dist", "--launcher", "--local-rank", "--local_rank"):  # KAIR's: torchrun says it all
+    for name in ("--dist", "--launcher", "--local-rank", "--local_rank"):  # KAIR's: torchrun replaces them
         parser.add_argument(name, nargs="?", const=True, help=argparse.SUPPRESS)
     for flag, keys in flags.items():
         names = dict.fromkeys([f"--{flag}", f"--{flag.replace('_', '-')}"])
-        said = f"sets {', '.join(options.as_list(keys))}"
-        parser.add_argument(*names, dest=f"flag_{flag}", metavar="VALUE", help=said)
+        text = f"set {', '.join(options.as_list(keys))}"
+        parser.add_argument(*names, dest=f"flag_{flag}", metavar="VALUE", help=text)
     return parser
 
 
 def overrides_in(args: argparse.Namespace, flags: dict[str, str]) -> list[tuple[str, object, str]]:
-    """What the command line sets, as (key path, value, where it was said)."""
+    """Collect the options that the command line sets, as (key path, value, flag)."""
     found = [(key, options.as_value(text), f"--{flag}") for flag, keys in flags.items()
              if (text := getattr(args, f"flag_{flag}")) is not None for key in options.as_list(keys)]
     found += [(f"log.{key}", True, f"--{key}") for key in ("quiet", "tensorboard") if getattr(args, key)]
@@ -91,9 +94,9 @@ def overrides_in(args: argparse.Namespace, flags: dict[str, str]) -> list[tuple[
 
 
 def resume_command(argv: list[str], saved: bool) -> str:
-    """The command that goes on with this run: the same one without what chooses another start.
+    """Return the command that resumes this run: the same one without the flags that choose another start.
 
-    Args: saved: the options came from the checkpoint that was named; then its folder goes on being named.
+    Args: saved: the options came from the checkpoint that was named, so its folder stays named.
     """
     kept, skip = [], False
     for word, after in zip(argv, [*argv[1:], ""]):
@@ -111,11 +114,14 @@ def resume_command(argv: list[str], saved: bool) -> str:
 
 
 def saved_options(path: str) -> dict:
-    """The options in a checkpoint, of a run that may have been moved with its folder. Raises OptionError, one line."""
+    """Load the options stored in a checkpoint. The run's folder may have been moved.
+
+    Raises: OptionError if the file stores no options of this program.
+    """
     found = checkpoint.locate(path)
     config = found.load().get("state", {}).get("config") or {}
     if not options.is_ours(config):
-        raise options.OptionError(f"{path}: holds no options of ours; give an option file with -opt")
+        raise options.OptionError(f"{path}: stores no options of this program; give an option file with -opt")
     folder = found.folder.resolve()
     if folder != Path(options.models_folder(config)).resolve():
         tail = Path(config["task"], "models").parts
@@ -129,7 +135,11 @@ def saved_options(path: str) -> dict:
     return config
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], hooks: Sequence[Hooks] = ()) -> int:
+    """Run the command that the arguments name. Returns the exit code.
+
+    Raises: OptionError, CheckpointError, NonFiniteLoss: one line for the user.
+    """
     first, _ = parser_for(options.FLAGS, add_help=False).parse_known_args(argv)
     flags, tree = dict(options.FLAGS), None
     first.opt = first.opt or options.file_for(argv, str(Path(__file__).parent / "options"))
@@ -156,7 +166,8 @@ def main(argv: list[str]) -> int:
             raise options.OptionError("--prove-resume needs an option file: -opt FILE")
         return prove(source, overrides, args.prove_resume, args.stage or next(iter(stages), None))
     command = resume_command(argv, saved=bool(tree))
-    launch = dry_run.dry_run if args.dry_run else partial(train, check=dry_run.look)
+    launch = partial(dry_run.dry_run, hooks=hooks) if args.dry_run else \
+        partial(train, hooks=[dry_run.FirstLook(), *hooks])
     if not args.test:
         if args.input or args.output or args.truth:
             raise options.OptionError("--input, --output and --truth go with --test")
@@ -173,13 +184,13 @@ def main(argv: list[str]) -> int:
     return launch(opt, notices, resume=args.resume, init_from=args.init_from, fresh=args.fresh, command=command)
 
 
-def program(argv: list[str]) -> None:
-    """`main` as a process of its own, or one of several: a failure of any ends all, and is told once."""
+def program(argv: list[str], hooks: Sequence[Hooks] = ()) -> None:
+    """Run `main` as this process and exit. A failure of any rank ends all, and its cause is printed once."""
     signals.begin_program()
     try:
         distributed.start()
         with signals.program(end_others):
-            code = main(argv)
+            code = main(argv, hooks)
         distributed.finish()
     except (options.OptionError, CheckpointError, NonFiniteLoss) as error:
         code = 1 if isinstance(error, NonFiniteLoss) else 2
@@ -191,16 +202,16 @@ def program(argv: list[str]) -> None:
         if distributed.fail(f"{type(error).__name__}: {error}"):
             traceback.print_exc()
         else:
-            code = distributed.code_of_failure()  # another one ended first; that its connection broke is no news
+            code = distributed.code_of_failure()  # another rank failed first and printed the cause
     if code > 128 and distributed.launched():
-        code = 0  # torchrun starts again what fails, and a stop that was asked for is no failure
+        code = 0  # torchrun restarts a failed process, and a requested stop is not a failure
     if code > 128:
         signals.die_by(code - 128)
     distributed.exit_process(code)
 
 
 def end_others(number: int) -> tuple[bool, int | None]:
-    """End all processes for a signal before the first step: see `signals.program`."""
+    """End all ranks for a signal before the first step: see `signals.program`."""
     code = 0 if distributed.launched() else 128 + number
     return distributed.fail(f"stopped by signal {number}", code, record=False), None if code else 0
 

@@ -1,4 +1,4 @@
-"""The one loop: set the learning rate, feed, optimize, log, validate, save, stop if asked."""
+"""The training loop: learning rate, data, step, log, checkpoint, validation, stop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 import checkpoint
 import options
-from checkpoint import CheckpointError, CheckpointSet
+from checkpoint import CheckpointError
 from data import DATASETS
 from data.loader import endless, told
 from data.sampler import names_digest
@@ -30,6 +30,7 @@ from runtime.determinism import fastest_kernels, prepare_machine
 from runtime.evaluate import Progress, describe_losses, validate
 from runtime.finite import FiniteCheck, NonFiniteLoss
 from runtime.history import History
+from runtime.hooks import HookList, Hooks
 from runtime.resume import find_source, open_folder, restore
 from runtime.saves import Saves
 from runtime.signals import StopRequest
@@ -38,12 +39,12 @@ from storage.tree import plain
 
 
 class Silence:
-    """Stands for a `RunLog` in all processes but the one that writes."""
+    """Replaces `RunLog` on all ranks but 0: drops every line."""
 
     live = False
 
     def pictures(self, path: Path, pictures: Sequence[torch.Tensor], *_: Any) -> None:
-        """Each process writes those of its own clips; the main one warns when the disk takes none."""
+        """Write the pictures of this rank's clips. Rank 0 warns if they cannot be written."""
         with tolerated(path, lambda text: None):
             save_pictures(path, pictures)
 
@@ -55,7 +56,10 @@ class Silence:
 
 
 def build_model(opt: options.Section) -> ModelBase:
-    """Build the model that the options name. Raises OptionError, also where memory does not suffice for it."""
+    """Build the model that the options name.
+
+    Raises: OptionError for invalid options, or when there is not enough memory.
+    """
     try:
         return options.resolve(MODELS, opt["model"], "model")(opt)
     except ValueError as error:
@@ -63,14 +67,14 @@ def build_model(opt: options.Section) -> ModelBase:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
-        raise options.OptionError(f"{opt['opt_path']}: netG: no memory for a network so large") from None
+        raise options.OptionError(f"{opt['opt_path']}: netG: not enough memory for a network of this size") from None
 
 
 class Run:
-    """One launch of a run: its options, folder, model, data and log, and what it has done so far."""
+    """One launch of a run: its options, folder, model, data and log, and its position in the training."""
 
-    def __init__(self, opt: options.Section, log: RunLog):
-        self.opt, self.log = opt, log
+    def __init__(self, opt: options.Section, log: RunLog, hooks: Iterable[Hooks] = ()):
+        self.opt, self.log, self.hooks = opt, log, HookList(hooks)
         self.iteration = self.started_at = 0
         self.train_set = options.build(DATASETS, opt["datasets"]["train"], "dataset_type")
         self.names = names_digest(self.train_set)
@@ -86,25 +90,21 @@ class Run:
                                       f'smaller {keep["best_metric"]} is better: "max" or "min"')
         self.history = History(keep["best_metric"] or name, keep["best_mode"] or mode)
         self.saves = Saves(opt, self.models, self.model.device.type, log)
-        self.launch_file = self.folder / ".launch"  # which launch began here last
+        self.launch_file = self.folder / ".launch"  # identifies the last launch in this folder
         self.lock: FolderLock | None = None
-        self.resumed_from: str | None = None  # what elsewhere this run was resumed from, by --resume
-        self.remembered = False  # --resume names what this run was resumed from before: it goes on from its own
+        self.resumed_from: str | None = None  # the checkpoint of another run that --resume named
+        self.remembered = False  # --resume names the checkpoint that this run already continued: use its own newest
 
     def claim(self) -> None:
-        """Keep other processes out of the run's folder, once there is one."""
+        """Lock the run's folder if it exists."""
         if self.lock is None and os.path.isdir(self.folder) and distributed.is_main():
             self.lock = FolderLock(self.folder)
 
     def close(self) -> None:
-        """End what is under way; the folder is free again."""
+        """Wait for the save in progress and unlock the folder."""
         self.saves.saver.wait()
         if self.lock:
             self.lock.close()
-
-    def restore(self, source: CheckpointSet | None) -> None:
-        """Bring model, data order, history and generators to where the set was saved."""
-        restore(self, source)
 
     def environment(self) -> dict[str, Any]:
         return {**determinism.environment(), "device": self.model.device.type, "processes": distributed.world_size()}
@@ -113,7 +113,7 @@ class Run:
 
     @property
     def position(self) -> tuple[int, int]:
-        """`(epoch, offset)` in the data after the steps done so far."""
+        """Return `(epoch, offset)` in the data after the steps done so far."""
         return self.batches.after(self.iteration - self.started_at)
 
     @property
@@ -122,7 +122,7 @@ class Run:
         return epoch + (offset + self.batches.batch_size > self.batches.length)
 
     def state(self) -> dict[str, Any]:
-        """Everything but networks and optimizers that makes the next step. All processes ask together."""
+        """Collect everything besides networks and optimizers that the next step depends on. All ranks call it."""
         epoch, offset = self.position
         history = self.history
         validated = history.rows and history.rows[-1]["iteration"] == self.iteration
@@ -140,14 +140,15 @@ class Run:
                 **self.model.extra_state(self.iteration), **several}
 
     def save(self, reason: str = "regular", amend: bool = False) -> None:
-        """Commit a checkpoint of this iteration, then drop what it supersedes. All processes come together for it.
+        """Commit a checkpoint of this iteration and apply retention. All ranks call it.
 
-        Args: amend: the checkpoint is there already, and the metrics of its validation are to be in it, too.
-        Raises: NonFiniteLoss before anything is written that training could not continue from.
+        Args: amend: add the metrics of the validation to a checkpoint that is already committed.
+        Raises: NonFiniteLoss before writing a state that training cannot continue from.
         """
         saved = distributed.from_main(lambda: self.saves.at == self.iteration)
         if self.iteration == 0 or saved and not amend:
             return
+        self.hooks.before_save(self)
         self.saves.finish()
         self.losses.check()
         if fault := distributed.from_main(self.model.find_non_finite):
@@ -159,9 +160,9 @@ class Run:
                                                        "regular" if self.save_due() else reason))
 
     def save_surely(self, reason: str) -> None:
-        """Save before the process ends; a save that fails is tried again for some seconds, whatever the options say.
+        """Save before the process ends. A failed save is retried for five seconds, whatever `on_save_error` is.
 
-        Raises: CheckpointError when it fails to the end.
+        Raises: CheckpointError when every attempt failed.
         """
         for pause in (0, 1, 4):
             time.sleep(pause)
@@ -175,7 +176,7 @@ class Run:
                               "since the newest one")
 
     def record(self) -> None:
-        """A log line and a CSV row of this iteration."""
+        """Write a log line and a CSV row of this iteration."""
         losses, rate = distributed.mean_over_ranks(self.model.current_log()), self.model.current_learning_rate()
         epoch = self.position[0]
         self.log.row("train", {"iteration": self.iteration, "epoch": epoch, "lr": rate, **losses})
@@ -194,10 +195,11 @@ class Run:
 
     def validate(self, stop: StopRequest) -> None:
         """Validate this iteration, see `runtime.evaluate`."""
+        self.hooks.before_validation(self)
         validate(self, stop)
 
     def due(self, every: int, epochs: int | None) -> bool:
-        """Whether an interval, in iterations or else in epochs, ends with this iteration."""
+        """Return whether an interval, in iterations or in epochs, ends with this iteration."""
         if epochs:
             return self.batches.ends_epoch(self.iteration - self.started_at, epochs)
         return bool(every) and self.iteration % every == 0
@@ -212,11 +214,11 @@ class Run:
             self.due(train["checkpoint_test"], train["eval_interval"]) or self.iteration == train["total_iter"])
 
     def validation_missing(self) -> bool:
-        """Whether the validation of this iteration is due and not in the history: it was cut off, or never began."""
+        """Return whether the validation of this iteration is due and not in the history, as after an interruption."""
         return self.validation_due() and not self.history.has(self.iteration)
 
     def loop(self, stop: StopRequest) -> None:
-        """Steps until the run is finished or a signal asked to stop."""
+        """Train until the run is finished or a signal asks to stop."""
         self.shown = 0.0
         self.pace = Pace(self.iteration, self.opt["train"]["total_iter"])
         if self.validation_missing():
@@ -229,7 +231,10 @@ class Run:
             self.steps(samples, stop)
 
     def fetch(self, samples: Iterator[Mapping[str, Any]]) -> None:
-        """Hand the next batch to the model. Raises: OptionError, one line, whatever is wrong."""
+        """Feed the next batch to the model.
+
+        Raises: OptionError for any failure of the data.
+        """
         with told():
             self.model.feed_data(next(samples))
 
@@ -238,6 +243,7 @@ class Run:
         while self.iteration < total and stop.all_ready(lambda: self.fetch(samples)):
             self.iteration += 1
             model.update_learning_rate(self.iteration - 1)
+            self.hooks.before_step(self)
             with model.skipping():
                 model.optimize_parameters(self.iteration)
 
@@ -246,9 +252,10 @@ class Run:
                 if model.device.type == "cpu":
                     self.losses.check()
             elif model.skipped_in_a_row >= min(train["nan_limit"], total):
-                raise NonFiniteLoss(f"{model.skipped_in_a_row} steps in a row were left out until iteration "
+                raise NonFiniteLoss(f"{model.skipped_in_a_row} steps in a row were skipped until iteration "
                                     f"{self.iteration}, each for a loss or gradient that is not finite; the last "
                                     "checkpoint is intact; lower the learning rate, or raise train.nan_limit")
+            self.hooks.after_step(self)
             self.show_progress()
             self.saves.look()
             if self.due(train["checkpoint_print"], None):
@@ -256,24 +263,25 @@ class Run:
                 self.record()
             if self.save_due():
                 self.save()
-            if self.validation_due():  # after the save: whatever happens in it, the steps are safe
+            if self.validation_due():  # after the save, so that a failure in it costs no step
                 self.losses.check()
                 self.validate(stop)
                 self.report.write()
 
 
 def train(opt: options.Section, notices: list[str], *, resume: str | None = None, init_from: str | None = None,
-          fresh: bool = False, command: str = "", preface: Sequence[str] = (),
-          check: Callable[[Run], None] = lambda run: None) -> int:
-    """Train as the options say, from where the run stands. Returns the exit code.
+          fresh: bool = False, command: str = "", preface: Sequence[str] = (), hooks: Iterable[Hooks] = ()) -> int:
+    """Train, or resume the run of these options. Returns the exit code.
 
     Args:
         notices: lines for the user from reading the options.
-        resume: a checkpoint to go on from instead of the newest. init_from: what path.init_from was set to by hand:
-            only a new run, or one that began with it, may go on.
-        fresh: put away what the run has and begin anew. command: what resumes this run, to be printed.
-        preface: lines to be said first. check: called before anything is made; may raise.
-    Raises: OptionError, CheckpointError (a user's mistake or a bad file, one line), NonFiniteLoss.
+        resume: the checkpoint to resume from instead of the newest one.
+        init_from: path.init_from if the user set it for this launch: valid for a new run, or one started from it.
+        fresh: archive the run's checkpoints and start over.
+        command: the command that resumes this run, for printing.
+        preface: lines to print first.
+        hooks: called at fixed points of the run.
+    Raises: OptionError or CheckpointError for a user's mistake or an unusable file, NonFiniteLoss.
     """
     prepare_machine(opt)
     told = opt["log"]
@@ -281,21 +289,21 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
     with StopRequest(waits=False) as stop, contextlib.closing(log), contextlib.ExitStack() as stack:
         for text in (*preface, *(f"note     {notice}" for notice in notices)):
             log.line(text)
-        run = stack.enter_context(contextlib.closing(Run(opt, log)))
+        run = stack.enter_context(contextlib.closing(Run(opt, log, hooks)))
         run.claim()
         source = distributed.from_main(lambda: find_source(run, resume, init_from, fresh))
-        run.restore(source)
+        restore(run, source)
         if source and run.iteration >= opt["train"]["total_iter"] and (
                 not resume or run.remembered) and not (
                 source.committed and run.validation_missing()):
             log.line(f"finished at iteration {run.iteration} of {opt['train']['total_iter']}: nothing left to do; "
-                     "raise train.total_iter to go on")
+                     "raise train.total_iter to train longer")
             return 0
         if resume and run.iteration > opt["train"]["total_iter"]:
             raise options.OptionError(f"{resume}: is at iteration {run.iteration}, past train.total_iter "
                                       f"{opt['train']['total_iter']}; raise that")
-        check(run)
-        stop.waits = True  # until now there was nothing to lose
+        run.hooks.before_training(run)
+        stop.waits = True  # before this line there was nothing to save
         distributed.from_main(lambda: open_folder(run, source, fresh))
         run.report = stack.enter_context(RunReport(
             run.folder, run.models, log.line,
@@ -303,19 +311,14 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
             task=opt["task"], total=opt["train"]["total_iter"], command=command,
             metric=(run.history.metric, run.history.mode),
             origins=opt.origins)) if distributed.is_main() else Silence()
-        try:
+        with determinism.missing_kernels_named(run.model.device):
             run.loop(stop)
-        except RuntimeError as error:
-            if "does not have a deterministic implementation" not in str(error):
-                raise
-            raise options.OptionError(f"deterministic: {str(error).split()[0]} has no deterministic kernel on "
-                                      f"{run.model.device}; set deterministic to false, or use --device cpu") from None
         run.save_surely("interrupted")
         if stop.problem:
             kept = f"iteration {run.iteration} is saved" if run.iteration else "nothing was trained yet"
             raise options.OptionError(f"{stop.problem}; {kept}: mend this and run the same command")
         if stop.agreed and (run.iteration < opt["train"]["total_iter"] or run.validation_missing()):
-            log.line(f"stopped  by {stop.agreed.name} after iteration {run.iteration}; go on with: {command}")
+            log.line(f"stopped  by {stop.agreed.name} after iteration {run.iteration}; resume with: {command}")
             run.report.end("interrupted", f"by {stop.agreed.name}")
             return stop.exit_code
         log.line(f"finished {opt['train']['total_iter']} iterations in {run.folder}")
@@ -324,4 +327,4 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
 
 
 if __name__ == "__main__":
-    sys.exit("train.py is no program; run: python main.py -opt options/train_vrt.json")
+    sys.exit("train.py is not a program; run: python main.py -opt options/train_vrt.json")

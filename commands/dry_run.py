@@ -1,7 +1,7 @@
-"""Before the first hour is lost: what can be known to go wrong later is looked at now.
+"""Find problems before training: unreadable data, too little memory or disk, a validation that fails.
 
-`look` is what every start affords: samples of the data, room on the disk. Training after it is bit for bit the training
-without it. `dry_run` tries everything once, in a process that trains nothing: steps, a validation, a save and its load.
+`FirstLook` is part of every start: it reads samples and checks the disk, and does not change the training by a bit.
+`dry_run` tries everything once without training: steps, a validation, a save and loading it back.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -25,26 +25,34 @@ from data.loader import clips_of, endless
 from log.run_log import RunLog
 from log.terminal import duration
 from models import MODELS
-from runtime import determinism, distributed
-from runtime.determinism import fastest_kernels, prepare_machine
+from runtime import determinism
+from runtime.determinism import fastest_kernels, missing_kernels_named, prepare_machine
 from runtime.evaluate import describe_losses
-from runtime.resume import find_source
+from runtime.hooks import Hooks
+from runtime.resume import find_source, restore
 from runtime.signals import StopRequest
 from storage import tree
 from storage.files import format_bytes
 from storage.tree import differ, flat, is_tensor, same
 from train import Run
 
-LOOK = 0.5  # seconds that a start affords for samples of each data set; a slow first one may take longer
-TRY = 2.0, 10.0  # the same of a dry run, and for its steps
+LOOK = 0.5  # seconds for reading samples of each dataset at every start; one slow sample may take longer
+TRY = 2.0, 10.0  # seconds for reading samples and for steps in a dry run
 Finding = tuple[str, str]  # "ok", "warn" or "fail", and the text
 
 
 # ---------------------------------------------------------------- every start
 
 
+class FirstLook(Hooks):
+    """Takes the first look before training."""
+
+    def before_training(self, run: Run) -> None:
+        look(run)
+
+
 def look(run: Run) -> None:
-    """Read samples of every data set, weigh the checkpoints to come against the disk, and say so in a line.
+    """Read samples of every dataset, compare future checkpoints with the free disk space, and log one line.
 
     Raises: OptionError for data that can't be read.
     """
@@ -61,7 +69,7 @@ def look(run: Run) -> None:
 
 
 def read_training(run: Run, seconds: float, most: int = 32) -> str:
-    """Samples from all over the training set, as many as there is time for."""
+    """Read samples spread over the training set until the time is up. Returns a summary."""
     length, count, began = len(run.train_set), 0, time.monotonic()
     most = min(most, length)
     keys = [(run.batches.position[0], i * (length - 1) // max(1, most - 1)) for i in range(most)]
@@ -74,7 +82,7 @@ def read_training(run: Run, seconds: float, most: int = 32) -> str:
 
 
 def read_test(run: Run, name: str) -> str:
-    """The first sample of a test set."""
+    """Read the first sample of a test set. Returns a summary."""
     sample = next(clips_of(run.test_sets[name]), None)
     if sample is None:
         raise options.OptionError(f"{run.opt['opt_path']}: datasets.{name}: has no samples")
@@ -84,14 +92,14 @@ def read_test(run: Run, name: str) -> str:
 
 
 def estimate(run: Run) -> int:
-    """Bytes of a checkpoint. Moments that an optimizer has not yet are two for each parameter, as Adam's."""
+    """Estimate the size of a checkpoint in bytes. An optimizer without state is counted like Adam, with two moments."""
     moments = sum(2 * p.numel() * p.element_size() for optimizer in run.model.optimizers.values()
                   for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state)
     return moments + tree.num_bytes({**run.model.parts(), "state": run.state()})
 
 
 def weigh(run: Run, size: int) -> Finding:
-    """The checkpoints that the run will come to keep, `size` bytes each, against the room on its disk."""
+    """Compare the checkpoints that retention will keep, `size` bytes each, with the free disk space."""
     saves, keep = times_due(run, "save"), run.opt["checkpoint"]
     saves = checkpoint.num_retained(run.saves.layout, keep["keep_last_n"], saves)
     place = nearest(run.models)
@@ -104,20 +112,20 @@ def weigh(run: Run, size: int) -> Finding:
 
 
 def times_due(run: Run, what: str) -> int:
-    """How often there will be a "save" or "test" from here to the end of the run."""
+    """Count the "save" or "test" events from here to the end of the run."""
     train, left = run.opt["train"], run.opt["train"]["total_iter"] - run.iteration
     epochs = train["save_interval" if what == "save" else "eval_interval"]
     every = epochs * run.batches.batches_per_epoch if epochs else train[f"checkpoint_{what}"]
-    return (left - 1) // every + 1 if every and left > 0 else min(left, 1)  # the last iteration is always one
+    return (left - 1) // every + 1 if every and left > 0 else min(left, 1)  # the last iteration always has one
 
 
 def nearest(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists. Raises: CheckpointError."""
+    """Return the path or its nearest existing parent folder. Raises CheckpointError if a file is in the way."""
     for folder in (path.absolute(), *path.absolute().parents):
         if folder.is_dir():
             return folder
         if folder.exists():
-            raise checkpoint.CheckpointError(f"{path}: can't be made: {folder} is no folder; is path.root right?")
+            raise checkpoint.CheckpointError(f"{path}: can't be made: {folder} is not a folder; is path.root right?")
     raise AssertionError("there is a root")
 
 
@@ -125,11 +133,12 @@ def nearest(path: Path) -> Path:
 
 
 def dry_run(opt: options.Section, notices: list[str], *, resume: str | None = None, init_from: str | None = None,
-            fresh: bool = False, command: str = "", preface: Sequence[str] = ()) -> int:
-    """Try everything that the run will do, once, and print a table. Nothing is left behind.
+            fresh: bool = False, command: str = "", preface: Sequence[str] = (), hooks: Iterable[Hooks] = ()) -> int:
+    """Try everything that the run will do, once, and print a table. Leaves no files.
 
-    Args: as of `train.train`. Returns: 0, or 2 where something has to be mended first; 128 + a signal that ended it.
-    Raises: OptionError for options that no machine could run.
+    Args: as for `train.train`.
+    Returns: 0, or 2 if something must be mended first, or 128 + the signal that ended it.
+    Raises: OptionError for a device that is unknown or absent.
     """
     prepare_machine(opt)
     log = RunLog(quiet=opt["log"]["quiet"], tensorboard=opt["log"]["tensorboard"])
@@ -137,7 +146,7 @@ def dry_run(opt: options.Section, notices: list[str], *, resume: str | None = No
         for text in (*preface, *(f"note     {notice}" for notice in notices)):
             log.line(text)
         count = {"ok": 0, "warn": 0, "fail": 0}
-        for name, check in checks(opt, log, resume, init_from, fresh):
+        for name, check in checks(opt, log, resume, init_from, fresh, hooks):
             if stop.signal:
                 log.line(f"stopped  by {stop.signal.name}")
                 return stop.exit_code
@@ -153,17 +162,17 @@ def dry_run(opt: options.Section, notices: list[str], *, resume: str | None = No
 
 
 def checks(opt: options.Section, log: RunLog, resume: str | None, init_from: str | None,
-           fresh: bool) -> Iterator[tuple[str, Callable[[], Finding]]]:
-    """What to check, by name, in an order in which each can rely on those before."""
+           fresh: bool, hooks: Iterable[Hooks]) -> Iterator[tuple[str, Callable[[], Finding]]]:
+    """Yield the checks by name, in an order in which each can rely on the previous ones."""
     try:
-        run = Run(opt, log)
+        run = Run(opt, log, hooks)
     except (ValueError, OSError) as error:
         yield from each_part(opt, error)
         return
     if note := passed_over():
         log.line(f"note     {note}")
     with contextlib.closing(run), tempfile.TemporaryDirectory(prefix="perdure_") as scratch:
-        run.model.save_dir = Path(scratch) / "models"  # what a recipe itself writes goes there
+        run.model.save_dir = Path(scratch) / "models"  # for files that a recipe writes itself
         trial = Trial(run)
         yield "start", lambda: trial.start(resume, init_from, fresh)
         if not trial.started:
@@ -184,26 +193,26 @@ def checks(opt: options.Section, log: RunLog, resume: str | None, init_from: str
 
 
 def each_part(opt: options.Section, error: Exception) -> Iterator[tuple[str, Callable[[], Finding]]]:
-    """What a run is made of, one by one, so that all that is wrong is told at once."""
-    told = []
+    """Build the parts of a run one by one, so that all faults are reported in one dry run."""
+    faults = []
 
     def make(what: Callable[[], object]) -> Finding:
         try:
             what()
         except ValueError as found:
-            told.append(str(found))
+            faults.append(str(found))
             raise
         return "ok", "can be made"
 
     for name, section in opt["datasets"].items():
         yield f"data {name}", lambda section=section: make(lambda: options.build(DATASETS, section, "dataset_type"))
     yield "model", lambda: make(lambda: options.resolve(MODELS, opt["model"], "model")(opt))
-    if not told:
+    if not faults:
         yield "run", lambda: ("fail", explain(error, opt))
 
 
 class Trial:
-    """What a dry run does with a run: everything once, and then it is thrown away."""
+    """The checks of a dry run that need a complete run; the run is discarded afterwards."""
 
     def __init__(self, run: Run):
         self.run, self.opt, self.cuda = run, run.opt, run.model.device.type == "cuda"
@@ -212,30 +221,31 @@ class Trial:
         self.size = 0  # of a checkpoint, bytes
 
     def start(self, resume: str | None, init_from: str | None, fresh: bool) -> Finding:
-        """Weights of every kind: a checkpoint's, pretrained ones, and those that losses need."""
+        """Load weights of every kind: a checkpoint's, pretrained ones, and those of losses."""
         source = find_source(self.run, resume, init_from, fresh)
-        self.run.restore(source)
+        restore(self.run, source)
         self.started = True
         iteration, total = self.run.iteration, self.opt["train"]["total_iter"]
         if iteration >= total:
             return "warn", f"iteration {iteration} of {total} is done: nothing left to do; raise train.total_iter"
         if source:
-            return "ok", f"goes on from {source.path} after iteration {iteration} of {total}"
-        return "ok", f"at iteration 0 of {total}, {'; '.join(self.run.reports) or 'no weights named to begin with'}"
+            return "ok", f"resumes from {source.path} after iteration {iteration} of {total}"
+        return "ok", f"at iteration 0 of {total}, {'; '.join(self.run.reports) or 'no initial weights are named'}"
 
     def steps(self) -> Finding:
-        """The run's next step, its last one, and some between: not all cost the same."""
+        """Time the run's next step, its last one, and some in between, because not all cost the same."""
         run, began, took = self.run, time.monotonic(), []
         left = range(run.iteration + 1, self.opt["train"]["total_iter"] + 1)
         between = [left[len(left) * i // 6] for i in range(1, 6)]
         samples = endless(run.train_set, run.batches, self.opt["datasets"]["train"]["dataloader_num_workers"],
                           pinned=self.cuda)
-        with contextlib.closing(samples), fastest_kernels(True):
+        with contextlib.closing(samples), fastest_kernels(True), missing_kernels_named(run.model.device):
             for iteration in (left[0], left[-1], *between):
                 at = time.monotonic()
                 data = next(samples)
                 run.model.update_learning_rate(iteration - 1)
                 run.model.feed_data(data)
+                run.hooks.before_step(run)
                 run.model.optimize_parameters(iteration)
                 losses = run.model.current_log()  # this waits for the device
                 took.append(time.monotonic() - at)
@@ -249,7 +259,7 @@ class Trial:
         return "ok", f"{len(took)} of {len(left)}: {self.step_time:.3g} s each; first {describe_losses(first)}"
 
     def validate(self, name: str) -> Finding:
-        """One sample, as in a validation."""
+        """Validate one sample."""
         dataset, began, model = self.run.test_sets[name], time.monotonic(), self.run.model
         metrics = model.validate(next(clips_of(dataset)))
         took = time.monotonic() - began
@@ -257,7 +267,7 @@ class Trial:
         return "ok", f"{took:.3g} s a sample, {len(dataset)} in all; {len(metrics)} metrics"
 
     def memory(self) -> Finding:
-        """The most that was in use so far."""
+        """Report the peak memory so far."""
         if not self.cuda:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -267,7 +277,7 @@ class Trial:
         return ("warn", f"{text}: little is left; {LESS_MEMORY}") if peak > 0.9 * whole else ("ok", text)
 
     def save(self) -> Finding:
-        """A checkpoint where the run's will lie, written, verified, read back, compared, removed."""
+        """Write, verify, read back, compare and remove a checkpoint on the run's own disk."""
         run, place, began = self.run, nearest(self.run.models), time.monotonic()
         parts = {**run.model.parts(), "state": run.state()}
         with tempfile.TemporaryDirectory(prefix=".dry_run_", dir=place) as folder:
@@ -291,19 +301,16 @@ def equal(a: object, b: object) -> bool:
     return differ(a, b) is None if is_tensor(a) and is_tensor(b) else not is_tensor(b) and same(a, b)
 
 
-# ---------------------------------------------------------------- words
+# ---------------------------------------------------------------- messages
 
 LESS_MEMORY = "raise train.accumulate, set train.amp, or lower datasets.train.dataloader_batch_size"
 
 
 def explain(error: Exception, opt: options.Section) -> str:
-    """An error in one line, with what helps where its own words do not say so."""
+    """Describe an error in one line, with a remedy where its own message has none."""
     text = next(iter(str(error).strip().splitlines()), type(error).__name__)
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return f"out of memory: {text[:160]}; {LESS_MEMORY}"
-    if "does not have a deterministic implementation" in text:
-        return (f"{text.split()[0]} has no deterministic kernel on {distributed.device_for(opt)}; "
-                "set deterministic to false")
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}; is path.root right?"
     return text

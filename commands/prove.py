@@ -1,8 +1,8 @@
-"""Does a run of these options resume exactly, here? Two runs of N steps, one of them killed, compared bit for bit.
+"""Prove that a run of these options resumes exactly: compare N steps with N steps that were killed halfway.
 
-Both run as processes of their own in a temporary folder, on the options' own data, without test sets. When they
-differ, a third run that was not stopped either tells whether the machine repeats itself at all, and a fourth names
-the operations that cannot.
+Both runs are processes of their own in a temporary folder, with the options' own data and without test sets. If they
+differ, a third run, not stopped, shows whether this machine repeats results at all, and a fourth names the operations
+that have no deterministic kernel.
 """
 
 from __future__ import annotations
@@ -24,21 +24,23 @@ import torch
 import checkpoint
 import options
 import train
-from checkpoint import CheckpointError, CheckpointSet
+from checkpoint import CheckpointError
 from data import DATASETS
 from models import MODELS, NETWORKS
+from runtime.determinism import missing_kernel
+from runtime.hooks import Hooks
 from storage.tree import differ, flat, is_tensor
 
-IGNORED = ("config", "timestamp", "environment", "history", "best", "metric")  # of a state, here
+IGNORED = ("config", "timestamp", "environment", "history", "best", "metric")  # keys of a state not compared
 Override = tuple[str, Any, str]
 CHILD = f"import sys; sys.path[0] = {str(Path(__file__).parents[1])!r}; from commands import prove; prove.child()"
 
 
 def prove(option_file: str, overrides: Iterable[Override], steps: int, stage: str | None = None, say=print) -> int:
-    """Say whether N steps and N steps with a kill in between end equal. Returns 0 if they do, 1 if not.
+    """Compare N steps with N steps that a kill divides. Returns 0 if all tensors are equal, else 1.
 
-    Raises: OptionError when the runs can't be made, with their own complaint; CheckpointError when the second half of
-        the killed run did not resume, so that nothing was proved.
+    Raises: OptionError with the message of a run that failed; CheckpointError when the killed run did not resume at
+        the expected iteration, so that nothing was proved.
     """
     if steps < 2:
         raise options.OptionError(f"--prove-resume {steps}: must be >= 2: a step before the kill and one after")
@@ -66,7 +68,7 @@ def prove(option_file: str, overrides: Iterable[Override], steps: int, stage: st
 
 
 def _reasons(run, folder: str, one: dict[str, Any], steps: int) -> Iterable[str]:
-    """Why a state can differ: what this machine does not repeat, else what the checkpoint does not hold."""
+    """Find why the states differ: something this machine does not repeat, or something missing in the checkpoint."""
     threads = {name: checkpoint.find_newest(_models(folder, name)).load()["state"]["environment"]["num_threads"]
                for name in ("straight", "killed")}
     if len(set(threads.values())) > 1:
@@ -76,10 +78,10 @@ def _reasons(run, folder: str, one: dict[str, Any], steps: int) -> Iterable[str]
     for operation in sorted(set(named)):
         yield f"{operation} has no deterministic kernel on this device"
     if list(_differing(one, _final(folder, "again", steps))):
-        yield "two runs that nobody stopped differ as well: not the resume, but what computes; set deterministic"
+        yield "two uninterrupted runs differ as well: the cause is the computation, not the resume; set deterministic"
     else:
-        yield "a run that nobody stopped repeats itself, so something that makes the next step is in no checkpoint: " \
-              "a variable or a generator of the model's, the loss's or the data's own"
+        yield "an uninterrupted run repeats itself, so the checkpoint lacks something that the next step depends on: " \
+              "a variable or a random generator of the model, the loss or the dataset"
 
 
 def _models(folder: str, name: str) -> Path:
@@ -106,7 +108,7 @@ def _differing(one: dict[str, Any], two: dict[str, Any]) -> Iterable[str]:
 
 def _run(folder: str, name: str, option_file: str, overrides: list[Override], stage: str | None, steps: int,
          kill_after: int | None, look: bool) -> str:
-    """One run in a process of its own. Returns what it printed."""
+    """Run once in a new process. Returns its output."""
     task = json.dumps([option_file, overrides, stage, folder, name, steps, kill_after, look])
     done = subprocess.run([sys.executable, "-c", CHILD, task], capture_output=True, text=True)
     if done.returncode != (-signal.SIGKILL if kill_after else 0):
@@ -119,23 +121,21 @@ def _run(folder: str, name: str, option_file: str, overrides: list[Override], st
 # ---------------------------------------------------------------- in the process of a run
 
 
-class Told(train.Run):
-    """A run that says where it starts."""
+class Witness(Hooks):
+    """Prints the iteration at which a run starts, and kills the process after the step `kill_after` + 1.
 
-    def restore(self, source: CheckpointSet | None) -> None:
-        super().restore(source)
-        print(f"STARTED {self.started_at}", flush=True)
+    The checkpoint of `kill_after` is committed by then, also in the background.
+    """
 
+    def __init__(self, kill_after: int | None):
+        self.kill_after = kill_after
 
-class Killed(train.Run):
-    """A run that dies by SIGKILL in the step after its checkpoint of `kill_after` is committed."""
+    def before_training(self, run: train.Run) -> None:
+        print(f"STARTED {run.started_at}", flush=True)
 
-    kill_after: int
-
-    def show_progress(self) -> None:
-        super().show_progress()
-        if self.iteration > self.kill_after:
-            self.saves.saver.wait()
+    def after_step(self, run: train.Run) -> None:
+        if self.kill_after is not None and run.iteration > self.kill_after:
+            run.saves.saver.wait()
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -148,21 +148,19 @@ def _child(option_file: str, overrides: list[Override], stage: str | None, folde
     opt["train"] |= {"total_iter": steps, "total_epochs": None, "checkpoint_save": steps // 2, "save_interval": None,
                      "resume_checkpoint": None}
     opt["checkpoint"] |= {"layout": "split", "keep_last_n": None, "on_save_error": "stop"}
-    Killed.kill_after = kill_after
-    train.Run = Killed if kill_after else Told
     with warnings.catch_warnings(record=True) as seen:
         if look:
             warnings.simplefilter("always")
             torch.use_deterministic_algorithms(True, warn_only=True)
-        code = train.train(opt, notices)
+        code = train.train(opt, notices, hooks=[Witness(kill_after)])
     for warning in seen:
-        if found := re.match(r"(\S+) does not have a deterministic implementation", str(warning.message)):
-            print(f"NONDETERMINISTIC {found[1]}")
+        if operation := missing_kernel(warning.message):
+            print(f"NONDETERMINISTIC {operation}")
     return code
 
 
 def child() -> None:
-    """Be the process of a run, as `_run` starts it."""
+    """Run the task that `_run` passed to this process."""
     try:
         sys.exit(_child(*json.loads(sys.argv[1])))
     except (ValueError, RuntimeError) as problem:

@@ -1,4 +1,4 @@
-"""What makes a step repeat itself: device, threads, kernels, seeds and generators of this process."""
+"""Make a step repeatable: device, threads, kernels, seeds and random generators of this process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from runtime import distributed
 
 
 def rng_state() -> dict[str, Any]:
-    """State of every global generator of this process, as tensors and plain types."""
+    """Return the state of every global generator of this process, as tensors and plain types."""
     version, internal, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
     state = {"python": [version, torch.tensor(internal), gauss],
@@ -28,7 +28,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put every global generator back to what `rng_state` returned."""
+    """Restore every global generator to what `rng_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(int(n) for n in internal), gauss))
     name, keys, *rest = state["numpy"]
@@ -40,7 +40,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def rng_untouched() -> Iterator[None]:
-    """Whatever is drawn inside, training goes on as if it had not been."""
+    """Restore all generators after the block, so that its draws do not change the training."""
     state = rng_state()
     try:
         yield
@@ -49,13 +49,16 @@ def rng_untouched() -> Iterator[None]:
 
 
 def environment() -> dict[str, Any]:
-    """What exactness depends on besides the options and the state."""
+    """Return the versions and settings that exactness depends on, besides options and state."""
     return {"torch": str(torch.__version__), "numpy": np.__version__, "num_threads": torch.get_num_threads(),
             "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
 def prepare_machine(opt: dict) -> None:
-    """Set threads, device, kernels and seeds as the options say."""
+    """Set threads, device, kernels and seeds from the options.
+
+    Raises: OptionError for a device that is unknown or absent.
+    """
     if opt["num_threads"]:
         torch.set_num_threads(opt["num_threads"])
     try:
@@ -73,7 +76,7 @@ def prepare_machine(opt: dict) -> None:
     if opt["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it before it is written
+        torch.utils.deterministic.fill_uninitialized_memory = False  # no code here reads memory before writing it
     elif device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     seed_generators(opt["train"]["manual_seed"])
@@ -81,8 +84,10 @@ def prepare_machine(opt: dict) -> None:
 
 @contextlib.contextmanager
 def fastest_kernels(wanted: bool) -> Iterator[None]:
-    """Let cuDNN time its kernels for each new shape: worth it in training, whose shapes repeat. Another run may choose
-    others, so `deterministic` rules it out."""
+    """Let cuDNN time its kernels for each new shape, which pays in training, where shapes repeat.
+
+    Another run may choose other kernels, so `deterministic` disables it.
+    """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = wanted and not torch.are_deterministic_algorithms_enabled()
     try:
@@ -91,7 +96,26 @@ def fastest_kernels(wanted: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
+def missing_kernel(error: BaseException) -> str | None:
+    """Return the name of the operation that has no deterministic kernel, if that is what an error says."""
+    text = str(error)
+    return text.split()[0] if "does not have a deterministic implementation" in text else None
+
+
+@contextlib.contextmanager
+def missing_kernels_named(device: torch.device) -> Iterator[None]:
+    """Turn torch's error about a missing deterministic kernel into an OptionError that names the remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        if operation := missing_kernel(error):
+            raise options.OptionError(f"deterministic: {operation} has no deterministic kernel on {device}; set "
+                                      "deterministic to false, or use --device cpu") from None
+        raise
+
+
 def seed_generators(seed: int) -> None:
+    """Seed the generators of python, numpy and torch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -160,7 +160,7 @@ def test_every_signal_stops_after_the_step_with_its_exit_code(tmp_path, monkeypa
         stopped_at(patch, 5, sig)
         assert run("-opt", path) == 128 + sig
     said = capsys.readouterr().out
-    assert f"stopped  by {sig.name} after iteration 5; go on with: python main.py -opt {path}" in said
+    assert f"stopped  by {sig.name} after iteration 5; resume with: python main.py -opt {path}" in said
 
 
 def test_an_interrupted_save_has_one_slot_that_the_next_regular_one_frees(tmp_path, monkeypatch):

@@ -18,7 +18,6 @@ import torch
 
 import checkpoint
 import options
-import train
 from checkpoint import CheckpointError, Layout, Saver
 from commands import prove
 from models.model_plain import ModelPlain
@@ -290,7 +289,6 @@ def in_this_process(monkeypatch):
     def call(folder, name, option_file, overrides, stage, steps, kill_after, look):
         running[:] = [Path(folder) / name]
         with monkeypatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
-            patch.setattr(train, "Run", train.Run)
             patch.setattr(os, "kill", die)
             with contextlib.suppress(Died):
                 prove._child(option_file, overrides, stage, folder, name, steps, kill_after, look)
@@ -304,9 +302,9 @@ def in_this_process(monkeypatch):
 
 @pytest.mark.parametrize("fault, words", [
     ("none", "exact    all 39 tensors and the rest of the state are equal, bit for bit"),
-    ("a variable", "because  a run that nobody stopped repeats itself, so something that makes the next step is in no"),
-    ("a variable, and the kernels", "because  a run that nobody stopped repeats itself"),  # compared under the same
-    ("the clock", "because  two runs that nobody stopped differ as well"),
+    ("a variable", "because  an uninterrupted run repeats itself, so the checkpoint lacks something that the next"),
+    ("a variable, and the kernels", "because  an uninterrupted run repeats itself"),  # compared under the same
+    ("the clock", "because  two uninterrupted runs differ as well"),
     ("an operation", "because  upsample_nearest_of_the_test has no deterministic kernel on this device"),
 ])
 def test_prove_resume_says_whether_and_why(tmp_path, monkeypatch, in_this_process, capsys, fault, words):

@@ -160,7 +160,7 @@ def test_a_folder_of_an_earlier_version_tells_by_its_log(tmp_path):
     (folder / "log/status.json").unlink()
     (folder / "log/train.log").write_text(
         "2026-01-01 00:00:00 start    at iteration 0 of 100, learning rate 0.001\n"
-        "2026-01-01 00:01:00 stopped  by SIGINT after iteration 40; go on with: x\n"
+        "2026-01-01 00:01:00 stopped  by SIGINT after iteration 40; resume with: x\n"
         "2026-01-01 00:02:00 resume   from m/40.json: iteration 40 of 100, epoch 2, next learning rate 0.001\n"
         "2026-01-01 00:03:00 finished 100 iterations in x\n")
     found = report.read(folder)

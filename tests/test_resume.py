@@ -134,7 +134,7 @@ def test_a_signal_stops_after_the_step_and_the_same_command_goes_on(recipe, stra
         patch.setattr(ModelVRT, "optimize_parameters", interrupted)
         assert run("-opt", path) == 128 + sig
     said = capsys.readouterr().out
-    assert f"stopped  by {sig.name} after iteration {at}; go on with: python main.py -opt {path}" in said
+    assert f"stopped  by {sig.name} after iteration {at}; resume with: python main.py -opt {path}" in said
     assert run("-opt", path) == 0
     assert f"iteration {at} of 6" in capsys.readouterr().out
     assert_equal_runs(straight, tmp_path / "stopped")

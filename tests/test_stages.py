@@ -263,7 +263,7 @@ def test_a_stopped_run_says_how_it_goes_on():
 def test_a_checkpoint_without_options_of_ours_asks_for_a_file(straight, tmp_path):
     weights = checkpoint.find_newest(straight / "two").load()["G"]
     torch.save({"model_state_dict": weights, "epoch": 3, "config": {"lr": 1}}, tmp_path / "last_checkpoint.pth")
-    with pytest.raises(options.OptionError, match="holds no options of ours; give an option file with -opt"):
+    with pytest.raises(options.OptionError, match="stores no options of this program; give an option file with -opt"):
         run("--resume", tmp_path / "last_checkpoint.pth")
 
 

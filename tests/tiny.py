@@ -21,6 +21,7 @@ import models.model_plain  # noqa: F401
 from data import DATASETS
 from data.sampler import sample_rng
 from models import MODELS, NETWORKS
+from runtime.hooks import Hooks
 
 ROWS = ((MODELS, "tiny", "models.model_plain:ModelPlain"), (NETWORKS, "tiny", "tests.tiny:Net"),
         (DATASETS, "tiny", "tests.tiny:Images"))
@@ -67,6 +68,18 @@ def options(folder, name, train=None, **over):
     return {"task": name, "model": "tiny", "path": {"root": str(folder)}, "num_threads": 1, "val": {"save_img": False},
             "datasets": {"train": loader, "test": {"dataset_type": "tiny", "num_samples": 2}},
             "netG": {"net_type": "tiny"}, "train": train, **over}
+
+
+class At(Hooks):
+    """Calls `act(run)` at an event of one iteration, e.g. `At("after_step", 3, stop)`."""
+
+    def __init__(self, event, iteration, act):
+        setattr(self, event, lambda run: act(run) if run.iteration == iteration else None)
+
+
+def stop_after(iteration, sig=signal.SIGTERM):
+    """Send this process a signal in the step of this number."""
+    return At("after_step", iteration, lambda run: os.kill(os.getpid(), sig))
 
 
 def die_at(count):

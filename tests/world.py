@@ -1,7 +1,7 @@
 """Several processes of one run, forked from a process that has imported everything: a world starts in a second."""
 
 import builtins
-import itertools
+import copy
 import multiprocessing
 import os
 import re
@@ -13,6 +13,9 @@ import torch
 
 import checkpoint
 import options
+from runtime import distributed
+from runtime.hooks import Hooks
+from tests import tiny
 from tests.conftest import ROOT, write_json
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -32,113 +35,102 @@ def member(rank, size, port, arguments, output, acts):
         os.dup2(file.fileno(), 2)
     sys.stdout = open(1, "w", closefd=False)
     sys.stderr = open(2, "w", closefd=False)
-    from tests import tiny
-
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as everywhere else
     torch.set_num_threads(1)
     for table, name, row in tiny.ROWS:
         table[name] = row
-    arrange({(step, what) for who, step, what in acts if who == rank})
-    tiny.door.program(arguments)
+    tiny.door.program(arguments, hooks=[Acts({(step, what) for who, step, what in acts if who == rank})])
 
 
-def arrange(acts):
-    """Let things happen in this process.
+class Acts(Hooks):
+    """Lets things happen in this process, as (step, what).
 
     Before a validation: "bad validation", a signal and "at validation". After a step: a signal, "press N" (SIGINT
     now and N seconds later), "raise", "sleep", "full disk"; "nan": in the next loss; "worker dies in save": in the next
     save; "dies at file operation N" of those to come. In the data of a step: "sample" and what `Troubled` does. In step
-    0: "nohup", "impatient", "SIGTERM at start".
+    0: "nohup", "impatient", "listens late", "SIGTERM at start".
     """
-    import train
-    from models.model_base import ModelBase
-    from runtime import distributed
-    from tests import tiny
 
-    shown, unusable, validate = train.Run.show_progress, ModelBase.unusable, train.Run.validate
-    write, loop, endless, restore = checkpoint.commit, train.Run.loop, train.endless, train.Run.restore
-    trouble = {}
-    receive = torch.distributed.recv
+    def __init__(self, acts):
+        self.acts, self.commit = acts, checkpoint.commit
+        for _, what in acts:
+            if what == "nohup":
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            elif what == "impatient":
+                distributed.SAY_AFTER, distributed.BEAT_EVERY = 1.0, 1
+            elif what == "listens late":  # the main thread may see a broken connection before the watch does
+                distributed.dist.recv = late(distributed.dist.recv)
 
-    def late(*args, **kwargs):
+    def before_training(self, run):
+        if (0, "SIGTERM at start") in self.acts:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(20)
+        distributed.gather(None)  # the others wait here
+        batches = iter(copy.deepcopy(run.batches))
+        keys = {step: next(batches)[-1] for step in range(run.iteration + 1, run.opt["train"]["total_iter"] + 1)}
+        trouble = {keys[step]: what.removeprefix("sample ") for step, what in self.acts
+                   if what.startswith("sample") and step in keys}
+        run.train_set = Troubled(run.train_set, trouble)
+
+    def before_step(self, run):
+        if (run.iteration - 1, "nan") in self.acts:
+            run.model.degraded = run.model.degraded * float("nan")
+
+    def after_step(self, run):
+        if (run.iteration - 1, "full disk") in self.acts:
+            checkpoint.commit = self.commit
+        for what in [what for step, what in self.acts if step == run.iteration]:
+            if what in signal.Signals.__members__:
+                os.kill(os.getpid(), signal.Signals[what])
+            elif what.startswith("press"):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(float(what.split()[1]))
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+            elif what == "raise":
+                raise ZeroDivisionError("on purpose")
+            elif what == "sleep":
+                time.sleep(600)
+            elif what == "worker dies in save":
+                checkpoint.commit = self.commit_without_a_worker
+            elif what.startswith("dies at file operation"):
+                tiny.die_at(int(what.split()[-1]))
+            elif what == "full disk":
+                checkpoint.commit = no_space
+
+    def before_validation(self, run):
+        if (run.iteration, "bad validation") in self.acts:
+            run.model.metrics = damaged
+        for step, what in self.acts:
+            if step == run.iteration and what.endswith(" at validation"):
+                os.kill(os.getpid(), signal.Signals[what.split()[0]])
+
+    def commit_without_a_worker(self, *args, **kwargs):
+        checkpoint.commit = self.commit
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        end = time.monotonic() + 1
+        while time.monotonic() < end:  # where a handler would raise
+            time.sleep(0.01)
+        return self.commit(*args, **kwargs)
+
+
+def late(receive):
+    def call(*args, **kwargs):
         try:
             return receive(*args, **kwargs)
         except RuntimeError:
             time.sleep(1)
             raise
 
-    for _, what in acts:
-        if what == "nohup":
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        elif what == "impatient":
-            distributed.SAY_AFTER, distributed.BEAT_EVERY = 1.0, 1
-        elif what == "listens late":  # the main thread may see a broken connection before the watch does
-            distributed.dist.recv = late
+    return call
 
-    def no_space(*_, **__):
-        raise OSError(28, "No space left on device")
 
-    def damaged():
-        raise ValueError("damaged on purpose")
-    def without_a_worker(*args, **kwargs):
-        checkpoint.commit = write
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-        end = time.monotonic() + 1
-        while time.monotonic() < end:  # where a handler would raise
-            time.sleep(0.01)
-        return write(*args, **kwargs)
+def no_space(*_, **__):
+    raise OSError(28, "No space left on device")
 
-    def show_progress(self):
-        shown(self)
-        for step, what in acts:
-            if step == self.iteration and what in signal.Signals.__members__:
-                os.kill(os.getpid(), signal.Signals[what])
-            elif step == self.iteration and what.startswith("press"):
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(float(what.split()[1]))
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(1)
-            elif step == self.iteration and what == "raise":
-                raise ZeroDivisionError("on purpose")
-            elif step == self.iteration and what == "sleep":
-                time.sleep(600)
-            elif step == self.iteration and what == "worker dies in save":
-                checkpoint.commit = without_a_worker
-            elif step == self.iteration and what.startswith("dies at file operation"):
-                tiny.die_at(int(what.split()[-1]))
-            elif step == self.iteration and what == "full disk":
-                checkpoint.commit = no_space
-            elif step + 1 == self.iteration and what == "full disk":
-                checkpoint.commit = write
-            elif step == self.iteration and what == "nan":
-                ModelBase.unusable = lambda model, loss: unusable(model, loss.mul_(float("nan")))
-            elif step + 1 == self.iteration and what == "nan":
-                ModelBase.unusable = unusable
 
-    def validating(self, stop):
-        if (self.iteration, "bad validation") in acts:
-            self.model.metrics = damaged
-        for step, what in acts:
-            if step == self.iteration and what.endswith(" at validation"):
-                os.kill(os.getpid(), signal.Signals[what.split()[0]])
-        validate(self, stop)
-
-    def looping(self, stop):
-        for step, what in acts:
-            if what.startswith("sample") and step > self.iteration:
-                keys = next(itertools.islice(iter(self.batches), step - self.iteration - 1, None))
-                trouble[keys[-1]] = what.removeprefix("sample ")
-        loop(self, stop)
-
-    def restoring(self, source):
-        if (0, "SIGTERM at start") in acts:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(20)
-        restore(self, source)
-
-    train.Run.show_progress, train.Run.validate, train.Run.loop = show_progress, validating, looping
-    train.Run.restore = restoring
-    train.endless = lambda dataset, *rest, **more: endless(Troubled(dataset, trouble), *rest, **more)
+def damaged():
+    raise ValueError("damaged on purpose")
 
 
 class Troubled:
