@@ -1,13 +1,13 @@
-"""What a save and a load cost, as ratios to plain `torch.save` and `torch.load` of the same state in the same run.
+"""Measure what a save and a load cost, as ratios to plain `torch.save` and `torch.load` of the same state.
 
     python benchmarks/checkpoint.py [--megabytes 260] [--rounds 9] [--folder /tmp]
 
-durable    commit (checksum, fsync, rename, fsync of the folder) in either layout, against torch.save
-blocked    how long training stands still for a save in the background
-verified   find the newest set, check every byte, load it, against torch.load without any check
-memory     what the background save adds to the resident memory, in copies of the state (Linux)
+split, bundle     commit (checksum, fsync, rename, fsync of the folder) in either layout, against torch.save
+blocked           how long a save in the background blocks training
+verified          find the newest set, verify every byte, load it, against torch.load without any check
+memory            what the background save adds to the resident memory, in copies of the state (Linux)
 
-The ways take turns within a round; medians are compared. Seconds depend on the disk and on who else uses it.
+The operations take turns within a round; medians are compared. Seconds depend on the disk and on its other users.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from checkpoint import Layout, Saver
 from storage import tree
 
 
-def state_of(megabytes: float) -> dict:
-    """A network and its Adam moments, in tensors of a megabyte or less, as networks have them."""
+def build_state(megabytes: float) -> dict:
+    """Build a network's weights and Adam moments, in tensors of a megabyte, about as networks have them."""
     count = max(1, round(megabytes / 3))
     weights = {f"layer.{i}.weight": torch.randn(512, 512) for i in range(count)}
     moments = {i: {"step": torch.tensor(1.0), "exp_avg": torch.randn(512, 512), "exp_avg_sq": torch.rand(512, 512)}
@@ -42,7 +42,7 @@ def state_of(megabytes: float) -> dict:
 
 
 def resident() -> float:
-    """Bytes of memory that this process holds."""
+    """Return the bytes of memory that this process holds."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -53,43 +53,34 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--folder", help="where to write; the default is the system's temporary folder")
     args = parser.parse_args()
-    parts, seconds = state_of(args.megabytes), defaultdict(list)
+    parts, seconds = build_state(args.megabytes), defaultdict(list)
     size = tree.num_bytes(parts)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         plain, split, bundle, thread = (Path(folder) / name for name in ("plain", "split", "bundle", "thread"))
         for path in (plain, split, bundle, thread):
             path.mkdir()
         savers = {"split": Saver(split), "bundle": Saver(bundle, Layout("bundle")),
-                  "thread": Saver(thread, background=True)}
+                  "blocked": Saver(thread, background=True)}
         before = resident()
-        savers["thread"].snapshot.take(parts)
+        savers["blocked"].snapshot.take(parts)
         extra = (resident() - before) / size
-
-        def save(name: str, n: int) -> None:
-            savers[name].save(n, parts, epoch=n)
-
-        def settle(name: str) -> None:
-            savers[name].wait()
-            savers[name].poll()
-
-        ways = {
+        operations = {
             "torch.save": lambda n: torch.save(parts, plain / f"{n}.pt"),
-            "split": lambda n: save("split", n),
-            "bundle": lambda n: save("bundle", n),
-            "blocked": lambda n: save("thread", n),
+            **{name: lambda n, saver=saver: saver.save(n, parts, epoch=n) for name, saver in savers.items()},
             "torch.load": lambda n: torch.load(plain / f"{n}.pt", weights_only=True),
             "verified split": lambda n: checkpoint.find_newest(split).load(),
             "verified bundle": lambda n: checkpoint.find_newest(bundle).load(),
         }
         for n in range(1, args.rounds + 2):
-            for name, way in ways.items():
-                os.sync()  # nobody pays for what another left in the cache
+            for name, operation in operations.items():
+                os.sync()  # so that none waits for what another left in the cache
                 began = time.perf_counter()
-                way(n)
+                operation(n)
                 if n > 1:  # the first round allocates and warms up
                     seconds[name].append(time.perf_counter() - began)
-                for saver in savers:
-                    settle(saver)
+                for saver in savers.values():
+                    saver.wait()
+                    saver.poll()
             (plain / f"{n}.pt").unlink()
             for models in (split, bundle, thread):  # not timed: torch.save removes nothing either
                 checkpoint.prune(models, keep_last_n=1)

@@ -1,16 +1,16 @@
-"""How much faster several processes train, measured on this machine and modelled for many nodes.
+"""Measure how much faster several processes of this machine train, and model it for many nodes.
 
     python benchmarks/scaling.py options/train_vrt.json [--processes 1 2] [--steps 20] [--set KEY=VALUE ...]
     python benchmarks/scaling.py options/train_vrt.json --bandwidth 25 --latency 20 --nodes 1 2 4 8 16
 
 Measured: steps of the recipe's own model on its own data, without logging, testing or saving. Each process has the
-batch of the options (weak scaling: the whole batch grows), or with --strong a share of it. Efficiency is samples per
-second per process against one process. On a CPU the processes share its cores, so give each the same number of them
-for all counts (OMP_NUM_THREADS), and no more processes than cores.
+batch of the options (weak scaling: the total batch grows), or with --strong a share of it. Efficiency is samples per
+second per process, relative to one process. On a CPU the processes share its cores, so give each the same number of
+them for all counts (OMP_NUM_THREADS), and no more processes than cores.
 
 Modelled: a step takes the time that one process measured here, and then the all-reduce of its gradients in a ring of N
 nodes, each of which sends and receives 2 (N - 1) / N times the gradients' bytes at the given bandwidth, in 2 (N - 1)
-messages of the given latency. Of that, --hidden is overlapped with the backward pass (0: none, the worst case).
+messages of the given latency. --hidden is the share that overlaps with the backward pass (0: none, the worst case).
 """
 
 from __future__ import annotations
@@ -24,26 +24,17 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import options
-import train
-from data import DATASETS
-from data.loader import endless
-from models import MODELS, NETWORKS
-from runtime import determinism, distributed
+from benchmarks.common import WARM_UP, batches_of, build_run, parser_for, read_options, values_in
+from runtime import distributed
 
-WARM_UP = 3  # the first steps allocate, choose kernels and connect
 KEY = "datasets.train.dataloader_batch_size"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("opt")
+    parser = parser_for(__doc__)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--strong", action="store_true", help="share the options' batch instead of growing it")
     parser.add_argument("--bandwidth", type=float, default=12.5, help="of a node, gigabytes a second (100 GbE: 12.5)")
     parser.add_argument("--latency", type=float, default=30.0, help="of a message, microseconds")
@@ -73,12 +64,12 @@ def main() -> None:
 
 
 def all_reduce_seconds(nodes: int, num_bytes: float, bandwidth: float, latency: float) -> float:
-    """A ring's all-reduce: each node passes on 2 (N - 1) pieces of 1 / N of the bytes. bandwidth: bytes a second."""
+    """Model a ring's all-reduce: each node passes on 2 (N - 1) pieces of 1 / N of the bytes. bandwidth: bytes/s."""
     return 2 * (nodes - 1) * (num_bytes / nodes / bandwidth + latency)
 
 
 def spawn(count: int) -> dict[str, float]:
-    """The measurement of that many processes, in processes of their own."""
+    """Start that many processes with this script's arguments. Returns what they measured."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", __file__]
     environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     done = subprocess.run([*command, *sys.argv[1:]], capture_output=True, text=True, env=environment)
@@ -89,35 +80,30 @@ def spawn(count: int) -> dict[str, float]:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Take steps as one of the processes; the main one prints what was found."""
+    """Take steps as one of the processes; the main one prints a line of JSON."""
     distributed.start()
-    pairs = [text.partition("=") for text in args.set]
-    opt, _ = options.parse(args.opt, [(key, options.as_value(value), "--set") for key, _, value in pairs], MODELS,
-                           NETWORKS, DATASETS)
+    changes = values_in(args.set)
     if not args.strong:
-        opt["datasets"]["train"]["dataloader_batch_size"] *= distributed.world_size()
-    opt["datasets"] = {"train": opt["datasets"]["train"]}
-    determinism.prepare_machine(opt)
-    run = train.Run(opt, train.Silence())
-    run.restore(None)
-    samples = endless(run.train_set, run.batches, opt["datasets"]["train"]["dataloader_num_workers"], False)
+        batch = read_options(args.option_file, changes)["datasets"]["train"]["dataloader_batch_size"]
+        changes[KEY] = batch * distributed.world_size()
+    run = build_run(read_options(args.option_file, changes))
     seconds, votes = [], []
-    for step in range(1, WARM_UP + args.steps + 1):
-        began = time.perf_counter()
-        run.fetch(samples)
-        asked = time.perf_counter()
-        distributed.max_over_ranks(0)
-        votes.append(time.perf_counter() - asked)
-        run.model.update_learning_rate(step - 1)
-        run.model.optimize_parameters(step)
-        float(next(iter(run.model.log_dict.values())))  # wait for the device
-        seconds.append(time.perf_counter() - began)
+    with batches_of(run) as samples:
+        for step in range(1, WARM_UP + args.steps + 1):
+            began = time.perf_counter()
+            run.fetch(samples)
+            fetched = time.perf_counter()
+            distributed.max_over_ranks(0)
+            votes.append(time.perf_counter() - fetched)
+            run.model.update_learning_rate(step - 1)
+            run.model.optimize_parameters(step)
+            float(next(iter(run.model.log_dict.values())))  # wait for the device
+            seconds.append(time.perf_counter() - began)
     gradients = [p for network in run.model.networks.values() for p in network.parameters() if p.grad is not None]
-    found = {"seconds": statistics.median(seconds[WARM_UP:]), "vote": statistics.median(votes[WARM_UP:]),
-             "batch": run.batches.batch_size, "bytes": sum(p.numel() * p.element_size() for p in gradients)}
     if distributed.is_main():
-        print(json.dumps(found), flush=True)
-    samples.close()
+        print(json.dumps({"seconds": statistics.median(seconds[WARM_UP:]), "vote": statistics.median(votes[WARM_UP:]),
+                          "batch": run.batches.batch_size,
+                          "bytes": sum(p.numel() * p.element_size() for p in gradients)}), flush=True)
     distributed.finish()
 
 
