@@ -1,7 +1,7 @@
-"""What a run's folder tells about the run: curves, pictures, checkpoints, options, launches. It is only read.
+"""Collect what a report shows from a run's folder: curves, pictures, checkpoints, options, launches.
 
-Everything comes from files that a run has anyway, and from `log/status.json`, where it says what no other file holds.
-A folder of an earlier version, without that file, gives the same facts but the resume command and who set an option.
+The folder is only read. Most facts are in files that every run writes; `log/status.json` holds the rest: state,
+launches, the command that resumes, and who set which option.
 """
 
 from __future__ import annotations
@@ -22,35 +22,33 @@ from typing import Any
 import numpy as np
 import torch.nn.functional as F
 
-from checkpoint import CheckpointSet, Layout, find_sets, models_of, retained
+from checkpoint import CheckpointSet, find_sets, models_of, retained
 from data.image_files import encode, picture_in
 from options import flatten
 from runtime.history import History
 
-MOST_POINTS = 2000  # of a curve on the page; of more rows each stretch gives its lowest and its highest
-NEWEST_VALIDATIONS = 20  # whose pictures are shown,
-PICTURES_EACH = 4  # of each so many,
-PICTURE_BYTES = 3_000_000  # and all together no more than these: base64 makes 4 MB of them
-AS_IT_IS = 100_000  # bytes of a picture that is not made smaller
-PICTURE_WIDTH = 1280  # pixels of one that is
-VERIFY_BYTES = 64_000_000  # of checkpoints read through at one rewriting while a run trains: some 0.05 s
+MOST_POINTS = 2000  # of a curve on the page; a longer one shows the minimum and maximum of each stretch
+NEWEST_VALIDATIONS = 20  # validations whose pictures are shown
+PICTURES_EACH = 4  # pictures of each validation
+PICTURE_BYTES = 3_000_000  # all pictures together; base64 makes 4 MB of them
+AS_IT_IS = 100_000  # a picture file of more bytes is encoded again, as JPEG
+PICTURE_WIDTH = 1280  # pixels; a wider picture is shrunk then
+VERIFY_BYTES = 64_000_000  # of checkpoints verified at one update while a run trains: some 0.05 s
 LOG_LINES, LOG_BYTES = 40, 8192  # of the end of train.log
 
 PICTURE = re.compile(r"(\d+)_(.+)\.png")
 SHEET = re.compile(r"epoch_(\d+)")  # LGT's contact sheets lie in inference/epoch_0004/
-LAUNCH = re.compile(r"(?:start    at|resume   from .*:) iteration (\d+) ")
-END = re.compile(r"(stopped  by (\w+) after iteration (\d+))|finished (\d+) iterations")
 
 
 class Table:
-    """The columns of a CSV file of numbers; where it has grown, only what is new is read."""
+    """The columns of a CSV file of numbers; of a file that grew, only the new rows are read."""
 
     def __init__(self, path: Path):
         self.path, self.header, self.end = path, b"", 0
         self.columns: dict[str, array] = {}
 
     def read(self) -> dict[str, np.ndarray]:
-        """Column -> values (float64), one for each row. An empty cell is NaN; what is not finite is infinite."""
+        """Return column -> values (float64), one per row: an empty cell is NaN, a value that is not finite infinite."""
         try:
             with open(self.path, "rb") as file:
                 header = file.readline()
@@ -61,7 +59,7 @@ class Table:
                 text = file.read()
         except FileNotFoundError:
             return {}
-        whole = text[: text.rfind(b"\n") + 1]  # the last row may still be under way
+        whole = text[: text.rfind(b"\n") + 1]  # the last row may be incomplete
         self.end += len(whole)
         for row in csv.reader(io.StringIO(whole.decode())):
             for column, cell in zip(self.columns.values(), row + [""] * (len(self.columns) - len(row))):
@@ -78,11 +76,14 @@ def _value(cell: str) -> float:
 
 
 def curve(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> dict[str, Any]:
-    """The points of a column to be drawn: all of them, or of each stretch the lowest and the highest.
+    """Choose the points of a column to draw: all of them, or the minimum and maximum of each stretch.
 
-    Args: x: iterations (N). y: values (N) as `Table.read` gives them.
-    Returns: x and y, real rows only, None where a value was not finite; of a thinned curve also `mean`, for smoothing:
-    the middle iteration and the mean of each stretch; rows: how many there are; finite, low, high: over all of them.
+    Args: x: iterations (N). y: values (N) as `Table.read` returns them. most: points, about, of a thinned curve.
+    Returns:
+        x, y: points that are rows of the table; y is None where a value was not finite.
+        rows, broken: number of rows, and of values that are not finite.
+        low, high: [iteration, value] of the minimum and maximum of all rows.
+        mean: of a thinned curve, for smoothing: x, y of the middle iteration and the mean of each stretch.
     """
     there = ~np.isnan(y)
     x, y = x[there], y[there]
@@ -112,43 +113,28 @@ def curve(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> dict[str, An
 
 
 class RunFolder:
-    """A run's folder. What was read once, unchanged since, is not read again.
+    """A run's folder, read with a cache: a file that did not change is not read again.
 
-    Args: folder: the run's. models: where its checkpoints lie; None: in `models` below it, or there.
+    Args: folder: the run's folder. models: the folder of its checkpoints; None: `models` in it, or itself.
     """
 
     def __init__(self, folder: Path, models: Path | None = None):
         self.folder, self.models = folder, models or models_of(folder)
         self.log = folder / "log"
         self.tables = {name: Table(self.log / f"{name}.csv") for name in ("train", "test")}
-        self.shown: dict[tuple, str] = {}  # pictures as they are embedded
-        self.checked: dict[tuple, tuple[float, str | None]] = {}  # when a set was read through, and what was wrong
+        self.shown: dict[tuple, str] = {}  # data URIs of pictures
+        self.checked: dict[tuple, tuple[float, str | None]] = {}  # when a set was verified, and its fault
 
     def status(self) -> dict[str, Any]:
-        """`log/status.json`, or what the log says where there is none."""
+        """Read `log/status.json`. Without it the state is unknown."""
         with contextlib.suppress(OSError, ValueError):
             found = json.loads((self.log / "status.json").read_text(encoding="utf-8"))
             if isinstance(found, dict) and isinstance(found.get("launches"), list):
                 return found
-        return self._status_of_log()
-
-    def _status_of_log(self) -> dict[str, Any]:
-        """State and launches of a run that wrote no status, by the lines of its log."""
-        launches: list[dict] = []
-        with contextlib.suppress(OSError), open(self.log / "train.log", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                when, text = line[:19], line[20:]
-                if match := LAUNCH.match(text):
-                    launches = begin_launch(launches, int(match[1]), _seconds(when))
-                elif launches and (match := END.match(text)):
-                    launches[-1] |= {"ended": _seconds(when), "state": "interrupted" if match[1] else "finished",
-                                     "reason": f"by {match[2]}" if match[1] else None,
-                                     "until": int(match[3] or match[4])}
-        last = launches[-1] if launches else {}
-        return {"launches": launches, "state": last.get("state", "unknown"), "reason": last.get("reason")}
+        return {"launches": [], "state": "unknown", "reason": None}
 
     def options(self) -> dict[str, Any]:
-        """The options of the newest launch, as {"a.b": value}."""
+        """Read the options of the newest launch, as {"a.b": value}."""
         records = sorted(self.folder.glob("options/*.json"), key=lambda path: path.stem[-13:])  # ..._yymmdd_HHMMSS
         for path in reversed(records):
             with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -156,47 +142,41 @@ class RunFolder:
         return {}
 
     def log_end(self) -> list[str]:
-        """The last lines of the log."""
-        try:
-            with open(self.log / "train.log", "rb") as file:
-                size = file.seek(0, io.SEEK_END)
-                file.seek(max(0, size - LOG_BYTES))
-                lines = file.read().decode(errors="replace").splitlines()
-        except OSError:
-            return []
-        return lines[1 if size > LOG_BYTES else 0 :][-LOG_LINES:]
+        """Read the last lines of the log."""
+        with contextlib.suppress(OSError), open(self.log / "train.log", "rb") as file:
+            file.seek(max(0, file.seek(0, io.SEEK_END) - LOG_BYTES))
+            return file.read().decode(errors="replace").splitlines()[-LOG_LINES:]
+        return []
 
     def facts(self, status: Mapping[str, Any] | None = None, verify_bytes: float = VERIFY_BYTES) -> dict[str, Any]:
-        """All that the page shows of the run, plain values.
+        """Collect everything that the page shows of the run, as plain values.
 
-        Args: status: instead of the one in the folder. verify_bytes: of checkpoints read through now, the newest first.
+        Args: status: replaces the one in the folder. verify_bytes: of checkpoints to verify now, the newest first.
         """
         status, flat = dict(status or self.status()), self.options()
         tables = {name: table.read() for name, table in self.tables.items()}
         sets = find_sets(self.models)
         newest_row = max((int(t["iteration"][-1]) for t in tables.values() if len(t.get("iteration", ()))), default=0)
-        iteration = status["iteration"] = max([status.get("iteration") or 0, newest_row,  # a killed one came further
-                                               *(s.iteration or 0 for s in sets if "iteration" not in status)])
+        newest_set = 0 if "iteration" in status else max((s.iteration or 0 for s in sets), default=0)
+        iteration = max(status.get("iteration") or 0, newest_row, newest_set)  # a killed run may be past its status
+        status["iteration"] = iteration
         status.setdefault("total", flat.get("train.total_iter"))
         status.setdefault("task", flat.get("task"))
         best = best_row(tables["test"], status.get("metric"))
         return {**status, "folder": str(self.folder), "best": best, "log": self.log_end(),
                 "curves": {name: curves(table) for name, table in tables.items()},
-                "checkpoints": self.checkpoints(sets, flat, best, verify_bytes),
+                "checkpoints": self.checkpoints(sets, flat.get("checkpoint.keep_last_n"), best, verify_bytes),
                 "archives": [p.name for p in sorted(self.models.parent.glob(f"{self.models.name}_2*_*")) if p.is_dir()],
                 "pictures": self.pictures(iteration),
                 "options": [[key, value, status.get("origins", {}).get(key)] for key, value in flat.items()]}
 
     # ------------------------------------------------ checkpoints
 
-    def checkpoints(self, sets: list[CheckpointSet], flat: Mapping[str, Any], best: Mapping | None,
+    def checkpoints(self, sets: list[CheckpointSet], keep_last_n: int | None, best: Mapping | None,
                     verify_bytes: float) -> list[dict[str, Any]]:
-        """The checkpoint table, newest first."""
-        names = {key: flat.get(f"checkpoint.{key}") for key in ("best", "layout")}
-        links = {Layout(names["layout"] or "split", best=names["best"]).link_name("best")} if names["best"] else set()
-        linked = next((s.iteration for s in sets if any(path.name in links for path in s.names)), None)
-        best_at = best["iteration"] if best else linked
-        kept = retained(sets, flat.get("checkpoint.keep_last_n"), best_at)
+        """List the checkpoints, newest first."""
+        best_at = best["iteration"] if best else None
+        kept = retained(sets, keep_last_n, best_at)
         rows: dict[int, dict[str, Any]] = {}
         for found in reversed(sets):
             size = sum(path.stat().st_size for path in found.files.values() if path.exists())
@@ -214,7 +194,7 @@ class RunFolder:
         return list(rows.values())
 
     def verify(self, found: CheckpointSet, now: bool) -> tuple[float | None, str | None]:
-        """When a set was read through (None: not yet) and what is wrong with it."""
+        """Return when a set was verified (None: not yet) and its fault; verify it if `now`."""
         key = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns)
                     for path in found.files.values() if path.exists())
         if key not in self.checked and now:
@@ -224,10 +204,10 @@ class RunFolder:
     # ------------------------------------------------ pictures
 
     def pictures(self, iteration: int) -> list[dict[str, Any]]:
-        """The newest validations' pictures, oldest first, as data URIs within the bounds above."""
+        """Return the newest validations' pictures, oldest first, as data URIs within the limits above."""
         named: dict[tuple[str, int], list[tuple[str, Path]]] = {}
-        for path in sorted((self.folder / "images").glob("*.png")):
-            if (match := PICTURE.fullmatch(path.name)) and int(match[1]) <= iteration:  # later ones: of a run put away
+        for path in sorted((self.folder / "images").glob("*.png")):  # those of later iterations are of an archived run
+            if (match := PICTURE.fullmatch(path.name)) and int(match[1]) <= iteration:
                 named.setdefault(("iteration", int(match[1])), []).append((match[2], path))
         if not named:
             for path in self.models.parent.glob("inference/*/sheet.jpg"):
@@ -239,7 +219,7 @@ class RunFolder:
             for name, path in named[when][:PICTURES_EACH]:
                 facts = path.stat()
                 key = path, facts.st_size, facts.st_mtime_ns
-                with contextlib.suppress(ValueError, OSError):  # damaged, or gone
+                with contextlib.suppress(ValueError, OSError):  # damaged or removed
                     kept[key] = self.shown.get(key) or data_uri(path)
                     shown.append({"name": name, "source": kept[key]})
             left -= sum(len(one["source"]) * 3 // 4 for one in shown)
@@ -251,7 +231,7 @@ class RunFolder:
 
 
 def data_uri(path: Path) -> str:
-    """A picture to be embedded, made smaller where it is large. Raises ValueError, OSError where it is not one."""
+    """Encode a picture file for the page, smaller if it is large. Raises ValueError, OSError if it is not a picture."""
     content, kind = path.read_bytes(), "jpeg" if path.suffix == ".jpg" else "png"
     image = picture_in(content, str(path))  # (3, H, W)
     if len(content) > AS_IT_IS:
@@ -266,9 +246,9 @@ def data_uri(path: Path) -> str:
 
 
 def curves(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Of every column but the iteration that holds numbers."""
+    """Return the curve of every column with numbers, except iteration and epoch."""
     x = columns.get("iteration", np.zeros(0))
-    if np.isnan(x).any() or np.isinf(x).any():  # rows that nobody can place
+    if np.isnan(x).any() or np.isinf(x).any():  # rows without a position
         columns = {name: values[np.isfinite(x)] for name, values in columns.items()}
         x = columns["iteration"]
     return {name: found for name, values in columns.items()
@@ -276,7 +256,7 @@ def curves(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def best_row(columns: Mapping[str, np.ndarray], metric: Any) -> dict[str, Any] | None:
-    """The validation with the best metric: which iteration, and every metric's value there."""
+    """Return the best validation's iteration and all its metrics. Args: metric: name and "max" or "min"."""
     if not metric or not len(columns.get("iteration", ())):
         return None
     history = History(*metric, rows=[dict(zip(columns, map(float, row))) for row in zip(*columns.values())])
@@ -288,13 +268,6 @@ def best_row(columns: Mapping[str, np.ndarray], metric: Any) -> dict[str, Any] |
 
 
 def begin_launch(launches: list[dict], iteration: int, began: float, **facts: Any) -> list[dict]:
-    """The launches that led to where the run stands, with one more: those that it went back behind are dropped."""
+    """Append a launch; drop those that began later than the iteration it resumes from."""
     return [*(launch for launch in launches if launch["iteration"] < iteration or launch["iteration"] == iteration > 0),
             {"iteration": iteration, "began": began, **facts}]
-
-
-def _seconds(text: str) -> float | None:
-    try:
-        return time.mktime(time.strptime(text, "%Y-%m-%d %H:%M:%S"))
-    except ValueError:
-        return None

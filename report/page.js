@@ -1,4 +1,4 @@
-// The page of one run, or of several side by side, from the facts that are embedded in it. All text goes in as text.
+// Draw the page of one run, or of several side by side, from the facts embedded in it. Text is inserted as text, never as HTML.
 "use strict";
 (() => {
 const facts = JSON.parse(document.getElementById("facts").textContent);
@@ -64,7 +64,7 @@ function table(title, heads, rows) {  // heads: [text, class]; a cell: text, nod
       cell(i ? "td" : "th", c, heads[i][1], i ? {} : {scope: "row"})))))));
 }
 
-// ---------------------------------------------------------------- what the reader chose, kept over a reload
+// ---------------------------------------------------------------- the reader's choices, kept over a reload
 
 const choice = {log: false, smoothing: 0, reload: false, theme: ""};
 try { Object.assign(choice, JSON.parse(sessionStorage.getItem("perdure") || "{}")); } catch { /* a browser without */ }
@@ -79,14 +79,14 @@ setTheme(choice.theme);
 // ---------------------------------------------------------------- curves
 
 const charts = [];
-let cursor = null;  // the iteration that all charts point at
+let cursor = null;  // the iteration that all charts highlight
 
 function nearest(xs, x) {  // index of the x in ascending xs that is closest
   let low = 0, high = xs.length - 1;
   while (high - low > 1) { const middle = (low + high) >> 1; if (xs[middle] < x) low = middle; else high = middle; }
   return high > 0 && Math.abs(xs[high] - x) <= Math.abs(xs[low] - x) ? high : Math.max(low, 0);
 }
-function smoothed(points, weight) {  // moving average without a start's bias; starts anew after what is not finite
+function smoothed(points, weight) {  // bias-corrected moving average, restarted after a value that is not finite
   let sum = 0, norm = 0;
   return {x: points.x, y: points.y.map(y => {
     if (y == null) { sum = norm = 0; return null; }
@@ -196,7 +196,7 @@ class Chart {
     this.svg.append(this.pointer);
     this.showCursor();
   }
-  line(one, points, kind, usable, bridged) {  // broken where a value is missing and where the run was resumed
+  line(one, points, kind, usable, bridged) {  // broken at missing values and at resumes
     const starts = one.baseline ? [] : one.resumes.map(mark => mark.iteration), dots = points.x.length <= 60;
     const colour = `var(--c${one.colour % COLOURS})`;
     let solid = "", over = "", before = null, next = 0, dot = "";
@@ -255,7 +255,7 @@ function resumesOf(run) {
       `before: ${before.state || "unknown"} ${before.reason || ""}`};
   });
 }
-function groups() {  // title of a section -> charts: curves of one name, of every run and test set, over each other
+function groups() {  // title of a section -> charts, each with the curves of one name of every run and test set
   const found = {Validation: new Map(), Training: new Map()};
   runs.forEach((run, r) => {
     const resumes = resumesOf(run), sets = [...new Set(Object.keys(run.curves.test).map(c => c.split(".")[0]))];
@@ -288,7 +288,7 @@ function curveSection() {
       rest.length > 0 && h("details", {class: "more", ontoggle: redraw}, h("summary", {}, `${rest.length} more, in parts`),
         h("div", {class: "grid"}, rest.map(chart))));
   }
-  if (!parts.length) return h("p", {class: "soft"}, "No curve yet: no row was written so far.");
+  if (!parts.length) return h("p", {class: "soft"}, "No curve yet: no rows have been written.");
   const weight = h("output", {for: "smoothing"}, choice.smoothing.toFixed(2));
   const scale = (label, log) => h("label", {}, h("input", {type: "radio", name: "scale", value: label, checked: choice.log === log,
     onchange: () => { choice.log = log; keep(); redraw(); }}), label);
@@ -298,7 +298,7 @@ function curveSection() {
     h("label", {}, h("span", {class: "soft"}, "Smoothing of losses"), h("input", {type: "range", id: "smoothing", min: 0, max: 0.99, step: 0.01,
       value: choice.smoothing, oninput: e => { choice.smoothing = Number(e.target.value); weight.textContent = choice.smoothing.toFixed(2);
         keep(); redraw(); }}), weight),
-    runs.some(run => resumesOf(run).length) && h("span", {class: "soft"}, "\u2506 resumed; the dotted piece was not run in one go"),
+    runs.some(run => resumesOf(run).length) && h("span", {class: "soft"}, "\u2506 resumed; the dotted piece joins two launches"),
     h("span", {class: "soft keys"}, "Values: point, or focus a chart and press ", h("kbd", {}, "\u2190"), " ", h("kbd", {}, "\u2192"))),
     parts];
 }
@@ -327,7 +327,7 @@ function headline(run) {
       speed && item("Speed", speed, "with validations and saves"),
       item("Written", clock, [day, run.host && `on ${run.host}`].filter(Boolean).join(" "))),
     run.command && h("div", {class: "command"}, h("div", {}, h("div", {class: "soft small"},
-      run.state === "finished" ? "The command, to go on with a higher total" : "To go on after a stop, in ",
+      run.state === "finished" ? "The command, to continue with a higher total_iter" : "To resume after a stop, in ",
       run.state !== "finished" && h("code", {}, run.cwd)), h("code", {id: "command"}, run.command)), copyButton()));
 }
 function copyButton() {
@@ -344,15 +344,15 @@ function notices(run) {
   const tell = (kind, title, ...text) => h("div", {class: `card notice ${kind}`, role: "status"},
     h("strong", {}, title), text.map(t => h("p", {}, t)));
   return [
-    silent && tell("interrupted", "No news for a while", `This page was last rewritten at ${when(run.written)} and said that the run goes on ` +
-      `(process ${run.pid} on ${run.host}). If that is long ago the run has died or hangs; "python -m report ${run.folder}" there tells.`),
+    silent && tell("interrupted", "No news for a while", `This page was last updated at ${when(run.written)}, when the run was in progress ` +
+      `(process ${run.pid} on ${run.host}). If that is long ago, the run died or hangs: "python -m report ${run.folder}" there shows which.`),
     run.state === "failed" && tell("failed", "The run failed", run.reason),
     run.state === "killed" && tell("killed", "The run was killed", `${run.reason}, at iteration ${count(run.iteration)} or later. ` +
-      "Checkpoints are intact; the command below goes on from the newest."),
+      "Checkpoints are intact; the command below resumes from the newest."),
     run.state === "interrupted" && tell("interrupted", "The run was interrupted", `${run.reason || ""}, after iteration ${count(run.iteration)}; ` +
-      "the command below goes on, bit for bit as if it had never stopped."),
+      "the command below resumes it, bit for bit as if it had never stopped."),
     run.checkpoints.some(c => c.fault) && tell("failed", "A checkpoint is damaged",
-      "See the table of checkpoints; resuming falls back to the newest good one."),
+      "See the table of checkpoints; a resume falls back to the newest intact one."),
   ];
 }
 function pictureSection(run) {
@@ -365,7 +365,7 @@ function pictureSection(run) {
     slider.setAttribute("aria-valuetext", text);
     place.replaceChildren(...one.shown.map(picture => {
       const image = h("img", {src: picture.source, alt: `${picture.name} at ${text}`, onload: () => {
-        const times = image.naturalWidth < 240 ? 3 : image.naturalWidth < 480 ? 2 : 1;  // tiny crops are hard to see
+        const times = image.naturalWidth < 240 ? 3 : image.naturalWidth < 480 ? 2 : 1;  // small crops are hard to see
         image.style.width = `${image.naturalWidth * times}px`;
         image.classList.toggle("enlarged", times > 1);
       }});
@@ -384,9 +384,9 @@ function checkpointSection(run) {
       ["Best", "nowrap"], ["Kept as", "nowrap"], ["File", "nowrap"]],
     run.checkpoints.map(c => [count(c.iteration), count(c.epoch), c.metric == null ? null : number(c.metric), bytes(c.size),
       c.saved ? c.saved.replace("T", " ").slice(0, 16) : null,
-      c.fault ? [c.fault, "fault"] : [c.checked ? `\u2713 ${when(c.checked)}` : c.committed ? "committed, not read since" : "no record", "nowrap"],
+      c.fault ? [c.fault, "fault"] : [c.checked ? `\u2713 ${when(c.checked)}` : c.committed ? "committed, not verified since" : "no record", "nowrap"],
       c.best ? "\u2605 best" : "", c.kept, h("code", {}, c.file)])) : h("p", {class: "soft"}, "None yet."),
-    run.archives.length > 0 && h("p", {class: "soft small"}, `Put away earlier, beside it: ${run.archives.join(", ")}`)];
+    run.archives.length > 0 && h("p", {class: "soft small"}, `Archived beside it: ${run.archives.join(", ")}`)];
 }
 function launchSection(run) {
   if (!run.launches.length) return null;
@@ -420,7 +420,7 @@ function optionSection(run) {
 }
 function machineSection(run) {
   const entries = Object.entries(run.machine || {});
-  return entries.length > 0 && [h("h2", {}, "Machine and versions"), table("Machine and versions", [["What", ""], ["Which", "value"]],
+  return entries.length > 0 && [h("h2", {}, "Machine and versions"), table("Machine and versions", [["Item", ""], ["Value", "value"]],
     entries.map(([key, value]) => [key, value == null ? "none" : shown(value)]))];
 }
 function logSection(run) {
@@ -445,7 +445,7 @@ function manyPage() {
   const values = runs.map(run => new Map(run.options.map(([key, value]) => [key, value])));
   const differing = keys.filter(key => new Set(values.map(map => map.has(key) ? JSON.stringify(map.get(key)) : "")).size > 1);
   return [h("p", {}), table("The runs", [["Run", "key"], ["State", "nowrap"], ["Iterations", "number"],
-    ["Decides", "nowrap"], ["Best", "number"], ["At iteration", "number"], ["Time spent", "number"]],
+    ["Decided by", "nowrap"], ["Best", "number"], ["At iteration", "number"], ["Time spent", "number"]],
     runs.map(run => [name(run), badge(run.state), `${count(run.iteration)} of ${count(run.total)}`, run.best && run.best.column,
       run.best ? [number(run.best.value), run.best.value === winner ? "best-cell" : ""] : null, run.best && count(run.best.iteration),
       duration(run.launches.reduce((sum, l) => sum + ((l.ended ?? run.written ?? l.began) - l.began || 0), 0))])),
@@ -478,7 +478,7 @@ document.body.append(
   h("header", {}, h("h1", {}, title), !several && badge(runs[0].state), h("span", {class: "spring"}),
     live && h("label", {class: "small"}, reloads, " Reload every 30 s"), themeButton),
   h("main", {}, several ? manyPage() : onePage(runs[0])),
-  h("footer", {}, `Written ${when(facts.written)} by Perdure. Everything is in this one file.`));
+  h("footer", {}, `Written ${when(facts.written)} by Perdure. This file holds everything.`));
 new ResizeObserver(redraw).observe(document.querySelector("main"));
 redraw();
 })();

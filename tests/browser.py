@@ -96,17 +96,15 @@ class Browser:
         return message
 
     def open(self, path, width=1280, height=900, theme="light"):
-        """Load a file. Returns the seconds until it was drawn."""
+        """Load a file and wait until it is drawn."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
                   mobile=width < 600)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
         self.events.clear()
-        began = time.monotonic()
         self.call("Page.navigate", url=path.resolve().as_uri())
         while not any(method == "Page.loadEventFired" for method, _ in self.events):
             self._next()
         self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-        return time.monotonic() - began
 
     def run(self, script):
         """The value of an expression in the page."""

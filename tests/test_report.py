@@ -155,18 +155,12 @@ def test_pictures_stay_within_their_bounds(tmp_path):
     assert found[-1]["when"] == "iteration 28" and len(found) == 8  # 3 pictures and 7 times one
 
 
-def test_a_folder_of_an_earlier_version_tells_by_its_log(tmp_path):
+def test_a_folder_without_its_status_still_has_its_curves(tmp_path):
     folder = written_run(tmp_path / "old", 100)
     (folder / "log/status.json").unlink()
-    (folder / "log/train.log").write_text(
-        "2026-01-01 00:00:00 start    at iteration 0 of 100, learning rate 0.001\n"
-        "2026-01-01 00:01:00 stopped  by SIGINT after iteration 40; resume with: x\n"
-        "2026-01-01 00:02:00 resume   from m/40.json: iteration 40 of 100, epoch 2, next learning rate 0.001\n"
-        "2026-01-01 00:03:00 finished 100 iterations in x\n")
     found = report.read(folder)
-    assert found["state"] == "finished" and found["iteration"] == 100
-    assert [(one["iteration"], one["state"], one["until"]) for one in found["launches"]] == [
-        (0, "interrupted", 40), (40, "finished", 100)]
+    assert (found["state"], found["iteration"], found["launches"]) == ("unknown", 100, [])
+    assert found["curves"]["train"]["G_loss"]["rows"] == 100
 
 
 # ---------------------------------------------------------------- a run writes it
@@ -235,7 +229,7 @@ def test_a_killed_run_is_not_shown_as_running(tmp_path):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     found = report.read(tmp_path)
-    assert found["state"] == "killed" and found["reason"] == f"process {child} ended without a word"
+    assert found["state"] == "killed" and found["reason"] == f"process {child} ended without recording why"
     with report.RunReport(tmp_path, tmp_path / "models", print, lambda: {"iteration": 7, "baseline": ""}) as after:
         assert after.status["launches"][0]["state"] == "killed" and after.status["launches"][0]["until"] == 7
 
@@ -264,15 +258,17 @@ def test_killed_while_writing_leaves_the_old_page_or_the_new(tmp_path, monkeypat
     assert facts_in(page)["runs"][0]["mark"] == 3 and sorted(os.listdir(tmp_path)) == ["report.html", "run"]
 
 
-def test_a_rewriting_of_100_000_rows_costs_little(tmp_path, long_run):
+def test_an_update_after_100_000_rows_reads_only_the_new_one(tmp_path, long_run):
     run = RunFolder(shutil.copytree(long_run, tmp_path / "long"))
     run.facts()
-    with open(run.log / "train.csv", "a") as file:
-        file.write("100001,1,0.001,0.5,0.5,0.5,0.5\r\n")
-    began = time.process_time()
+    with open(run.log / "train.csv", "r+b") as file:
+        file.readline()
+        file.write(b"9")  # an earlier row, which is not read again
+        file.seek(0, os.SEEK_END)
+        file.write(b"100001,1,0.001,0.5,0.5,0.5,0.5\r\n")
     report.write_page(tmp_path / "report.html", [run.facts()])
-    assert time.process_time() - began < 0.3
-    assert run.tables["train"].read()["iteration"][-1] == 100_001
+    iterations = run.tables["train"].read()["iteration"]
+    assert (iterations[0], iterations[-1], len(iterations)) == (1, 100_001, 100_001)
     assert (tmp_path / "report.html").stat().st_size < 2_000_000
 
 
@@ -286,7 +282,7 @@ def test_stages_count_as_runs_of_their_own(tmp_path):
 
 def test_the_command_says_what_is_no_run(tmp_path, capsys):
     assert report.main([str(tmp_path / "none")]) == 2
-    assert "is no run's folder" in capsys.readouterr().err
+    assert "is not a run's folder" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- a browser opens it
@@ -386,11 +382,12 @@ def test_the_page_is_legible_in_both_themes_and_on_a_phone(browser, resumed):
     assert browser.run("[...document.images].every(i => i.alt)") and browser.errors == []
 
 
-def test_100_000_rows_open_at_once(browser, tmp_path, long_run):
+def test_100_000_rows_are_drawn_from_a_small_page(browser, tmp_path, long_run):
     folder = shutil.copytree(long_run, tmp_path / "long")
     assert report.main([str(folder)]) == 0
     page = folder / "log/report.html"
-    assert browser.open(page) < 2 and page.stat().st_size < 2_000_000
+    browser.open(page)
+    assert page.stat().st_size < 2_000_000
     rows = {row["iteration"]: [row["G_loss"]] for row in rows_of(folder, "train")}
     told = values_of(browser, "G_loss", ["Home", *["ArrowRight"] * 20, *["PageUp"] * 11, *["ArrowLeft"] * 20])
     assert len(told) > 45 and told.items() <= rows.items()
