@@ -6,12 +6,8 @@ import contextlib
 import os
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
-
-import torch
 
 import checkpoint
 import options
@@ -19,8 +15,7 @@ from checkpoint import CheckpointError
 from data import DATASETS
 from data.loader import endless, told
 from data.sampler import names_digest
-from log.pictures import save_pictures
-from log.run_log import RunLog, tolerated
+from log.run_log import RunLog, SilentLog, start_log
 from log.terminal import Pace
 from models import MODELS
 from models.model_base import ModelBase
@@ -36,23 +31,6 @@ from runtime.saves import Saves
 from runtime.signals import StopRequest
 from storage.files import FolderLock
 from storage.tree import plain
-
-
-class Silence:
-    """Replaces `RunLog` on all ranks but 0: drops every line."""
-
-    live = False
-
-    def pictures(self, path: Path, pictures: Sequence[torch.Tensor], *_: Any) -> None:
-        """Write the pictures of this rank's clips. Rank 0 warns if they cannot be written."""
-        with tolerated(path, lambda text: None):
-            save_pictures(path, pictures)
-
-    def record_traceback(self, error: BaseException) -> None:
-        traceback.print_exception(error)
-
-    def __getattr__(self, name: str) -> Callable:
-        return lambda *args, **kwargs: None
 
 
 def build_model(opt: options.Section) -> ModelBase:
@@ -284,11 +262,8 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
     Raises: OptionError or CheckpointError for a user's mistake or an unusable file, NonFiniteLoss.
     """
     prepare_machine(opt)
-    told = opt["log"]
-    log = RunLog(quiet=told["quiet"], tensorboard=told["tensorboard"]) if distributed.is_main() else Silence()
-    with StopRequest(waits=False) as stop, contextlib.closing(log), contextlib.ExitStack() as stack:
-        for text in (*preface, *(f"note     {notice}" for notice in notices)):
-            log.line(text)
+    with StopRequest(waits=False) as stop, contextlib.ExitStack() as stack:
+        log = stack.enter_context(contextlib.closing(start_log(opt["log"], notices, preface, distributed.is_main())))
         run = stack.enter_context(contextlib.closing(Run(opt, log, hooks)))
         run.claim()
         source = distributed.from_main(lambda: find_source(run, resume, init_from, fresh))
@@ -310,7 +285,7 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
             lambda: {"iteration": run.iteration, "baseline": run.model.baseline_name},
             task=opt["task"], total=opt["train"]["total_iter"], command=command,
             metric=(run.history.metric, run.history.mode),
-            origins=opt.origins)) if distributed.is_main() else Silence()
+            origins=opt.origins)) if distributed.is_main() else SilentLog()
         with determinism.missing_kernels_named(run.model.device):
             run.loop(stop)
         run.save_surely("interrupted")

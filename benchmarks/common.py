@@ -12,6 +12,7 @@ import options
 import train
 from data import DATASETS
 from data.loader import endless
+from log.run_log import SilentLog
 from models import MODELS, NETWORKS
 from runtime import determinism, resume
 
@@ -42,7 +43,7 @@ def read_options(file: str, changes: Mapping[str, Any], stage: str | None = None
 def build_run(opt: options.Section) -> train.Run:
     """Build a run with new weights, ready to train."""
     determinism.prepare_machine(opt)
-    run = train.Run(opt, train.Silence())
+    run = train.Run(opt, SilentLog())
     resume.restore(run, None)
     return run
 

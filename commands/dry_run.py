@@ -22,7 +22,7 @@ import options
 from data import DATASETS
 from data.folders import passed_over
 from data.loader import clips_of, endless
-from log.run_log import RunLog
+from log.run_log import RunLog, start_log
 from log.terminal import duration
 from models import MODELS
 from runtime import determinism
@@ -141,10 +141,7 @@ def dry_run(opt: options.Section, notices: list[str], *, resume: str | None = No
     Raises: OptionError for a device that is unknown or absent.
     """
     prepare_machine(opt)
-    log = RunLog(quiet=opt["log"]["quiet"], tensorboard=opt["log"]["tensorboard"])
-    with contextlib.closing(log), StopRequest("this check") as stop:
-        for text in (*preface, *(f"note     {notice}" for notice in notices)):
-            log.line(text)
+    with contextlib.closing(start_log(opt["log"], notices, preface)) as log, StopRequest("this check") as stop:
         count = {"ok": 0, "warn": 0, "fail": 0}
         for name, check in checks(opt, log, resume, init_from, fresh, hooks):
             if stop.signal:

@@ -23,7 +23,7 @@ from checkpoint import CheckpointError
 from data import DATASETS
 from data.folders import passed_over
 from log.pictures import write_picture
-from log.run_log import RunLog
+from log.run_log import RunLog, start_log
 from log.tables import write_table
 from models import MODELS
 from models.model_base import ModelBase
@@ -58,10 +58,8 @@ def infer(opt: options.Section, notices: list[str], *, resume: str | None = None
         model = kind(opt)
     except ValueError as error:
         raise options.OptionError(str(error)) from error
-    log = RunLog(quiet=opt["log"]["quiet"])
-    with contextlib.closing(log), StopRequest("this sample") as stop:
-        for notice in notices:
-            log.line(f"note     {notice}")
+    settings = {**opt["log"], "tensorboard": False}
+    with contextlib.closing(start_log(settings, notices)) as log, StopRequest("this sample") as stop:
         log.line(f"weights  {load_weights(model, opt, resume, log)}; {model.device}, {torch.get_num_threads()} threads")
         if source is None:
             sets = {name: options.build(DATASETS, section, "dataset_type")

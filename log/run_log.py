@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,4 +191,36 @@ class RunLog:
             self.file.close()
 
 
-# ---------------------------------------------------------------- figures and pictures
+class SilentLog:
+    """Replaces `RunLog` on all ranks but 0: writes this rank's pictures and nothing else."""
+
+    live = False
+
+    def pictures(self, path: Path, pictures: Sequence[Tensor], *_: Any) -> None:
+        """Write the pictures of this rank's samples. Rank 0 warns if they cannot be written."""
+        with tolerated(path, lambda text: None):
+            save_pictures(path, pictures)
+
+    def record_traceback(self, error: BaseException) -> None:
+        """Print the place of a fault in the code."""
+        traceback.print_exception(error)
+
+    def __getattr__(self, name: str) -> Callable:
+        return lambda *args, **kwargs: None
+
+
+def start_log(settings: Mapping[str, Any], notices: Iterable[str], preface: Iterable[str] = (),
+              writes: bool = True) -> RunLog | SilentLog:
+    """Start the log of a command and print its first lines.
+
+    Args:
+        settings: the `log` section of the options.
+        notices: notes from reading the options. preface: lines to print before them.
+        writes: whether this rank writes.
+    """
+    if not writes:
+        return SilentLog()
+    log = RunLog(quiet=settings["quiet"], tensorboard=settings["tensorboard"])
+    for text in (*preface, *(f"note     {notice}" for notice in notices)):
+        log.line(text)
+    return log
