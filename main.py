@@ -75,15 +75,16 @@ def parser_for(flags: dict[str, str], **settings) -> argparse.ArgumentParser:
         parser.add_argument(name, nargs="?", const=True, help=argparse.SUPPRESS)
     for flag, keys in flags.items():
         names = dict.fromkeys([f"--{flag}", f"--{flag.replace('_', '-')}"])
-        text = f"set {', '.join(options.as_list(keys))}"
+        text = f"set {', '.join(options.keys_of(keys))}"
         parser.add_argument(*names, dest=f"flag_{flag}", metavar="VALUE", help=text)
     return parser
 
 
 def overrides_in(args: argparse.Namespace, flags: dict[str, str]) -> list[tuple[str, object, str]]:
     """Collect the options that the command line sets, as (key path, value, flag)."""
-    found = [(key, options.as_value(text), f"--{flag}") for flag, keys in flags.items()
-             if (text := getattr(args, f"flag_{flag}")) is not None for key in options.as_list(keys)]
+    found = [(key, value, f"--{flag}") for flag, keys in flags.items()
+             if (text := getattr(args, f"flag_{flag}")) is not None
+             for key, value in options.set_by_flag(flag, keys, text).items()]
     found += [(f"log.{key}", True, f"--{key}") for key in ("quiet", "tensorboard") if getattr(args, key)]
     for text in args.set:
         key, equals, value = text.partition("=")

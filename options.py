@@ -1,8 +1,7 @@
-"""Read a JSON option file, merge what overrides it, and refuse what nobody would read.
+"""Read a JSON option file, merge what overrides it, and check every key against what reads it.
 
-Order: defaults < `extends` < file < stage < command line. The signature of a component is its schema: a section is
-built by keyword, so an unknown key, a wrong type or a missing value is found before anything is made. KAIR's own option
-files are read unmodified.
+Order: defaults < `extends` < file < stage < command line. The signature of a component is its schema, so that an
+unknown key, a wrong type or a missing value is found before a file is created. KAIR's option files are read unmodified.
 """
 
 from __future__ import annotations
@@ -31,21 +30,23 @@ REQUIRED = inspect.Parameter.empty
 
 
 class OptionError(ValueError):
-    """A user's mistake in one line: what, where, and what would be valid."""
+    """Raised for a user's mistake: one line with what, where, and what would be valid."""
 
 
 class Section(dict):
-    """A JSON object that remembers where it stands, for messages."""
+    """A JSON object that knows its place in the option file, for messages."""
 
     where: str = "options"
-    origins: Mapping[str, str] = {}  # of the whole tree: key path -> the file or flag that set it; else its default
+    origins: Mapping[str, str] = {}  # at the top: key path -> the file or flag that set it; absent: the default
 
 
-# ---------------------------------------------------------------- the house's own keys
+# ---------------------------------------------------------------- sections that every run has
 
 
 @dataclass
 class Path:
+    """The `path` section."""
+
     root: str = "experiments"  # folder of all runs; a run's own folder is root/task
     pretrained_netG: str | None = None  # file of weights to start G from when the run has no checkpoint yet
     pretrained_netE: str | None = None  # file of weights to start the moving average E from; null: a copy of G
@@ -57,30 +58,34 @@ class Path:
 
 @dataclass
 class Checkpoint:
-    layout: Literal["split", "bundle"] = "split"  # several files, {iter}_G.pth and its companions, or one
-    mode: Literal["epochs", "best"] = "epochs"  # bundles to keep: all that `name` names, or only the latest and best
-    # File name of each bundle, with the fields epoch and iter; null: no file of its own, only latest and best.
+    """The `checkpoint` section."""
+
+    layout: Literal["split", "bundle"] = "split"  # several files ({iter}_G.pth, ...) or one file for a checkpoint
+    # File name of each bundle, with the fields epoch and iter; null: keep only the latest and the best bundle.
     name: str | None = "epoch_{epoch:04d}.pt"
-    latest: str | None = "latest.pt"  # hard link to the newest bundle (split: latest.json, its record); null: none
-    best: str | None = "best.pt"  # hard link to the bundle of the best validation (split: best.json); null: none
+    latest: str | None = "latest.pt"  # hard link to the newest bundle (split: latest.json); null: no link
+    best: str | None = "best.pt"  # hard link to the bundle of the best validation (split: best.json); null: no link
     interrupted: str = "interrupted.pt"  # bundle saved by a stop; the next regular save removes it
     keep_last_n: PositiveInt | None = None  # how many checkpoints to keep, besides the best; null: all
     best_metric: str | None = None  # column of test.csv that decides the best, or its end ("psnr"); null: the model's
     best_mode: Literal["max", "min"] | None = None  # whether larger or smaller is better; null: the model's
-    on_save_error: Literal["stop", "warn"] = "stop"  # what a failed save does; warn: retry at the next interval
+    # What a failed save does: end the run, or warn and save again at the next interval.
+    on_save_error: Literal["stop", "warn"] = "stop"
     # Whether files are written in the background while training continues; auto: on CUDA.
     background: Literal["auto"] | bool = field(default="auto", metadata={"key": "async"})
 
 
 @dataclass
 class Log:
+    """The `log` section."""
+
     quiet: bool = False  # print only warnings, errors and how the run ended; the log files get everything
     tensorboard: bool = False  # write TensorBoard's files to log/tensorboard, too; needs the extra "tensorboard"
 
 
 @dataclass
 class Top:
-    """Top level of an option file; `net*`, `train` and `val` are checked against the classes that they name."""
+    """The top level of an option file; `net*`, `train` and `val` are checked against the classes that they name."""
 
     task: str  # name of the run, and of its folder below path.root
     model: str  # recipe of the run, a name of models.MODELS
@@ -91,9 +96,9 @@ class Top:
     scale: PositiveInt = 1  # upscaling factor, handed to every dataset
     n_channels: PositiveInt = 3  # channels of an image, handed to every dataset
     device: str = "auto"  # device to train on: "auto", "cpu", "cuda" or "cuda:N"
-    # CPU threads of each process; sums may depend on it, so set it where a run moves; null: torch's number.
+    # CPU threads of each process; sums may depend on it, so set it if a run may change machines; null: torch's number.
     num_threads: Annotated[int, Range(ge=1, le=1024)] | None = None
-    deterministic: bool = False  # use deterministic kernels only (CUDA), with an error where there is none
+    deterministic: bool = False  # use only deterministic kernels (CUDA); an operation without one is an error
     val: dict = field(default_factory=dict)  # section of the validation and of --test
     path: dict = field(default_factory=dict)  # section of folders and of weights to start from
     checkpoint: dict = field(default_factory=dict)  # section of the files that a save writes and keeps
@@ -104,28 +109,28 @@ class Top:
     stage: str | None = None  # name of the stage that this run is; --stage sets it
     gpu_ids: list[NonNegativeInt] | None = None  # numbers of the CUDA devices, one for each process
     dist: bool = False  # KAIR's switch for several processes, not needed here: torchrun says how many there are
-    # Seconds without a sign of life of one process of several after which all end.
+    # Seconds without a sign of life from one of several processes after which all end.
     dist_timeout: PositiveFloat = 1800
     # DistributedDataParallel looks for parameters without gradient; false is faster, and exact up to two processes.
     find_unused_parameters: bool = True
     use_static_graph: bool = False  # DistributedDataParallel assumes equal steps; true is exact up to two processes
-    sync_batchnorm: bool = False  # batch norm over the rows of all processes instead of each process's own
+    sync_batchnorm: bool = False  # compute batch norm over the rows of all processes instead of each process's own
 
 
 @dataclass
 class Loader:
-    """Keys of a `datasets` entry that are the loader's, not the dataset's."""
+    """The keys of a `datasets` entry that are for the loader, not for the dataset."""
 
     dataset_type: str  # kind of the dataset, a name of data.DATASETS
     phase: str = ""  # "train" or "test", for KAIR's files; the entry's own name decides
     name: str | None = None  # label for people; the program does not read it
-    dataloader_batch_size: PositiveInt = 1  # samples per optimizer step, over all processes together
-    # Worker processes that read samples; 0: the training process reads. Results do not depend on it.
+    dataloader_batch_size: PositiveInt = 1  # samples per optimizer step, all processes together
+    # Worker processes that read samples; 0: the training process reads them. Results do not depend on it.
     dataloader_num_workers: Annotated[int, Range(ge=0, le=1024)] = 0
-    dataloader_shuffle: bool = True  # draw another order of the samples for each epoch, from train.manual_seed
+    dataloader_shuffle: bool = True  # draw a new order of the samples for each epoch, from train.manual_seed
 
 
-# Flags that every option file has; its own `cli` table adds to them or points them elsewhere.
+# Flags of every option file; its own `cli` table adds to them or redirects them.
 FLAGS = {
     "lr": "train.G_optimizer_lr",
     "epochs": "train.total_epochs",
@@ -135,8 +140,8 @@ FLAGS = {
     "seed": "train.manual_seed",
 }
 
-# Keys of KAIR's files that KAIR itself never reads, or that mean nothing here: they pass with a notice.
-KAIR_UNUSED = {
+# Keys of KAIR's files, and of ours from earlier versions, that are not used here: they pass with a notice.
+UNUSED = {
     "merge_bn": "", "merge_bn_startpoint": "",
     "netG.init_type": "each network initialises itself", "netG.scale": "upscale says it",
     "train.G_regularizer_orthstep": "", "train.G_regularizer_clipstep": "",
@@ -148,6 +153,7 @@ KAIR_UNUSED = {
     "path.pretrained_optimizerG": "resume restores it",
     "datasets.*.interval_list": "a sequence of Vimeo-90K is taken as it is",
     "datasets.*.dataroot_lq": "this dataset makes L of dataroot_gt",
+    "checkpoint.mode": "checkpoint.name null keeps only the latest and the best",
 }
 
 
@@ -155,26 +161,13 @@ KAIR_UNUSED = {
 
 
 def blank_comments(text: str) -> str:
-    """`text` with `//` comments outside strings replaced by blanks, so that lines and columns stay."""
-    out, in_string, i = list(text), False, 0
-    while i < len(text):
-        if in_string and text[i] == "\\":
-            i += 1
-        elif text[i] == '"':
-            in_string = not in_string
-        elif text[i] == "\n":
-            in_string = False  # JSON strings don't span lines; without this a missing quote hides the rest
-        elif not in_string and text.startswith("//", i):
-            end = text.find("\n", i)
-            end = len(text) if end < 0 else end
-            out[i:end] = " " * (end - i)
-            i = end - 1
-        i += 1
-    return "".join(out)
+    """Replace `//` comments outside strings by blanks, so that lines and columns in messages are right."""
+    return re.sub(r'"(?:\\.|[^"\\\n])*"?|//[^\n]*',
+                  lambda found: " " * len(found[0]) if found[0].startswith("/") else found[0], text)
 
 
 def read_json(path: str) -> dict:
-    """The object in a JSON file with `//` comments. Raises OptionError with line and column."""
+    """Read the object in a JSON file with `//` comments. Raises OptionError with line and column."""
     try:
         with open(path, encoding="utf-8-sig") as file:  # without the byte order mark that some editors write
             tree = json.loads(blank_comments(file.read()))
@@ -182,7 +175,7 @@ def read_json(path: str) -> dict:
         raise OptionError(f"{path}: no such option file; the shipped ones are in options/") from None
     except json.JSONDecodeError as error:
         raise OptionError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
-    except (OSError, ValueError, RecursionError) as error:  # as a number of 5000 digits
+    except (OSError, ValueError, RecursionError) as error:  # e.g. a number of 5000 digits
         raise OptionError(f"{path}: can't be read as a JSON text file: {error}") from None
     if not isinstance(tree, dict):
         raise OptionError(f"{path}: an option file holds one JSON object, not a {type(tree).__name__}")
@@ -190,11 +183,11 @@ def read_json(path: str) -> dict:
 
 
 def load(path: str, chain: tuple[str, ...] = ()) -> tuple[dict, dict[str, str]]:
-    """A file with what it extends merged below it, and for each key path the file that set it."""
+    """Read a file merged over what it extends. Returns the options, and for each key path the file that set it."""
     real = os.path.realpath(path)
     if real in chain:
         names = [os.path.relpath(p) for p in (*chain[chain.index(real):], real)]
-        raise OptionError(f"{path}: 'extends' goes round in a circle: {' -> '.join(names)}")
+        raise OptionError(f"{path}: 'extends' forms a cycle: {' -> '.join(names)}")
     tree = read_json(path)
     base = tree.pop("extends", None)
     if base is None:
@@ -206,23 +199,42 @@ def load(path: str, chain: tuple[str, ...] = ()) -> tuple[dict, dict[str, str]]:
     return merge(merged, tree, origins, path), origins
 
 
-def cli_table(path: str) -> dict[str, str | list[str]]:
-    """The `cli` flags of an option file: flag -> key path, or several. Raises OptionError when it is no such table."""
+def cli_table(path: str) -> dict[str, Any]:
+    """Return the `cli` table of an option file, see `check_cli`. Raises OptionError."""
     return check_cli(load(path)[0].get("cli", {}), path)
 
 
-def check_cli(table: Any, path: str) -> dict[str, str | list[str]]:
-    if not isinstance(table, dict) or not all(isinstance(key, str) for keys in table.values() for key in as_list(keys)):
-        raise OptionError(f'{path}: cli: must be an object of {{"flag": "section.key"}}, or of lists of keys')
+def check_cli(table: Any, path: str) -> dict[str, Any]:
+    """Check a `cli` table: each flag has a key path, a list of them, or an object {word: {key path: value}}.
+
+    Raises: OptionError.
+    """
+    targets = table.values() if isinstance(table, dict) else [None]
+    if not all(isinstance(part, dict if isinstance(target, dict) else str) for target in targets
+               for part in (target.values() if isinstance(target, dict) else keys_of(target))):
+        raise OptionError(f'{path}: cli: must be an object of {{"flag": "section.key"}}, of lists of keys, or of '
+                          '{"flag": {"word": {"section.key": value}}}')
     return table
 
 
-def as_list(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
+def keys_of(target: Any) -> list[str]:
+    """Return the key paths that a flag of a `cli` table sets."""
+    if isinstance(target, dict):
+        return list(dict.fromkeys(key for setting in target.values() for key in setting))
+    return target if isinstance(target, list) else [target]
+
+
+def set_by_flag(flag: str, target: Any, text: str) -> dict[str, Any]:
+    """Return the values, by key path, that a flag of a `cli` table sets when it is given a text."""
+    if not isinstance(target, dict):
+        return dict.fromkeys(keys_of(target), as_value(text))
+    if text not in target:
+        raise OptionError(f"--{flag}: unknown '{text}'; {closest(text, target)}")
+    return target[text]
 
 
 def file_for(argv: Iterable[str], folder: str) -> str | None:
-    """The shipped option file that has most of the flags in `argv` as its own; None where none has any, or two have."""
+    """Return the option file in a folder that defines most of the flags in `argv`; None if none or several do."""
     if not os.path.isdir(folder):
         return None
     words = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
@@ -233,7 +245,7 @@ def file_for(argv: Iterable[str], folder: str) -> str | None:
 
 
 def merge(base: dict, over: Mapping, origins: dict[str, str], origin: str, prefix: str = "") -> dict:
-    """`over` laid on `base`: objects merge deeply, everything else replaces; `origins` is filled in."""
+    """Merge `over` into a copy of `base`: objects deeply, other values replace; `origins` gets the key paths set."""
     merged = dict(base)
     for key, value in over.items():
         path = f"{prefix}{key}"
@@ -246,7 +258,7 @@ def merge(base: dict, over: Mapping, origins: dict[str, str], origin: str, prefi
 
 
 def as_value(text: str) -> Any:
-    """A command-line value: JSON where it is JSON, else the text itself."""
+    """Return a command-line value: parsed where it is JSON, else the text itself."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -254,10 +266,10 @@ def as_value(text: str) -> Any:
 
 
 def set_key(tree: dict, origins: dict[str, str], path: str, value: Any, origin: str) -> None:
-    """Set `a.b.c` in a nested dict; whether the key is known is checked later, with all others."""
+    """Set `a.b.c` in a nested dict; `check` finds unknown keys later."""
     keys = path.split(".")
     if not all(keys):
-        raise OptionError(f"{origin}: '{path}' is no key path; write it as section.key=value")
+        raise OptionError(f"{origin}: '{path}' is not a key path; write it as section.key=value")
     for depth, key in enumerate(keys[:-1]):
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
@@ -270,7 +282,7 @@ def set_key(tree: dict, origins: dict[str, str], path: str, value: Any, origin: 
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """The part of a message that helps: the nearest valid name, or all of them when few."""
+    """Return the end of a message: the nearest valid name, or all of them."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if near:
@@ -279,7 +291,7 @@ def closest(name: str, known: Iterable[str]) -> str:
 
 
 def schema_of(component: Callable) -> Schema:
-    """What a dataclass or a class's constructor can be given by keyword."""
+    """Return the keywords of a dataclass or of a class's constructor."""
     if is_dataclass(component):
         hints = typing.get_type_hints(component, include_extras=True)
         return {f.metadata.get("key", f.name): (hints[f.name], default_of(f)) for f in fields(component)}
@@ -291,6 +303,7 @@ def schema_of(component: Callable) -> Schema:
 
 
 def default_of(item) -> Any:
+    """Return the default of a dataclass's field."""
     if item.default_factory is not MISSING:
         return item.default_factory()
     return REQUIRED if item.default is MISSING else item.default
@@ -302,7 +315,7 @@ LISTS = (list, tuple, collections.abc.Sequence)
 
 
 def kind_name(kind: Any) -> str:
-    """An annotation in words, with its range, for messages and docs/options.md."""
+    """Return an annotation in words, with its range, for messages and docs/options.md."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         return f"{kind_name(args[0])} {args[1]}"
@@ -317,7 +330,7 @@ def kind_name(kind: Any) -> str:
 
 
 def fit(value: Any, kind: Any) -> Any:
-    """`value` as the annotation wants it. Raises TypeError when its type or its size does not fit."""
+    """Return `value` converted to an annotation. Raises TypeError when its type or its range does not fit."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         value = fit(value, args[0])
@@ -359,16 +372,17 @@ def fit(value: Any, kind: Any) -> Any:
 
 
 def finite(value: Any) -> bool:
-    """Whether a value is neither NaN nor infinite, nor a list that holds one; Python's JSON has both, and 1e999."""
+    """Return whether a value, or each value of a list, is finite; Python's JSON reads NaN, Infinity and 1e999."""
     return all(map(finite, value)) if isinstance(value, list) else not isinstance(value, float) or math.isfinite(value)
 
 
 def check(section: Mapping, schema: Schema, path: str, where: Callable[[str], str], notices: list[str]) -> Section:
-    """A section against its schema: every key known, every type right, nothing required missing.
+    """Check a section against its schema: every key known, every type right, no required key missing.
 
     Args:
         path: key path of the section, "" at the top. where: key path -> the file that set it.
-    Returns: the section with values as the schema wants them; notices gets a line per ignored KAIR key.
+        notices: gets a line for each key in UNUSED.
+    Returns: the section with converted values. Raises: OptionError.
     """
     out = Section()
     out.where = f"{where(path)}: {path}" if path else where(path)
@@ -377,9 +391,9 @@ def check(section: Mapping, schema: Schema, path: str, where: Callable[[str], st
         if key not in schema:
             pattern = ".".join("*" if i == 1 and full.startswith("datasets.") else k
                                for i, k in enumerate(full.split(".")))
-            if pattern not in KAIR_UNUSED:
+            if pattern not in UNUSED:
                 raise OptionError(f"{where(full)}: {full}: unknown key; {closest(key, schema)}")
-            reason = KAIR_UNUSED[pattern]
+            reason = UNUSED[pattern]
             notices.append(f"{where(full)}: {full} is not used here" + (f": {reason}" if reason else ""))
             continue
         try:
@@ -397,7 +411,7 @@ def check(section: Mapping, schema: Schema, path: str, where: Callable[[str], st
 
 
 def with_defaults(section: Section, schema: Schema) -> Section:
-    """The section with every default written out, so that code can index it and a record shows all."""
+    """Add the default of every absent key to a section, which is changed and returned."""
     for key, (_, default) in schema.items():
         if key not in section:
             section[key] = list(default) if isinstance(default, tuple) else default
@@ -405,7 +419,7 @@ def with_defaults(section: Section, schema: Schema) -> Section:
 
 
 def resolve(table: Table, name: str, where: str) -> type:
-    """The class that a name stands for. Raises OptionError with the closest name."""
+    """Import the class that a name stands for. Raises OptionError with the closest name."""
     if name not in table:
         raise OptionError(f"{where}: unknown '{name}'; {closest(str(name), table)}")
     module, _, attribute = table[name].partition(":")
@@ -413,9 +427,10 @@ def resolve(table: Table, name: str, where: str) -> type:
 
 
 def build(table: Table, section: Section, type_key: str, **given: Any) -> Any:
-    """Create the component that `section[type_key]` names, the rest of the section as keywords.
+    """Create the component that `section[type_key]` names, with the rest of the section as keywords.
 
-    Raises OptionError where the component itself refuses a value.
+    Args: given: further keywords, used if the component has them.
+    Raises: OptionError for an unknown name, or where the constructor raises ValueError.
     """
     component = resolve(table, section[type_key], f"{section.where}.{type_key}")
     known = schema_of(component)
@@ -426,18 +441,18 @@ def build(table: Table, section: Section, type_key: str, **given: Any) -> Any:
         raise OptionError(f"{section.where}: {error}") from error
 
 
-# ---------------------------------------------------------------- all together
+# ---------------------------------------------------------------- the options of a run
 
 
 def parse(path: str, overrides: Iterable[tuple[str, Any, str]], models: Table, networks: Table, datasets: Table,
           stage: str | None = None, tree: Mapping | None = None) -> tuple[Section, list[str]]:
-    """The options of a run, merged, checked, with defaults written out.
+    """Read and check the options of a run, with all defaults added.
 
     Args:
-        path: option file. overrides: (key path, value, where it was said), later ones win.
-        models, networks, datasets: tables of the names a file may use.
-        stage: which stage of the file; its folder is one below the file's. tree: to be taken instead of the file, as
-            the options in a checkpoint; `path` is then where they are from, for messages.
+        path: option file. overrides: (key path, value, flag that set it), later ones win.
+        models, networks, datasets: tables of the names that a file may use.
+        stage: name of a stage of the file; its folder is in the folder of the run. tree: options to use instead of the
+            file, e.g. those in a checkpoint; `path` is then their source, for messages.
     Returns: the options, and notices for the user (keys that are not used).
     Raises: OptionError, one line.
     """
@@ -445,7 +460,7 @@ def parse(path: str, overrides: Iterable[tuple[str, Any, str]], models: Table, n
     option_file = tree.pop("opt_path", path)
     chain = stages_in(tree, path)
     if stage is not None:
-        tree, origins = lay_stage(tree, origins, chain, stage, path)
+        tree, origins = merge_stage(tree, origins, chain, stage, path)
     for key, value, origin in overrides:
         set_key(tree, origins, key, value, origin)
 
@@ -483,12 +498,12 @@ def parse(path: str, overrides: Iterable[tuple[str, Any, str]], models: Table, n
 
 
 def stage_names(path: str) -> list[str]:
-    """The stages of an option file, in their order. Raises OptionError where one can't be."""
+    """Return the names of an option file's stages, in order. Raises OptionError for an invalid stage."""
     return list(stages_in(load(path)[0], path))
 
 
 def stages_in(tree: Mapping, path: str) -> dict[str, dict]:
-    """What each stage of a file overrides, by name."""
+    """Return the overrides of each stage of a file, by name. Raises OptionError for an invalid stage."""
     entries, found = tree.get("stages", []), {}
     if not isinstance(entries, list):
         raise OptionError(f'{path}: stages: must be a list of {{"name": ..., keys to override}}')
@@ -498,9 +513,9 @@ def stages_in(tree: Mapping, path: str) -> dict[str, dict]:
             raise OptionError(f'{at}: must be an object {{"name": ..., keys to override}}, not {json.dumps(entry)}')
         name = entry.get("name")
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]*\w[\w.-]*", name) or name == "none":
-            raise OptionError(f"{at}.name: {json.dumps(name)} must be a name for its folder: letters, digits, _ . -")
+            raise OptionError(f"{at}.name: {json.dumps(name)} must be a name for a folder, of letters, digits, _ . -")
         if name in found:
-            raise OptionError(f"{at}.name: {name!r} is there twice; each stage needs a folder of its own")
+            raise OptionError(f"{at}.name: {name!r} is used twice; each stage needs a name of its own")
         if alien := {"extends", "stages", "stage", "cli"} & set(entry):
             raise OptionError(f"{at}: {sorted(alien)[0]}: belongs to the file, not to a stage")
         if not isinstance(entry.get("init_from", ""), (str, type(None))):
@@ -510,9 +525,9 @@ def stages_in(tree: Mapping, path: str) -> dict[str, dict]:
     return found
 
 
-def lay_stage(tree: dict, origins: dict[str, str], chain: Mapping[str, dict], stage: str,
+def merge_stage(tree: dict, origins: dict[str, str], chain: Mapping[str, dict], stage: str,
               path: str) -> tuple[dict, dict[str, str]]:
-    """A file's options with those of a stage laid on them, and who set each."""
+    """Merge the overrides of a stage into a file's options. Returns the options, and who set each."""
     if stage not in chain:
         raise OptionError(f"{path}: stages: there is no {stage!r}; "
                           + (closest(stage, chain) if chain else "the file has no stages"))
@@ -525,12 +540,12 @@ def lay_stage(tree: dict, origins: dict[str, str], chain: Mapping[str, dict], st
 
 
 def models_folder(opt: Mapping[str, Any]) -> str:
-    """Where the checkpoints of a run lie."""
+    """Return the folder of a run's checkpoints."""
     return opt["path"]["models"] or os.path.join(opt["path"]["root"], opt["task"], "models")
 
 
 def check_dataset(opt: Mapping, name: str, table: Table, where: Callable[[str], str], notices: list[str]) -> Section:
-    """One entry of `datasets`: its loader keys, the dataset's own, and what the house hands to every dataset."""
+    """Check an entry of `datasets`, and add the values that every dataset gets from other sections."""
     path, section = f"datasets.{name}", opt["datasets"][name]
     phase = name.split("_")[0]
     if phase not in ("train", "test"):
@@ -539,21 +554,21 @@ def check_dataset(opt: Mapping, name: str, table: Table, where: Callable[[str], 
         raise OptionError(f"{where(path)}: {path}: must be an object")
     component = resolve(table, section.get("dataset_type"), f"{where(path)}: {path}.dataset_type")
     own, loader = schema_of(component), schema_of(Loader)
-    house = {"scale": opt["scale"], "n_channels": opt["n_channels"], "seed": opt["train"]["manual_seed"]}
-    given = {k: v for k, v in section.items() if k not in ("scale", "n_channels")}  # as KAIR: the top level's count
-    given = {k: v for k, v in house.items() if k in own} | given
+    common = {"scale": opt["scale"], "n_channels": opt["n_channels"], "seed": opt["train"]["manual_seed"]}
+    given = {k: v for k, v in section.items() if k not in ("scale", "n_channels")}  # as in KAIR, the top level's apply
+    given = {k: v for k, v in common.items() if k in own} | given
     checked = check(given, loader | own, path, where, notices)
     checked["phase"] = phase
     return with_defaults(checked, loader)
 
 
 def is_ours(config: Mapping[str, Any]) -> bool:
-    """Whether options that a checkpoint holds are Perdure's."""
+    """Return whether the options in a checkpoint are Perdure's."""
     return {"task", "datasets", "netG", "train", "path"} <= set(config)
 
 
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
-    """Nested options as {"a.b": value}, for comparing two runs."""
+    """Return nested options as {"a.b": value}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):

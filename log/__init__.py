@@ -1,1 +1,1 @@
-"""What a run writes: lines, tables, pictures, TensorBoard."""
+"""The files that a run writes besides checkpoints: lines, tables, pictures, TensorBoard."""

@@ -1,4 +1,4 @@
-"""Pictures as PNG or JPEG files that are complete or not there."""
+"""Write pictures as PNG or JPEG files that are either complete or absent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from storage.files import save_file
 
 def save_pictures(path: Path, pictures: Sequence[Tensor]) -> Tensor:
     """Write images (C, H, W) in [0, 1] of equal size side by side as one PNG. Returns that (C, H, W)."""
-    from torchvision.utils import make_grid  # takes longer to import than torch; not all commands draw
+    from torchvision.utils import make_grid  # slow to import, and not every command writes pictures
 
     path.parent.mkdir(parents=True, exist_ok=True)
     images = [picture.detach().float().cpu().clamp(0, 1) for picture in pictures]
@@ -23,6 +23,6 @@ def save_pictures(path: Path, pictures: Sequence[Tensor]) -> Tensor:
 
 
 def write_picture(path: Path, picture: Tensor) -> None:
-    """Write an image (C, H, W) in [0, 1] as a PNG, or a JPEG by its name, that is complete or not there."""
+    """Write an image (C, H, W) in [0, 1] as a PNG, or a JPEG by its name, either complete or absent."""
     image = (picture.detach().float().cpu().clamp(0, 1) * 255).round().byte()
     save_file(path, encode(image, "jpeg" if path.suffix == ".jpg" else "png"))

@@ -1,4 +1,4 @@
-"""What a run says: lines on the console and in `log/train.log`, a progress line, CSV files, pictures, TensorBoard."""
+"""Lines on the console and in `log/train.log`, a progress line, CSV files, pictures, TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from torch import Tensor
 from log.pictures import save_pictures
 from log.tables import CsvTable, append, write_table
 from log.tensorboard import Board, summary_writer
-from log.terminal import ERASE, cut, is_terminal, printable, status, width_of
+from log.terminal import ERASE, is_terminal, printable, status, width_of
 
-MOST_UNWRITTEN = 10_000  # lines that wait for a file that cannot be written
-# printed also by a quiet run
+MAX_UNWRITTEN = 10_000  # lines kept for a file that cannot be written
+# first words of the lines that a quiet run prints, too
 LOUD = {"warning", "absent", "fault", "machine", "stopped", "finished", "done", "metrics", "ok", "warn", "fail"}
 
 
 @contextlib.contextmanager
 def tolerated(path: Path, warn: Callable[[str], Any]) -> Iterator[None]:
-    """Inside, a file that cannot be written is a warning: training is worth more than what is written about it."""
+    """Turn an OSError of the block into a warning, so that a log that cannot be written does not end the training."""
     try:
         yield
     except OSError as error:
@@ -33,40 +33,39 @@ def tolerated(path: Path, warn: Callable[[str], Any]) -> Iterator[None]:
 
 
 class RunLog:
-    """Everything that one run prints and records, in the run's `log` folder.
+    """Prints the lines of one run and records them in its `log` folder.
 
-    Each line is written at once, so that lines of several processes don't mix. Nothing here ends a run: a console that
-    is gone is done without, and what a full disk refuses is kept and tried again at the next line or row.
+    Each line is written in one call, so that lines of several processes don't mix. No error here ends a run: output to
+    a closed console is dropped, and what a full disk does not take is written with the next line or row.
 
     Args:
-        stream: the console; the live progress line and colours are drawn only if it is a terminal.
-        quiet: print only warnings and how it ended; the files get everything.
-        tensorboard: record also for TensorBoard. Raises: OptionError when it is not installed.
+        stream: the console; the progress line and colours are drawn only if it is a terminal.
+        quiet: print only warnings, errors and the last line; the files get every line.
+        tensorboard: record for TensorBoard, too.
+    Raises: OptionError when TensorBoard is not installed.
     """
 
     def __init__(self, stream=None, quiet: bool = False, tensorboard: bool = False):
-        self.stream = stream or sys.stdout or open(os.devnull, "w")  # no stdout at all: closed by who started us
+        self.stream = stream or sys.stdout or open(os.devnull, "w")  # None: the parent process closed it
         if hasattr(self.stream, "reconfigure"):
-            self.stream.reconfigure(errors="backslashreplace")  # a file's name may be in no encoding of the console
+            self.stream.reconfigure(errors="backslashreplace")  # for names of files that the console can't encode
         self.quiet = quiet
         self.live = not quiet and is_terminal(self.stream)
         self.drawn = False  # whether the progress line is on the screen
         self.file, self.folder = None, None
-        self.unwritten: list[str] = []  # lines that the file has not got
-        self.rows: dict[str, list[Mapping]] = {}  # rows that a table has not got
+        self.unwritten: list[str] = []  # lines that are not in the file yet
+        self.rows: dict[str, list[Mapping]] = {}  # rows that are not in their table yet
         self.tables: dict[str, CsvTable] = {}
-        self.refused: set[str] = set()  # files that a warning was printed of
+        self.failed: set[str] = set()  # files for which a warning was printed
         self.writer_class = summary_writer() if tensorboard else None
         self.board: Board | None = None
 
     def open(self, folder: Path, iteration: int, settings: Mapping[str, Any] | None = None,
              tables: Mapping[str, Sequence[Mapping[str, Any]]] | None = None) -> None:
-        """Begin to write files; rows of the tables past the iteration that the run resumes from are dropped.
+        """Open the files, and drop the rows of tables past the iteration that the run resumes from.
 
-        What cannot be written is warned of and done without, or tried again with the next line.
-
-        Args: settings: the options as {"a.b": value}, for TensorBoard. tables: rows that a table is to begin with,
-            instead of those of its file.
+        Args: settings: the options as {"a.b": value}, for TensorBoard. tables: first rows of a table, instead of those
+            in its file.
         """
         self.folder = folder
         with tolerated(folder, self.warn):
@@ -90,10 +89,10 @@ class RunLog:
         self.file = open(self.folder / "train.log", "a+b", buffering=0)
         if self.file.tell():
             self.file.seek(-1, os.SEEK_END)
-            self.unwritten[:0] = [] if self.file.read() == b"\n" else ["\n"]  # a kill tore the last line
+            self.unwritten[:0] = [] if self.file.read() == b"\n" else ["\n"]  # a kill cut the last line off
 
     def line(self, text: str) -> None:
-        """A line for the reader and the file."""
+        """Print a line and record it in the file."""
         text = printable(text)
         word = text.split(" ", 1)[0]
         if not self.quiet or word in LOUD:
@@ -101,25 +100,25 @@ class RunLog:
         self._record(text)
 
     def warn(self, text: str) -> None:
-        """A line that also a quiet run prints."""
+        """Print and record a warning, also in a quiet run."""
         self.line(f"warning  {text}")
 
     def _print(self, text: str) -> None:
-        self._say(f"{ERASE if self.drawn else ''}{text}\n")
+        self._write(f"{ERASE if self.drawn else ''}{text}\n")
         self.drawn = False
 
-    def _say(self, text: str) -> None:
+    def _write(self, text: str) -> None:
         try:
             self.stream.write(text)
             self.stream.flush()
-        except OSError:  # its reader has left: the run goes on, and the file has everything
+        except OSError:  # the console is closed; the file gets every line
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             self.live = False
 
     def _record(self, text: str | None) -> None:
         if text is not None:
             self.unwritten.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-            del self.unwritten[:-MOST_UNWRITTEN]
+            del self.unwritten[:-MAX_UNWRITTEN]
         if self.folder is None:
             return
         try:
@@ -128,27 +127,27 @@ class RunLog:
             append(self.file, "".join(self.unwritten).encode(errors="backslashreplace"))
             self.unwritten.clear()
         except OSError as error:
-            self._refused("train.log", error)
+            self._warn_of("train.log", error)
 
-    def _refused(self, name: str, error: OSError) -> None:
-        if name not in self.refused:  # once a launch
-            self.refused.add(name)
+    def _warn_of(self, name: str, error: OSError) -> None:
+        if name not in self.failed:  # once a launch
+            self.failed.add(name)
             self._print(f"warning  {self.folder / name} can't be written: {error.strerror}; the next line tries again")
 
     def record_traceback(self, error: BaseException) -> None:
-        """The place of a fault in the code, for the reader and the file."""
+        """Print and record the traceback of an error."""
         for text in traceback.format_exception(error):
             for line in text.rstrip().splitlines():
                 self.line(f"fault    {line}")
 
     def progress(self, text: str) -> None:
-        """Redraw the live line, cut to the window's width as it is now; nothing where there is no terminal."""
+        """Redraw the progress line, cut to the width of the window; without a terminal nothing happens."""
         if self.live:
-            self._say(ERASE + cut(printable(text), width_of(self.stream) - 1))
+            self._write(ERASE + printable(text)[: width_of(self.stream) - 1])
             self.drawn = True
 
     def row(self, table: str, values: Mapping[str, Any]) -> None:
-        """A row of `log/<table>.csv`; `values` has an iteration."""
+        """Add a row to `log/<table>.csv`; `values` has an iteration."""
         waiting = self.rows.setdefault(table, [])
         waiting.append(dict(values))
         try:
@@ -158,18 +157,18 @@ class RunLog:
                 self.tables[table].append(waiting[0])
                 waiting.pop(0)
         except OSError as error:
-            self._refused(f"{table}.csv", error)
+            self._warn_of(f"{table}.csv", error)
         self._draw(lambda board: board.row(table, values))
 
     def pictures(self, path: Path, pictures: Sequence[Tensor], tag: str, iteration: int | None) -> None:
-        """Images (C, H, W) in [0, 1] of equal size, side by side: a PNG at `path`, and under `tag` for TensorBoard."""
+        """Write images (C, H, W) in [0, 1] of equal size side by side to a PNG, and under `tag` for TensorBoard."""
         with tolerated(path, self._warn_once):
             picture = save_pictures(path, pictures)
             self._draw(lambda board: board.picture(tag, picture, iteration))
 
     def _warn_once(self, text: str) -> None:
-        if "pictures" not in self.refused:
-            self.refused.add("pictures")
+        if "pictures" not in self.failed:
+            self.failed.add("pictures")
             self.warn(f"{text}; training continues without such pictures")
 
     def _draw(self, what: Callable[[Board], None], make: Callable[[], Board] | None = None) -> None:
@@ -179,12 +178,12 @@ class RunLog:
                 what(self.board)
         except OSError as error:
             self.board = None
-            self.warn(f"TensorBoard gets no more of this launch: {error}; the CSV files do")
+            self.warn(f"TensorBoard gets no more rows of this launch: {error}; the CSV files have them")
 
     def close(self) -> None:
-        """The screen is left clean, files closed; to be called at the end of every launch."""
+        """Erase the progress line and close the files; to be called at the end of every launch."""
         if self.drawn:
-            self._say(ERASE)
+            self._write(ERASE)
             self.drawn = False
         self._draw(lambda board: board.close())
         if self.file:

@@ -1,4 +1,4 @@
-"""CSV files that can be cut back to an iteration and are never left with half a row."""
+"""Write CSV files that can be cut back to an iteration and never end in half a row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from storage.files import save_file
 
 
 def append(file: BinaryIO, text: bytes) -> None:
-    """All of `text` at the end of an unbuffered file, or nothing of it. Raises: OSError as the disk says."""
+    """Append all of `text` to an unbuffered file, or none of it. Raises: OSError."""
     end = file.seek(0, os.SEEK_END)
     try:
         while text:
@@ -24,7 +24,10 @@ def append(file: BinaryIO, text: bytes) -> None:
 
 
 class CsvTable:
-    """A CSV file (RFC 4180) with an `iteration` column that can be cut back and gains columns when they come up."""
+    """A CSV file (RFC 4180) with an `iteration` column, which gains columns as rows need them.
+
+    Args: path: the file. iteration: rows of later iterations are removed.
+    """
 
     def __init__(self, path: Path, iteration: int):
         self.path, self.columns = path, []
@@ -32,12 +35,12 @@ class CsvTable:
             self.columns, rows = self._read()
             if "iteration" in self.columns:
                 write_table(path, self.columns, [row for row in rows if int(row["iteration"]) <= iteration])
-            else:  # none of ours, or another program saved it in its own way: kept, not used
+            else:  # not ours, or saved by another program in its own format: kept under another name
                 self.columns = []
                 os.replace(path, path.with_suffix(".csv.old"))
 
     def append(self, values: Mapping[str, Any]) -> None:
-        """One more row, whole or not at all. Raises: OSError."""
+        """Append a row, or nothing of it. Raises: OSError."""
         if new := [key for key in values if key not in self.columns]:
             write_table(self.path, self.columns + new, self._read()[1] if self.columns else [])
             self.columns += new
@@ -45,22 +48,23 @@ class CsvTable:
             append(file, csv_text(self.columns, [values]))
 
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
-        """Columns and rows, without those that a kill or a power cut tore."""
+        """Return columns and rows, without rows that a kill or a power cut damaged."""
         text = self.path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
-        whole = [line for line in text.split("\n")[:-1] if "\0" not in line]
-        columns, *rows = list(csv.reader(whole)) or [[]]
+        complete = [line for line in text.split("\n")[:-1] if "\0" not in line]
+        columns, *rows = list(csv.reader(complete)) or [[]]
         rows = [dict(zip(columns, row)) for row in rows if len(row) == len(columns)]
         return columns, [row for row in rows if row.get("iteration", "").isdecimal()]
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """Return rows as the text of a CSV file, without a header."""
     text = io.StringIO(newline="")
     csv.DictWriter(text, columns, restval="").writerows(rows)
     return text.getvalue().encode(errors="surrogateescape")  # a column may be a folder's name, in any bytes
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a whole CSV file, complete or not at all; what a row lacks stays empty."""
+    """Replace a CSV file by a complete new one; cells that a row lacks are empty."""
     text = csv_text(columns, [dict(zip(columns, columns)), *rows])
-    if not path.exists() or path.read_bytes() != text:  # a full disk may still take what is no change
+    if not path.exists() or path.read_bytes() != text:  # without a change nothing is written, for the disk may be full
         save_file(path, text)

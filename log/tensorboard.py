@@ -1,4 +1,4 @@
-"""The tables once more for TensorBoard, where it is installed."""
+"""Write the tables for TensorBoard, where it is installed."""
 
 from __future__ import annotations
 
@@ -12,36 +12,37 @@ from options import OptionError
 
 
 def summary_writer() -> type:
-    """TensorBoard's writer. Raises: OptionError when it is not installed."""
+    """Return TensorBoard's writer class. Raises: OptionError when it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise OptionError("log.tensorboard: TensorBoard is not installed; pip install tensorboard, or leave "
-                          "it out: log/*.csv has the same figures") from None
+        raise OptionError("log.tensorboard: TensorBoard is not installed; pip install tensorboard, or "
+                          "leave the option out: log/*.csv has the same numbers") from None
     return SummaryWriter
 
 
 class Board:
-    """The tables once more for TensorBoard, as `<table>/<column>`, with pictures and the options as hparams.
+    """Writes the tables for TensorBoard as `<table>/<column>`, with pictures, and the options as hparams.
 
     Args:
-        writer: a SummaryWriter that purges what the run repeats. settings: the options as {"a.b": value}.
+        writer: a SummaryWriter that purges the steps that the run repeats. settings: the options as {"a.b": value}.
     """
 
     def __init__(self, writer, settings: Mapping[str, Any]):
         self.writer, self.settings = writer, settings
 
     def row(self, table: str, values: Mapping[str, Any]) -> None:
+        """Write the numbers of a row."""
         figures = {f"{table}/{key}": value for key, value in values.items()
                    if key != "iteration" and isinstance(value, (int, float))}
         for tag, value in figures.items():
             self.writer.add_scalar(tag, value, values["iteration"])
         if table == "test":
-            self.tell_settings(figures)
-        self.writer.flush()  # a kill may come at any time, and what lies before a checkpoint is not trained again
+            self.write_settings(figures)
+        self.writer.flush()  # a kill may come now, and steps before a checkpoint are not repeated
 
-    def tell_settings(self, metrics: Mapping[str, float]) -> None:
-        """The hparams, once; TensorBoard wants to know with them which metrics there are."""
+    def write_settings(self, metrics: Mapping[str, float]) -> None:
+        """Write the hparams, once; TensorBoard needs the names of the metrics with them."""
         from torch.utils.tensorboard.summary import hparams
 
         settings = {key: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
@@ -51,8 +52,10 @@ class Board:
         self.settings = {}
 
     def picture(self, tag: str, picture: Tensor, iteration: int | None) -> None:
+        """Write a picture (C, H, W) in [0, 1]."""
         self.writer.add_image(tag, picture, iteration)
 
     def close(self) -> None:
-        self.tell_settings({})
+        """Write what is left and close the files."""
+        self.write_settings({})
         self.writer.close()

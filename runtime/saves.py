@@ -27,8 +27,7 @@ class Saves:
         self.refusal = ""  # why the last save failed; "" if it did not
         background = device_type != "cpu" if keep["async"] == "auto" else keep["async"]
         try:
-            name = keep["name"] if keep["mode"] == "epochs" else None
-            self.layout = Layout(keep["layout"], name, keep["latest"], keep["best"], keep["interrupted"])
+            self.layout = Layout(keep["layout"], keep["name"], keep["latest"], keep["best"], keep["interrupted"])
         except ValueError as error:
             raise options.OptionError(f"{opt['opt_path']}: checkpoint: {error}") from None
         self.saver = Saver(folder, self.layout, keep["keep_last_n"], background)

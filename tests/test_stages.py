@@ -77,7 +77,7 @@ def test_a_stage_lies_on_the_file_and_below_the_command_line(tmp_path):
     ({"name": "one"}, "stages: must be a list"), (["one"], r"stages\[0\]: must be an object"),
     ([{"train": {}}], r"stages\[0\].name: null must be a name"), ([{"name": "a/b"}], r"name: \"a/b\" must be a name"),
     ([{"name": ".."}], "must be a name"), ([{"name": "none"}], "must be a name"),
-    ([{"name": "one"}, {"name": "one"}], r"stages\[1\].name: 'one' is there twice"),
+    ([{"name": "one"}, {"name": "one"}], r"stages\[1\].name: 'one' is used twice"),
     ([{"name": "one", "extends": "x.json"}], "extends: belongs to the file"),
     ([{"name": "one", "init_from": 3}], "init_from: 3 must be an earlier stage"),
     ([{"name": "one", "init_from": "two"}, {"name": "two"}], "one: init_from: 'two' is not before it"),
