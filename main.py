@@ -207,7 +207,7 @@ def program(argv: list[str], hooks: Sequence[Hooks] = ()) -> None:
     if code > 128 and distributed.launched():
         code = 0  # torchrun restarts a failed process, and a requested stop is not a failure
     if code > 128:
-        signals.die_by(code - 128)
+        signals.end_by_signal(code - 128)
     distributed.exit_process(code)
 
 

@@ -144,9 +144,9 @@ class Run:
         """
         for pause in (0, 1, 4):
             time.sleep(pause)
-            self.save(reason, amend=distributed.from_main(lambda: bool(self.saves.refusal)))
+            self.save(reason, amend=distributed.from_main(lambda: bool(self.saves.failure)))
             distributed.from_main(self.saves.finish)
-            refusal = distributed.from_main(lambda: self.saves.refusal)
+            refusal = distributed.from_main(lambda: self.saves.failure)
             if self.iteration == 0 or not refusal:
                 return
         raise CheckpointError(f"{self.models}: checkpoint {self.iteration} was not saved: {refusal}; older "

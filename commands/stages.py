@@ -58,7 +58,7 @@ def train_stages(option_file: str, overrides: Iterable[Override], only: str | No
             check_origin(name, names, chain, opts)
     with StopRequest(waits=False) as stop:
         for name in names:
-            stop.settle()
+            stop.agree()
             if stop.agreed:
                 say(f"stopped  by {stop.agreed.name} before stage {name}; resume with: {command}")
                 return stop.exit_code

@@ -198,7 +198,7 @@ def validate(run: Any, stop: StopRequest) -> None:
         raise ValidationError(f"the validation of iteration {run.iteration} failed: {error}; the steps so far are "
                               "saved; mend this and run the same command") from None
     if means is None:
-        stop.settle()
+        stop.agree()
         return
     progress.close()
     run.pace.paused += time.monotonic() - began

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: found before they are saved."""
+"""Find losses and gradients that are not finite before they are saved."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import math
 
 import torch
 
-LEAST_SCALE = 2.0**-10  # of fp16's loss scale: it begins at 2**16 and is halved by each step that is left out
+MIN_SCALE = 2.0**-10  # of fp16's loss: the scale starts at 2**16 and each skipped step halves it
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; the last checkpoint is from before."""
+    """Raised when a loss, gradient or weight is NaN or infinite; the last checkpoint is from before."""
 
 
 class FiniteCheck:
-    """Losses and gradient norms of the steps that are not checked yet.
+    """Keeps losses and gradient norms of steps until they are checked together, to wait for the device rarely.
 
-    Args: scaler: fp16's, if any.
+    Args: scaler: gradient scaler of fp16; None: another precision.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler | None):
@@ -24,16 +24,17 @@ class FiniteCheck:
         self.pending: list[tuple[int, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
 
     def add(self, iteration: int, losses: dict[str, torch.Tensor], norms: dict[str, torch.Tensor]) -> None:
-        """Note a step."""
+        """Add the losses and gradient norms of a step, by name, scalars."""
         self.pending.append((iteration, losses, norms))
 
     def check(self) -> None:
-        """Stop at a NaN or infinite loss. Looks at all steps since the last look: the device is waited for rarely."""
+        """Check all steps since the last call. Raises: NonFiniteLoss, which names the iteration and the terms."""
         scaler = self.scaler
-        if self.pending and scaler and scaler.get_scale() < LEAST_SCALE:
+        if self.pending and scaler and scaler.get_scale() < MIN_SCALE:
             raise NonFiniteLoss(f"the gradient was not finite in so many steps until iteration {self.pending[-1][0]} "
-                                f"that fp16's loss scale fell to {scaler.get_scale():.1e}: nothing is learnt any more; "
-                                'the last checkpoint is intact; set train.amp to "bf16", or lower the learning rate')
+                                f"that fp16's loss scale fell to {scaler.get_scale():.1e}: the network no longer "
+                                'learns; the last checkpoint is intact; set train.amp to "bf16", or lower the '
+                                "learning rate")
         pending, self.pending = self.pending, []
         for iteration, losses, norms in pending:
             values = {name: float(value) for name, value in {**losses, **norms}.items()}

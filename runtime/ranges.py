@@ -1,6 +1,6 @@
 """Ranges of numeric options, as annotations: `size: PositiveInt = 256`.
 
-`options.check` refuses a value outside of its range, and docs/options.md shows the range.
+`options.check` rejects a value outside its range, and docs/options.md shows the range.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that an option may have, with the names of pydantic's bounds; None leaves a side open."""
+    """The numbers that an option may have, with the names of pydantic's bounds; None: no bound."""
 
     ge: float | None = None
     gt: float | None = None

@@ -1,4 +1,4 @@
-"""The checkpoints that a run writes while it trains: when one fails, the run ends or continues without, as asked."""
+"""Write a run's checkpoints while it trains; when a save fails, end the run or continue, as the options say."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from log.run_log import RunLog
 
 
 class Saves:
-    """A run's saves, one at a time, and what became of the last one.
+    """Makes a run's saves, one at a time, and keeps the result of the last one.
 
-    Args: opt: the run's options. folder: where its checkpoints lie. device_type: "cpu" or "cuda", ...
+    Args:
+        opt: the run's options. folder: folder of its checkpoints. device_type: "cpu", "cuda", ...
+        log: gets the results.
+    Raises: OptionError for file names in the options that are not valid.
     """
 
     def __init__(self, opt: options.Section, folder: Path, device_type: str, log: RunLog):
@@ -24,7 +27,7 @@ class Saves:
         self.at: int | None = None  # iteration of the last save
         self.reason = "regular"  # of that save
         self.amending = False  # whether the last save only adds the metrics of its validation
-        self.refusal = ""  # why the last save failed; "" if it did not
+        self.failure = ""  # why the last save failed; "" if it did not
         background = device_type != "cpu" if keep["async"] == "auto" else keep["async"]
         try:
             self.layout = Layout(keep["layout"], keep["name"], keep["latest"], keep["best"], keep["interrupted"])
@@ -33,9 +36,9 @@ class Saves:
         self.saver = Saver(folder, self.layout, keep["keep_last_n"], background)
 
     def write(self, iteration: int, parts: Mapping[str, Any], reason: str) -> None:
-        """Begin to write a checkpoint, or do it, as the options say."""
+        """Start to write a checkpoint, or write it, depending on `checkpoint.async`."""
         state = parts["state"]
-        self.amending, self.refusal = self.at == iteration, ""
+        self.amending, self.failure = self.at == iteration, ""
         self.at, self.reason = iteration, self.reason if self.amending else reason
         try:
             self.saver.save(iteration, parts, best=state["best"],
@@ -45,12 +48,12 @@ class Saves:
         self.look()
 
     def finish(self) -> None:
-        """Wait for the save under way and say what became of it."""
+        """Wait for the save in progress and log its result."""
         self.saver.wait()
         self.look()
 
     def look(self) -> None:
-        """Say what became of a save, once; between two steps this costs nothing."""
+        """Log the result of a save, once; between two steps this costs no time."""
         try:
             saved = self.saver.poll()
         except (OSError, RuntimeError) as error:
@@ -61,11 +64,11 @@ class Saves:
             self.log.line(f"saved    {saved.found.path} in {saved.seconds:.1f} s{waited}")
 
     def failed(self, error: Exception) -> None:
-        """A save that failed: the run ends, or continues without, as the options say. Older ones are intact."""
-        self.refusal = str(error).splitlines()[0]
-        problem = f"checkpoint {self.at} was not saved: {self.refusal}"
+        """Raise CheckpointError for a failed save, or log a warning, as the options say; older sets are intact."""
+        self.failure = str(error).splitlines()[0]
+        problem = f"checkpoint {self.at} was not saved: {self.failure}"
         if self.amending:
-            problem = f"checkpoint {self.at} is without the metrics of its validation: {self.refusal}"
+            problem = f"checkpoint {self.at} is without the metrics of its validation: {self.failure}"
         if self.on_error == "stop":
             raise CheckpointError(f"{self.folder}: {problem}; older checkpoints are intact") from None
         if not self.amending:

@@ -1,8 +1,8 @@
-"""Learning rate as a pure function of the step, equal to torch's schedulers.
+"""Learning rates as pure functions of the step, equal to torch's schedulers.
 
-`step` counts the optimizer steps already done, as torch's `scheduler.last_epoch` does: the first iteration trains
-with `schedule(0)`. KAIR passes the 1-based iteration instead, so that its very last step restarts the cosine at the
-full rate; here it does not. Nothing is stored, nothing can be restored wrongly.
+`step` is the number of finished optimizer steps, like torch's `scheduler.last_epoch`: the first iteration trains with
+`schedule(0)`. KAIR passes the 1-based iteration instead, so that its last step restarts the cosine at the full rate;
+here it does not. A schedule has no state, so there is nothing to save or restore.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ Schedule = Callable[[float, int], float]  # (base learning rate, step) -> learni
 
 
 def multi_step(milestones: Sequence[int], gamma: float = 0.1) -> Schedule:
-    """`torch.optim.lr_scheduler.MultiStepLR`: times gamma at each milestone (a repeated one counts twice)."""
+    """Return `torch.optim.lr_scheduler.MultiStepLR`: times gamma at each milestone (a repeated one counts twice)."""
     ordered = sorted(milestones)
     return lambda base, step: base * gamma ** bisect_right(ordered, step)
 
 
 def cosine_warm_restarts(period: int, multiplier: int = 1, eta_min: float = 0.0) -> Schedule:
-    """`torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(T_0=period, T_mult=multiplier)`.
+    """Return `torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(T_0=period, T_mult=multiplier)`.
 
     Source: SGDR, Loshchilov & Hutter 2017, equation 5.
     Raises: OptionError when period or multiplier is below 1.
@@ -45,7 +45,7 @@ def cosine_warm_restarts(period: int, multiplier: int = 1, eta_min: float = 0.0)
 
 
 def cosine(steps: int, eta_min: float = 0.0) -> Schedule:
-    """`torch.optim.lr_scheduler.CosineAnnealingLR(T_max=steps)`, but it stays down at the end; torch's rises again.
+    """Return `torch.optim.lr_scheduler.CosineAnnealingLR(T_max=steps)`, which stays at its end; torch's rises again.
 
     Raises: OptionError when steps is below 1.
     """
@@ -55,12 +55,12 @@ def cosine(steps: int, eta_min: float = 0.0) -> Schedule:
 
 
 def one_cycle(steps: int, warmup: float = 0.3, div_factor: float = 25.0, final_div_factor: float = 1e4) -> Schedule:
-    """`torch.optim.lr_scheduler.OneCycleLR(max_lr=base, total_steps=steps)`: up to the base rate, down to nearly none.
+    """Return `torch.optim.lr_scheduler.OneCycleLR(max_lr=base, total_steps=steps)`: up to the base rate, then down.
 
     Args:
-        steps: of the whole run; later ones stay at the lowest rate, where torch's raises an error.
-        warmup: share of them that go up (torch: pct_start).
-        div_factor: base rate over first rate. final_div_factor: first rate over last rate.
+        steps: steps of the run; later ones have the lowest rate, where torch's raises an error.
+        warmup: share of the steps in which the rate rises, in (0, 1) (torch: pct_start).
+        div_factor: base rate divided by first rate. final_div_factor: first rate divided by last rate.
     Raises: OptionError for an impossible value.
     Source: Smith & Topin 2018, "Super-Convergence", section 3; torch's two phases of cosines.
     """
@@ -75,9 +75,10 @@ def one_cycle(steps: int, warmup: float = 0.3, div_factor: float = 25.0, final_d
 
 
 def one_cycle_momentum(steps: int, warmup: float = 0.3, highest: float = 0.95) -> Schedule:
-    """What OneCycleLR does to SGD's momentum or Adam's beta1: from `highest` down to the base, and up again.
+    """Return OneCycleLR's schedule of SGD's momentum or Adam's beta1: from `highest` down to the base, then up.
 
-    The same call as for a rate: (lowest momentum, torch's base_momentum; step) -> momentum.
+    Args: steps, warmup: as `one_cycle`. highest: torch's max_momentum.
+    Returns: (lowest momentum, step) -> momentum.
     """
     phase = cycle(steps, warmup)
 
@@ -89,7 +90,7 @@ def one_cycle_momentum(steps: int, warmup: float = 0.3, highest: float = 0.95) -
 
 
 def cycle(steps: int, warmup: float) -> Callable[[int], tuple[bool, float]]:
-    """step -> whether it is in the first phase of one cycle, and which share of its phase is done."""
+    """Return a function of the step: whether it is in the first of two phases, and the finished share of its phase."""
     if steps < 2 or not 0 < warmup < 1:
         raise OptionError(f"one cycle of {steps} steps with a share of {warmup} to warm up: the run must have >= 2 "
                           "steps and the share lie between 0 and 1")
@@ -98,10 +99,10 @@ def cycle(steps: int, warmup: float) -> Callable[[int], tuple[bool, float]]:
 
 
 def between(start: float, end: float, share: float) -> float:
-    """Half a cosine wave from start to end; share 0..1, beyond it stays."""
+    """Return the value at a share (0 to 1, beyond it stays) of half a cosine wave from start to end."""
     return end + (start - end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
 
 
 def constant() -> Schedule:
-    """The base rate, always."""
+    """Return the schedule that keeps the base rate."""
     return lambda base, step: base

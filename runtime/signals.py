@@ -1,9 +1,9 @@
-"""Signals that ask a run to stop: answered at once, also in a long step, and obeyed where nothing is lost.
+"""Handle the signals that ask a run to stop: answer at once, also in a long step, and stop where nothing is lost.
 
-Python calls its handlers between two of its own instructions, so not while this process computes or waits for others
-in C. Hence a thread that the system itself wakes, through a pipe (signal.set_wakeup_fd): it notes, answers, and tells
-the other processes. At import only the standard library is needed, for `main.py` begins with this: what it imports next
-takes seconds, and a signal in them is answered as well.
+Python calls its handlers between two of its own instructions, hence not while this process computes or waits for others
+in C. So a thread reads the signals from a pipe (signal.set_wakeup_fd): it records and announces them, and forwards them
+to the other processes. The module imports only the standard library, because `main.py` imports it first: importing the
+rest takes seconds, and a signal in that time is answered as well.
 """
 
 from __future__ import annotations
@@ -18,44 +18,46 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-SAME_PRESS = 2.0  # seconds: torchrun forwards the SIGINT that its processes have from the terminal already
-FAILED = 1000  # in a vote: more than any signal
+SAME_PRESS = 2.0  # seconds: torchrun forwards the SIGINT that its processes already got from the terminal
+FAILED = 1000  # larger than the number of any signal
 
 
 class Interrupted(BaseException):
-    """A stop request came while the next batch was fetched; nothing that was trained is touched."""
+    """Raised when a stop request comes while the next batch is fetched; nothing that was trained is lost."""
 
 
 class StopRequest:
-    """Inside, a signal sets a flag that the work looks at between two pieces, as steps; outside, it ends a `program`.
+    """Turns a signal into a flag, which the work in the `with` block checks between two steps or other units.
 
-    Args: piece: what is finished before the stop. waits: whether it is; else a signal ends a `program` at once.
+    Args:
+        unit: name of the unit that is finished before the stop, for a message.
+        waits: whether it is finished; if not, a signal ends a `program` at once.
     """
 
-    def __init__(self, piece: str = "this step", waits: bool = True):
-        self.piece, self.waits = piece, waits
-        self.signal: signal.Signals | None = None  # that this process got
-        self.agreed: signal.Signals | None = None  # that all processes stop for, after the same step
-        self.problem: str | None = None  # why one of them has no next batch: all stop for it as well
-        self.fetching = False  # whether a signal interrupts what the main thread does
+    def __init__(self, unit: str = "this step", waits: bool = True):
+        self.unit, self.waits = unit, waits
+        self.signal: signal.Signals | None = None  # received by this process
+        self.agreed: signal.Signals | None = None  # for which all processes stop after the same step
+        self.problem: str | None = None  # why one of them has no next batch, for which all stop, too
+        self.fetching = False  # whether a signal interrupts the main thread
 
     def __enter__(self) -> StopRequest:
-        if _Desk.open is None:
-            _Desk.open = _Desk()
-        _Desk.open.requests.append(self)
+        if _Handlers.open is None:
+            _Handlers.open = _Handlers()
+        _Handlers.open.requests.append(self)
         return self
 
     def __exit__(self, *_) -> None:
-        _Desk.open.requests.remove(self)
-        if not _Desk.open.requests and not _Desk.open.is_program:
-            _Desk.open.close()
+        _Handlers.open.requests.remove(self)
+        if not _Handlers.open.requests and not _Handlers.open.is_program:
+            _Handlers.open.close()
 
     def all_ready(self, fetch: Callable[[], None]) -> bool:
-        """Fetch the next batch, and return whether every process has its own; if not, all stop before this step.
+        """Fetch the next batch. Returns whether every process has its own; if not, all stop before this step.
 
-        A stop request ends the fetching, and so does an exception, whose text is then in `problem` everywhere.
+        A stop request interrupts the fetching. The text of an exception in any process is in `problem` of all.
         """
-        from runtime import distributed  # torch with it, see above
+        from runtime import distributed  # imports torch, see above
 
         problem = None
         if self.agreed:
@@ -74,7 +76,7 @@ class StopRequest:
         return not number
 
     def fetch(self, get: Callable[[], Any]) -> Any:
-        """What `get` returns. Raises Interrupted when a stop request came before, or comes meanwhile."""
+        """Return what `get` returns. Raises Interrupted when a stop request came before or comes meanwhile."""
         try:
             self.fetching = True
             if self.signal:
@@ -83,8 +85,8 @@ class StopRequest:
         finally:
             self.fetching = False
 
-    def settle(self) -> None:
-        """Agree now, where another step would be one too many."""
+    def agree(self) -> None:
+        """Stop all processes here if any of them has a stop request, without another step."""
         from runtime import distributed
 
         if number := distributed.max_over_ranks(self.signal or 0):
@@ -92,33 +94,34 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
+        """128 + the number of the signal; 0 without one."""
         reason = self.agreed or self.signal
         return 128 + reason if reason else 0
 
 
-class _Desk:
-    """The handlers and the thread of this process, for all its requests."""
+class _Handlers:
+    """The signal handlers and the thread of this process, shared by its stop requests."""
 
-    open: _Desk | None = None
+    open: _Handlers | None = None
 
     def __init__(self, is_program: bool = False):
         self.is_program, self.process = is_program, os.getpid()
         self.requests: list[StopRequest] = []
-        self.ending = self.over = False  # the work is done; this process is ending
+        self.ending = self.ended = False  # the work is done; a signal ends this process
         self.end_others: Callable[[int], tuple[bool, int | None]] = lambda number: (True, None)
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
-        wanted = [sig for sig in STOP_SIGNALS  # nohup has a reason
+        wanted = [sig for sig in STOP_SIGNALS  # nohup ignores SIGHUP on purpose
                   if sig != signal.SIGHUP or signal.getsignal(sig) != signal.SIG_IGN]
-        self.before = {sig: signal.signal(sig, self.handle) for sig in wanted}
+        self.previous = {sig: signal.signal(sig, self.handle) for sig in wanted}
         self.wakeup = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
         self.thread = threading.Thread(target=self.listen, daemon=True)
         self.thread.start()
 
     def close(self) -> None:
-        _Desk.open = None
+        _Handlers.open = None
         signal.set_wakeup_fd(self.wakeup)
-        for sig, handler in self.before.items():
+        for sig, handler in self.previous.items():
             signal.signal(sig, handler)
         os.write(self.writer, b"\0")
         self.thread.join()
@@ -126,69 +129,71 @@ class _Desk:
         os.close(self.writer)
 
     @property
-    def at_once(self) -> bool:
-        """Whether a signal ends this process now."""
+    def ends_now(self) -> bool:
+        """Whether a signal ends this process immediately."""
         return self.is_program and not self.ending and not any(request.waits for request in self.requests)
 
-    def note(self, number: int) -> None:
+    def record(self, number: int) -> None:
+        """Set the flag of every request."""
         for request in self.requests:
             request.signal = request.signal or signal.Signals(number)
 
     def handle(self, number: int, frame) -> None:
-        """In the main thread, once it is back in Python."""
+        """Handle a signal in the main thread, which may be after a long time in C."""
         if os.getpid() != self.process:
-            return  # a worker that was forked with this handler and has not yet set its own
-        if self.at_once:
+            return  # a data worker that inherited this handler and has not set its own yet
+        if self.ends_now:
             self.end(number)
-        self.note(number)
+        self.record(number)
         if self.requests and self.requests[-1].fetching:
             self.requests[-1].fetching = False
             raise Interrupted
 
     def listen(self) -> None:
-        """In a thread, at once."""
+        """Handle signals in a thread, at once."""
         first = None
         while number := os.read(self.reader, 1)[0]:
-            if number not in self.before:
+            if number not in self.previous:
                 continue  # another signal with a handler in Python
-            if self.at_once:
+            if self.ends_now:
                 time.sleep(0.5)
-                self.end(number)  # the main thread is in C
+                self.end(number)  # the main thread did not: it is in C
             elif first is None:
                 first = time.monotonic()
-                self.note(number)
-                self.answer(number)
+                self.record(number)
+                self.announce(number)
             elif number == signal.SIGINT and time.monotonic() > first + SAME_PRESS:
                 os._exit(130)
 
-    def answer(self, number: int) -> None:
+    def announce(self, number: int) -> None:
+        """Print what happens next, and forward the signal to the other processes."""
         if self.requests:
             from runtime import distributed
 
             more = "; once more leaves without saving" if number == signal.SIGINT else \
                 f", by {signal.Signals(number).name}"
-            say(f"stopping after {self.requests[-1].piece}{more}")
+            print_now(f"stopping after {self.requests[-1].unit}{more}")
             distributed.forward_signal(number)
 
     def end(self, number: int) -> None:
-        """End before the first step: nothing is to be saved."""
-        if self.over:
+        """End before the first step, where there is nothing to save."""
+        if self.ended:
             return
-        self.over = True
+        self.ended = True
         first, code = self.end_others(number)
         if first:
-            say(f"stopped  by {signal.Signals(number).name} before the first step", always=True)
+            print_now(f"stopped  by {signal.Signals(number).name} before the first step", always=True)
         if code is not None:
             os._exit(code)
         if threading.current_thread() is threading.main_thread():
-            die_by(number)
+            end_by_signal(number)
         os._exit(128 + number)
 
 
-def say(text: str, always: bool = False) -> None:
-    """Write a line past the buffers that the main thread may be using. Of several processes the main one does.
+def print_now(text: str, always: bool = False) -> None:
+    """Write a line without the buffers that the main thread may be using.
 
-    Args: always: this one, whichever it is.
+    Args: always: also in a process that is not the main one.
     """
     if always or int(os.environ.get("RANK", 0)) == 0:
         with contextlib.suppress(OSError):
@@ -196,26 +201,27 @@ def say(text: str, always: bool = False) -> None:
 
 
 def begin_program() -> None:
-    """From now on a signal ends this process in one line, until there is a `StopRequest`."""
-    if _Desk.open is None:
-        _Desk.open = _Desk(is_program=True)
+    """Let a signal end this process with one line, until there is a `StopRequest`."""
+    if _Handlers.open is None:
+        _Handlers.open = _Handlers(is_program=True)
 
 
 @contextlib.contextmanager
 def program(end_others: Callable[[int], tuple[bool, int | None]]) -> Iterator[None]:
-    """Around the work of a program that is one of several, perhaps; when it is done, a signal is too late for anything.
+    """Enclose the work of a program, which may be one of several processes; signals after it are ignored.
 
-    Args: end_others: ends the others for a signal; returns whether this process is the first, and an exit code or None.
+    Args: end_others: ends the other processes for a signal; returns whether this process is the first to do so, and an
+        exit code or None.
     """
-    _Desk.open.end_others = end_others
+    _Handlers.open.end_others = end_others
     try:
         yield
     finally:
-        _Desk.open.ending = True
+        _Handlers.open.ending = True
 
 
-def die_by(number: int) -> None:
-    """End this process by a signal, so that a shell that waits for it ends its loop as well."""
+def end_by_signal(number: int) -> None:
+    """End this process by a signal, so that a shell script that waits for it ends as well."""
     with contextlib.suppress(OSError, RuntimeError, ValueError):
         sys.stdout.flush()
     signal.signal(number, signal.SIG_DFL)
@@ -223,9 +229,10 @@ def die_by(number: int) -> None:
 
 
 def _forked() -> None:
-    if _Desk.open:
+    """Separate a data worker from the pipe of its parent."""
+    if _Handlers.open:
         with contextlib.suppress(ValueError):
-            signal.set_wakeup_fd(-1)  # what a worker gets is not for its parent
+            signal.set_wakeup_fd(-1)
 
 
 os.register_at_fork(after_in_child=_forked)

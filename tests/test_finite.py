@@ -93,7 +93,7 @@ def test_batch_statistics_that_a_skipped_step_spoilt_are_put_back(tmp_path, monk
 def test_many_skips_in_a_row_end_the_run(tmp_path, monkeypatch):
     spoil_gradients(monkeypatch, set(range(4, 100)))
     path = write_json(tmp_path / "one.json", tiny.options(tmp_path, "one", train={"on_nan": "skip", "nan_limit": 3}))
-    with pytest.raises(train.NonFiniteLoss, match="3 steps in a row were left out until iteration 6"):
+    with pytest.raises(train.NonFiniteLoss, match="3 steps in a row were skipped until iteration 6"):
         run("-opt", path)
     assert all_finite(tmp_path / "one")
 
@@ -139,7 +139,7 @@ def test_fp16_that_never_finds_a_finite_gradient_ends_the_run(tmp_path, monkeypa
 def test_a_run_of_nothing_but_skipped_steps_is_not_finished(tmp_path, monkeypatch):
     spoil_gradients(monkeypatch, set(range(1, 100)))
     path = write_json(tmp_path / "one.json", tiny.options(tmp_path, "one", train={"on_nan": "skip", "nan_limit": 50}))
-    with pytest.raises(train.NonFiniteLoss, match="9 steps in a row were left out"):
+    with pytest.raises(train.NonFiniteLoss, match="9 steps in a row were skipped"):
         run("-opt", path)
 
 
