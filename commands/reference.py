@@ -121,7 +121,7 @@ def meanings_of(component: type) -> dict[str, str]:
         for text in (kind.__doc__, vars(kind).get("__init__", None) and kind.__init__.__doc__):
             if other := re.search(r"(?:Args|others): as `(\w+)`", text or ""):
                 found |= meanings_of(getattr(sys.modules[kind.__module__], other[1]))
-            found |= arguments_in(inspect.cleandoc(text or ""), keys)
+            found |= arguments_in(inspect.cleandoc(text or ""), [*keys, *inspect.signature(kind).parameters])
         found |= comments_in(kind)
     return {key: sentence(found[key]) for key in keys if found.get(key)}
 

@@ -23,8 +23,8 @@ def test_the_reference_is_what_the_code_checks():
 
 
 def test_entries_of_a_docstring():
-    doc = "A class.\n\nArgs:\n    a: the first, which\n        goes on. b, c: both.\nReturns: d: nothing."
-    assert arguments_in(doc, ["a", "b", "c", "d"]) == {"a": "the first, which goes on.", "b": "both.", "c": "both."}
+    doc = "A class.\n\nArgs:\n    a: the first, which\n        continues. b, c: both.\nReturns: d: nothing."
+    assert arguments_in(doc, ["a", "b", "c", "d"]) == {"a": "the first, which continues.", "b": "both.", "c": "both."}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -62,3 +62,4 @@ def test_every_option_is_explained_in_a_sentence_of_its_own():
             assert not re.match(r"(of|as|its|by|and|or|to|from|likewise|others?|the same|these|null|none)\b", meaning,
                                 re.IGNORECASE), f"{key}: {meaning!r}"
             assert meanings.count(meaning) == 1, f"{key}: {meaning!r} stands twice"
+            assert not re.search(r"\. (?!null)[a-z_]+: ", meaning), f"{key}: {meaning!r} runs into another key's entry"
