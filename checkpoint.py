@@ -224,8 +224,8 @@ def _member_seal(iteration: int, label: str, labels: Iterable[str], info: Mappin
             "set": {**{key: info.get(key) for key in ABOUT}, "parts": sorted(labels)}}
 
 
-def amend(folder: Path | str, iteration: int, parts: Mapping[str, Any], layout: Layout,
-          relink: Callable[[CheckpointSet], None], **info: Any) -> CheckpointSet:
+def amend_state(folder: Path | str, iteration: int, parts: Mapping[str, Any], layout: Layout,
+                relink: Callable[[CheckpointSet], None], **info: Any) -> CheckpointSet:
     """Replace the state of a committed set, e.g. to add the metrics of its validation; the set stays complete.
 
     A bundle is written again and replaced. Of a split set only the state is written: first its record is replaced by
@@ -769,27 +769,27 @@ class Saver:
         began = time.monotonic()
         if amend and self.layout.kind == "split":
             parts = {"state": parts["state"]}
-        if self.background:
-            copied = self.snapshot.take(parts)
-            waited = time.monotonic() - began
-            self.pending = self.pool.submit(self._commit, iteration, copied, best, amend, info, began, waited)
-        else:
-            saved, self.pending = self._commit(iteration, to_cpu(parts), best, amend, info, began, None), Future()
-            self.pending.set_result(saved)
+        parts = self.snapshot.take(parts) if self.background else to_cpu(parts)
+        waited = time.monotonic() - began
 
-    def _commit(self, iteration: int, parts: Mapping[str, Any], best: int | None, amends: bool, info: Mapping[str, Any],
-                began: float, waited: float | None) -> Saved:
         def relink(found: CheckpointSet) -> None:
             self._link(found, latest=info.get("reason") != "interrupted", best=best == iteration)
 
-        if amends:
-            found = amend(self.folder, iteration, parts, self.layout, relink, best=best, **info)
+        def write() -> Saved:
+            if amend:
+                found = amend_state(self.folder, iteration, parts, self.layout, relink, best=best, **info)
+            else:
+                found = commit(self.folder, iteration, parts, self.layout, best=best, **info)
+                relink(found)
+            prune(self.folder, self.keep_last_n, best)
+            seconds = time.monotonic() - began
+            return Saved(found, seconds, waited if self.background else seconds, amend)
+
+        if self.background:
+            self.pending = self.pool.submit(write)
         else:
-            found = commit(self.folder, iteration, parts, self.layout, best=best, **info)
-            relink(found)
-        prune(self.folder, self.keep_last_n, best)
-        seconds = time.monotonic() - began
-        return Saved(found, seconds, seconds if waited is None else waited, amends)
+            saved, self.pending = write(), Future()
+            self.pending.set_result(saved)
 
     def relink(self, best: int | None) -> None:
         """Renew the links latest and best, after a kill between a commit and its links, or after a rewind."""

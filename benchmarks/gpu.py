@@ -264,7 +264,7 @@ def snapshot(machine: Machine) -> Iterator[Finding]:
                 adam.step()
             saver.wait()
             kept = dict(tree.flat(saver.poll().found.load()))
-            equal &= all(torch.equal(kept[path], value) for path, value in wanted if tree.is_tensor(value))
+            equal &= all(torch.equal(kept[path], value) for path, value in wanted if torch.is_tensor(value))
     yield Finding("snapshot", "holds the state of its step", str(equal), equal)
     ratio = min(blocked[1:]) / plain
     yield Finding("snapshot", "blocks at most 0.15 of torch.save",

@@ -21,6 +21,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import checkpoint
 from checkpoint import CheckpointError, CheckpointSet, models_of
 from log.terminal import number
@@ -29,7 +31,7 @@ from runtime.history import History
 from storage import foreign
 from storage.files import format_bytes, save_file
 from storage.sealed import find_fault, load_file, read_seal
-from storage.tree import differ, flat, is_tensor, same
+from storage.tree import differences, flat
 
 ARCHIVED = re.compile(r"_\d{8}_\d{6}(_\d+)?$")  # end of the name of a folder that checkpoint.archive made
 UNCOMPARED = ("timestamp", "environment", "version")  # of a state; options are compared on their own
@@ -81,7 +83,7 @@ def inspect(path: Path, options: bool, tensors: bool) -> int:
             print(f"  {name:<12}{value}")
     for label, part in parts.items():
         if label != "state":
-            found = {key: value for key, value in flat(part) if is_tensor(value)}
+            found = {key: value for key, value in flat(part) if torch.is_tensor(value)}
             size = sum(value.numel() * value.element_size() for value in found.values())
             count = sum(value.numel() for value in found.values())
             print(f"  {label:<12}{len(found)} tensors, {count:,} numbers, {format_bytes(size)}")
@@ -184,29 +186,21 @@ def compare(a: Path, b: Path) -> int:
     one, two = read(a), read(b)
     if len(one) == len(two) == 1 and set(one) != set(two):  # one network against another, as G against E
         one, two = {"weights": next(iter(one.values()))}, {"weights": next(iter(two.values()))}
-    configs = [parts.get("state", {}).pop("config", {}) for parts in (one, two)]
-    if all(configs):
-        one["options"], two["options"] = configs
-    lines, count = [f"{label}: only in {a if label in one else b}" for label in one.keys() ^ two.keys()], 0
-    left, right = (dict(flat({label: parts[label] for label in one.keys() & two.keys()})) for parts in (one, two))
-    for key in {**left, **right}:
-        if key.startswith("options.") or key.removeprefix("state.") in UNCOMPARED or \
-                key.startswith("state.environment."):
-            continue
-        if key not in left or key not in right:
-            lines.append(f"{key}: only in {a if key in left else b}")
-        elif is_tensor(left[key]) and is_tensor(right[key]):
-            count += 1
-            if difference := differ(left[key], right[key]):
-                lines.append(f"{key}: {difference}")
-        elif not same(left[key], right[key]):
-            lines.append(f"{key}: {left[key]!r} and {right[key]!r}")
+    configs = []
+    for state in (parts.get("state", {}) for parts in (one, two)):
+        configs.append(state.pop("config", {}))
+        for key in UNCOMPARED:
+            state.pop(key, None)
+    lines = [f"{label}: only in {a if label in one else b}" for label in one.keys() ^ two.keys()]
+    one, two = ({label: parts[label] for label in one.keys() & two.keys()} for parts in (one, two))
+    lines += [f"{path}: {words}" for path, words in differences(one, two, (a, b))]
     for line in lines:
         print(f"differs  {line}")
-    for key in {**left, **right}:
-        if key.startswith("options.") and not same(left.get(key), right.get(key)):
-            print(f"option   {key.removeprefix('options.')}: {left.get(key)!r} and {right.get(key)!r}")
-    print(f"{count} tensors compared, " + (f"{len(lines)} differences" if lines else "all equal, bit for bit"))
+    for path, words in differences(*configs, (a, b)) if all(configs) else ():
+        print(f"option   {path}: {words}")
+    left, right = ({path for path, value in flat(parts) if torch.is_tensor(value)} for parts in (one, two))
+    print(f"{len(left & right)} tensors compared, "
+          + (f"{len(lines)} differences" if lines else "all equal, bit for bit"))
     return 1 if lines else 0
 
 

@@ -33,7 +33,6 @@ from runtime.resume import find_source, restore
 from runtime.signals import StopRequest
 from storage import tree
 from storage.files import format_bytes
-from storage.tree import differ, flat, is_tensor, same
 from train import Run
 
 LOOK = 0.5  # seconds for reading samples of each dataset at every start; one slow sample may take longer
@@ -281,8 +280,8 @@ class Trial:
             found = checkpoint.commit(folder, max(1, run.iteration), tree.to_cpu(parts), run.saves.layout)
             self.save_time = time.monotonic() - began
             self.size = sum(path.stat().st_size for path in Path(folder).iterdir())
-            kept = dict(flat(found.load()))
-        if differing := [key for key, value in flat(tree.to_cpu(parts)) if not equal(value, kept.get(key))]:
+            differing = [path for path, _ in tree.differences(tree.to_cpu(parts), found.load())]
+        if differing:
             return "fail", f"{place}: {', '.join(differing[:3])} is not read as it was written; is the disk sound?"
         return "ok", f"{format_bytes(self.size)} written in {self.save_time:.2g} s and read back equal, in {place}"
 
@@ -292,10 +291,6 @@ class Trial:
         seconds = left * self.step_time + tests * self.validation_time + saves * self.save_time
         return "ok", f"about {duration(seconds)}: {left} steps of {self.step_time:.3g} s, {tests} validations of " \
                      f"{self.validation_time:.3g} s, {saves} saves of {self.save_time:.2g} s"
-
-
-def equal(a: object, b: object) -> bool:
-    return differ(a, b) is None if is_tensor(a) and is_tensor(b) else not is_tensor(b) and same(a, b)
 
 
 # ---------------------------------------------------------------- messages

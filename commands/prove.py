@@ -29,7 +29,7 @@ from data import DATASETS
 from models import MODELS, NETWORKS
 from runtime.determinism import missing_kernel
 from runtime.hooks import Hooks
-from storage.tree import differ, flat, is_tensor
+from storage.tree import differences, flat
 
 IGNORED = ("config", "timestamp", "environment", "history", "best", "metric")  # keys of a state not compared
 Override = tuple[str, Any, str]
@@ -57,11 +57,11 @@ def prove(option_file: str, overrides: Iterable[Override], steps: int, stage: st
             raise CheckpointError(f"--prove-resume: the killed run started again at iteration "
                                   f"{started[1] if started else '?'} instead of {middle}, so nothing was proved")
         one, two = _final(folder, "straight", steps), _final(folder, "killed", steps)
-        if not (differing := list(_differing(one, two))):
-            tensors = sum(map(is_tensor, one.values()))
+        if not (differing := list(differences(one, two))):
+            tensors = sum(map(torch.is_tensor, one.values()))
             say(f"exact    all {tensors} tensors and the rest of the state are equal, bit for bit")
             return 0
-        say(f"differs  {len(differing)} of {len(one)} parts of the state; first {differing[0]}")
+        say(f"differs  {len(differing)} of {len(one)} parts of the state; first {': '.join(differing[0])}")
         for reason in _reasons(run, folder, one, steps):
             say(f"because  {reason}")
         return 1
@@ -77,7 +77,7 @@ def _reasons(run, folder: str, one: dict[str, Any], steps: int) -> Iterable[str]
     named = re.findall(r"^NONDETERMINISTIC (.+)$", run("looked at", look=True), re.MULTILINE)  # other kernels' results
     for operation in sorted(set(named)):
         yield f"{operation} has no deterministic kernel on this device"
-    if list(_differing(one, _final(folder, "again", steps))):
+    if list(differences(one, _final(folder, "again", steps))):
         yield "two uninterrupted runs differ as well: the cause is the computation, not the resume; set deterministic"
     else:
         yield "an uninterrupted run repeats itself, so the checkpoint lacks something that the next step depends on: " \
@@ -94,16 +94,6 @@ def _final(folder: str, name: str, steps: int) -> dict[str, Any]:
     parts = found.load()
     parts["state"] = {key: value for key, value in parts["state"].items() if key not in IGNORED}
     return dict(flat(parts))
-
-
-def _differing(one: dict[str, Any], two: dict[str, Any]) -> Iterable[str]:
-    for key in {**one, **two}:
-        a, b = one.get(key), two.get(key)
-        if is_tensor(a) and is_tensor(b):
-            if difference := differ(a, b):
-                yield f"{key}: {difference}"
-        elif a is not b and a != b:
-            yield f"{key}: {a!r} and {b!r}"
 
 
 def _run(folder: str, name: str, option_file: str, overrides: list[Override], stage: str | None, steps: int,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,8 +53,20 @@ def num_bytes(tree: Any) -> int:
     return sum(num_bytes(value) for value in tree) + 64 if isinstance(tree, (list, tuple)) else 64
 
 
-def differ(a: torch.Tensor, b: torch.Tensor) -> str | None:
-    """Return how two tensors differ, or None."""
+def differences(one: Any, two: Any, names: Sequence[str] = ("the first", "the second")) -> Iterator[tuple[str, str]]:
+    """Yield the path of each leaf in which two nested states differ, and how; NaN equals NaN."""
+    one, two = dict(flat(one)), dict(flat(two))
+    for path in {**one, **two}:
+        if path not in one or path not in two:
+            yield path, f"only in {names[path in two]}"
+        elif words := _difference(one[path], two[path]):
+            yield path, words
+
+
+def _difference(a: Any, b: Any) -> str | None:
+    if not (torch.is_tensor(a) and torch.is_tensor(b)):
+        equal = not torch.is_tensor(a) and not torch.is_tensor(b) and (a == b or a != a and b != b)
+        return None if equal else f"{a!r} and {b!r}"
     if a.shape != b.shape or a.dtype != b.dtype:
         return f"{tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype}"
     if torch.equal(a, b):
@@ -66,11 +77,6 @@ def differ(a: torch.Tensor, b: torch.Tensor) -> str | None:
     if not unequal.any():
         return None
     return f"{int(unequal.sum())} of {a.numel()} values, by at most {float((a.double() - b.double()).abs().max()):.3e}"
-
-
-def same(a: Any, b: Any) -> bool:
-    """Return whether two plain values are equal; NaN equals NaN."""
-    return a == b or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b))
 
 
 def flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -84,10 +90,6 @@ def flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, value in tree:
         yield from flat(value, f"{path}.{key}" if path else str(key))
-
-
-def is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
 
 
 def plain(tree: Any) -> Any:

@@ -273,7 +273,7 @@ def test_a_lost_record_is_rebuilt_from_the_seals_of_whole_members(tmp_path, monk
             path, payload, {key: value for key, value in (about or {}).items() if key != "set"} or None))
     commit(models, 7, parts(7.0), epoch=3, best=7, metric=0.5)
     if sealed:  # and validated since
-        checkpoint.amend(models, 7, parts(7.0), checkpoint.Layout(), lambda found: None, best=7, metric=0.25)
+        checkpoint.amend_state(models, 7, parts(7.0), checkpoint.Layout(), lambda found: None, best=7, metric=0.25)
     record = json.loads((models / "7.json").read_text())
     (models / "7.json").unlink()
     found = find_newest(models)
