@@ -108,7 +108,7 @@ class Top:
     stages: list[dict] = field(default_factory=list)
     stage: str | None = None  # name of the stage that this run is; --stage sets it
     gpu_ids: list[NonNegativeInt] | None = None  # numbers of the CUDA devices, one for each process
-    dist: bool = False  # KAIR's switch for several processes, not needed here: torchrun says how many there are
+    dist: bool = False  # KAIR's switch for several processes, not needed here: torchrun sets their number
     # Seconds without a sign of life from one of several processes after which all end.
     dist_timeout: PositiveFloat = 1800
     # DistributedDataParallel looks for parameters without gradient; false is faster, and exact up to two processes.
@@ -143,7 +143,7 @@ FLAGS = {
 # Keys of KAIR's files, and of ours from earlier versions, that are not used here: they pass with a notice.
 UNUSED = {
     "merge_bn": "", "merge_bn_startpoint": "",
-    "netG.init_type": "each network initialises itself", "netG.scale": "upscale says it",
+    "netG.init_type": "each network initialises itself", "netG.scale": "netG.upscale is used",
     "train.G_regularizer_orthstep": "", "train.G_regularizer_clipstep": "",
     "train.G_optimizer_reuse": "the optimizer is always saved and restored",
     "train.F_feature_layer": "", "train.F_weights": "", "train.F_lossfn_type": "", "train.F_use_input_norm": "",

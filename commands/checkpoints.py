@@ -261,7 +261,7 @@ def convert(path: Path, to: str, out: Path, network: str | None) -> int:
         label = network or ("E" if "E" in parts else "G" if "G" in parts else networks[0] if networks else "G")
         if label not in parts:
             raise CheckpointError(f"{path}: holds no network {label}; valid: {', '.join(networks) or 'none'}")
-        refuse_existing(out)
+        check_absent(out)
         save_file(out, foreign.extract_weights(parts[label], path))
         print(f"{out}: the weights of {label}, a bare state dict")
         return 0
@@ -270,14 +270,14 @@ def convert(path: Path, to: str, out: Path, network: str | None) -> int:
         found = checkpoint.MEMBER.fullmatch(path.name)
         iteration = int(found[1]) if found else checkpoint.locate(path).iteration or 0
     if to == "bundle":
-        refuse_existing(out)
+        check_absent(out)
         parts.setdefault("state", {"iteration": iteration})
         checkpoint.save_bundle(out, parts, {"iteration": iteration, "timestamp": checkpoint.timestamp()})
         print(f"{out}: iteration {iteration}: {', '.join(sorted(parts))}")
         return 0
     files = {out / f"{iteration}_{label}.pth": part for label, part in parts.items() if label != "state"}
     for file in files:
-        refuse_existing(file)
+        check_absent(file)
     out.mkdir(exist_ok=True)
     for file, part in files.items():
         save_file(file, part)
@@ -285,7 +285,7 @@ def convert(path: Path, to: str, out: Path, network: str | None) -> int:
     return 0
 
 
-def refuse_existing(path: Path) -> None:
+def check_absent(path: Path) -> None:
     """Raise CheckpointError when a path exists."""
     if path.exists():
         raise CheckpointError(f"{path}: exists already; name another path or remove it")

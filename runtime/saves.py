@@ -1,4 +1,4 @@
-"""Write a run's checkpoints while it trains; when a save fails, end the run or continue, as the options say."""
+"""Write a run's checkpoints while it trains; when a save fails, end the run or continue, as `checkpoint.on_save_error` is set."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Saves:
             self.log.line(f"saved    {saved.found.path} in {saved.seconds:.1f} s{waited}")
 
     def failed(self, error: Exception) -> None:
-        """Raise CheckpointError for a failed save, or log a warning, as the options say; older sets are intact."""
+        """Raise CheckpointError for a failed save, or log a warning (`on_save_error`); older sets are intact."""
         self.failure = str(error).splitlines()[0]
         problem = f"checkpoint {self.at} was not saved: {self.failure}"
         if self.amending:

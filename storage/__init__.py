@@ -1,1 +1,1 @@
-"""One file that is whole or absent, and what lies in it."""
+"""Files that are either complete or absent, and their content."""
