@@ -1,4 +1,4 @@
-"""Write a run's checkpoints while it trains; when a save fails, end the run or continue, as `checkpoint.on_save_error` is set."""
+"""Write a run's checkpoints while it trains; `checkpoint.on_save_error` decides what a failed save does."""
 
 from __future__ import annotations
 
