@@ -136,54 +136,51 @@ def last_lines(text: str, pattern: str, count: int = 1) -> str:
     return " / ".join([line for line in lines if re.search(pattern, line)][-count:] or lines[-1:])[:150]
 
 
-def at_once(function: Callable[..., Finding], tasks: Sequence[tuple]) -> Iterator[Finding]:
-    """Run tasks side by side. Yields their findings in order."""
+def run_all(section: str, tasks: Mapping[str, tuple], pattern: str, count: int = 1) -> Iterator[Finding]:
+    """Run `main.py` for each task, title -> arguments of `run_main`, side by side. Yields the last matching lines."""
+    def one(title: str) -> Finding:
+        code, text = run_main(*tasks[title])
+        return Finding(section, title, last_lines(text, pattern, count), code == 0)
+
     with ThreadPoolExecutor(16) as pool:
-        yield from pool.map(lambda task: function(*task), tasks)
+        yield from pool.map(one, tasks)
+
+
+def short_run(machine: Machine, folder: str, task: str, steps: int, **changes: Any) -> dict[str, Any]:
+    """Return the options of a run of so many steps, 4 on the CPU, with these changes of the section `train`."""
+    steps = steps if machine.cuda else 4
+    changes = {"total_iter": steps, "checkpoint_print": steps // 2, **changes}
+    return {**NO_EPOCHS, "path.root": folder, "task": task, "device": machine.device,
+            **{f"train.{key}": value for key, value in changes.items()}}
 
 
 def prove(machine: Machine) -> Iterator[Finding]:
     changes = {"checkpoint.async": True, "num_threads": 2, "device": machine.device, "deterministic": machine.cuda}
-
-    def one(name: str) -> Finding:
-        code, text = run_main(name, changes, "--prove-resume", "6" if machine.cuda else "2")
-        return Finding("prove", name, last_lines(text, "^(exact|differs|because|error)", 3), code == 0)
-
-    yield from at_once(one, [(name,) for name in machine.recipes])
-
-
-def compare_runs(machine: Machine, section: str, key: str, values: Mapping[str, Any], names: Sequence[str],
-                 steps: int) -> Iterator[Finding]:
-    """Run recipes for some steps with each value of an option, side by side. Yields the last line of each."""
-    steps = steps if machine.cuda else 2
-
-    def one(folder: str, name: str, title: str) -> Finding:
-        code, text = run_main(name, {**NO_EPOCHS, key: values[title], "task": f"{name}_{title}", "path.root": folder,
-                                     "train.total_iter": steps, "train.checkpoint_print": steps // 2,
-                                     "device": machine.device})
-        return Finding(section, f"{name} {title}", last_lines(text, "^iter|^error"), code == 0)
-
-    with tempfile.TemporaryDirectory() as folder:
-        yield from at_once(one, [(folder, name, title) for name in names for title in values])
+    words = "--prove-resume", "6" if machine.cuda else "2"
+    yield from run_all("prove", {name: (name, changes, *words) for name in machine.recipes},
+                       "^(exact|differs|because|error)", 3)
 
 
 def amp(machine: Machine) -> Iterator[Finding]:
-    kinds = {"float32": None, "bf16": "bf16", "fp16": "fp16"}
-    yield from compare_runs(machine, "amp", "train.amp", kinds, machine.recipes, 40)
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = {f"{name} {kind or 'float32'}": (name, short_run(machine, folder, f"{name}_{kind}", 40, amp=kind))
+                 for name in machine.recipes for kind in (None, "bf16", "fp16")}
+        yield from run_all("amp", tasks, "^iter|^error")
 
 
 def compiled(machine: Machine) -> Iterator[Finding]:
     names = [name for name in ("lgt", "segmentation", "vqgan") if name in machine.recipes]
-    kinds = {"on": True, "off": False} if machine.cuda else {"off": False}
-    yield from compare_runs(machine, "compile", "train.compile", kinds, names, 200)
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = {f"{name} {'on' if on else 'off'}": (name, short_run(machine, folder, f"{name}_{on}", 200, compile=on))
+                 for name in names for on in ((True, False) if machine.cuda else (False,))}
+        yield from run_all("compile", tasks, "^iter|^error")
 
 
 def saves(machine: Machine) -> Iterator[Finding]:
-    steps, name = 60 if machine.cuda else 4, machine.recipes[0]
+    name = machine.recipes[0]
     with tempfile.TemporaryDirectory() as folder:
-        code, text = run_main(name, {
-            **NO_EPOCHS, "task": "saves", "path.root": folder, "train.total_iter": steps, "checkpoint.async": True,
-            "train.checkpoint_save": steps // 4, "train.checkpoint_print": steps, "device": machine.device})
+        changes = short_run(machine, folder, "saves", 60, checkpoint_save=15 if machine.cuda else 1)
+        code, text = run_main(name, {**changes, "checkpoint.async": True})
     found = re.findall(r"^saved .* in ([\d.]+) s, ([\d.]+) s of it waited for", text, re.MULTILINE)
     total, waited = (", ".join(column) for column in zip(*found)) if found else ("", "")
     value = f"{len(found)} of 4 in {total} s, waited {waited} s"

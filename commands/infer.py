@@ -30,6 +30,7 @@ from models.model_base import ModelBase
 from runtime.determinism import prepare_machine
 from runtime.evaluate import describe_losses, evaluate
 from runtime.signals import StopRequest
+from train import build_model
 
 MADE_BY = "made_by.json"
 ANY_NAMES = {"encoding": "utf-8", "errors": "surrogateescape"}  # a file's name may hold any bytes
@@ -52,12 +53,8 @@ def infer(opt: options.Section, notices: list[str], *, resume: str | None = None
     if (source is None) != (output is None):
         raise options.OptionError("--input and --output belong together: files to process, and a folder for results")
     prepare_machine(opt)
-    kind = options.resolve(MODELS, opt["model"], "model")
-    kind.prepare_use(opt)
-    try:
-        model = kind(opt)
-    except ValueError as error:
-        raise options.OptionError(str(error)) from error
+    options.resolve(MODELS, opt["model"], "model").prepare_use(opt)
+    model = build_model(opt)
     settings = {**opt["log"], "tensorboard": False}
     with contextlib.closing(start_log(settings, notices)) as log, StopRequest("this sample") as stop:
         log.line(f"weights  {load_weights(model, opt, resume, log)}; {model.device}, {torch.get_num_threads()} threads")
@@ -76,16 +73,12 @@ def load_weights(model: ModelBase, opt: Mapping[str, Any], resume: str | None, l
     """Load the model's weights. Returns a description of them for the log. Raises CheckpointError."""
     if resume and Path(resume).is_file() and not resume.endswith(".json"):
         return model.load_use(checkpoint.load_file(resume), resume)  # exactly this file
-    if resume:
-        found = checkpoint.locate(resume, log.warn)
-    else:
-        found = checkpoint.find_best(model.save_dir, log.warn)
-        if found is None and opt["path"]["pretrained_netG"]:
-            path = opt["path"]["pretrained_netG"]
-            return model.load_use(checkpoint.load_file(path), path)
-        if found is None:
-            raise CheckpointError(f"{model.save_dir}: no checkpoint yet; train first, or name weights with --resume")
-    return model.load_use(found.load(), str(found.path))
+    found = checkpoint.locate(resume, log.warn) if resume else checkpoint.find_best(model.save_dir, log.warn)
+    if found:
+        return model.load_use(found.load(), str(found.path))
+    if path := opt["path"]["pretrained_netG"]:
+        return model.load_use(checkpoint.load_file(path), path)
+    raise CheckpointError(f"{model.save_dir}: no checkpoint yet; train first, or name weights with --resume")
 
 
 def write_results(model: ModelBase, opt: options.Section, source: str, output: Path, truth: str | None, log: RunLog,

@@ -6,14 +6,10 @@ docstring. `others: as `Class`.` there takes the entries of another class of the
 
 from __future__ import annotations
 
-import ast
 import inspect
-import io
 import json
 import re
 import sys
-import textwrap
-import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -36,6 +32,7 @@ An unknown key is an error that names the nearest valid one.
 """
 HEADINGS = "| key | type and range | default | meaning |", "|---|---|---|---|"
 SECTIONS = {"Top level": options.Top, "path": options.Path, "checkpoint": options.Checkpoint, "log": options.Log}
+WORDS = {"None": "null", "True": "true", "False": "false"}
 PARTS = (("datasets.*.dataset_type", DATASETS), ("net*.net_type", NETWORKS), ("datasets.*.codec.type", CODECS),
          ("train.G_lossfn_type, and the keys of train.lossconfig", LOSSES))
 NESTED = {"net*.ddconfig": DDConfig, "datasets.*.generated, of masks": SyntheticMaskDataset,
@@ -128,7 +125,7 @@ def meanings_of(component: type) -> dict[str, str]:
 
 def sentence(text: str) -> str:
     """Format a comment as a sentence: a capital, a full stop, and JSON's words for None, True and False."""
-    text = re.sub(r"\b(None|True|False)\b", lambda word: json.dumps(ast.literal_eval(word[0])), text)
+    text = re.sub(r"\b(None|True|False)\b", lambda word: WORDS[word[0]], text)
     return text[:1].upper() + text[1:].rstrip(".") + "."
 
 
@@ -145,19 +142,13 @@ def arguments_in(docstring: str, keys: Iterable[str]) -> dict[str, str]:
 @cache
 def comments_in(kind: type) -> dict[str, str]:
     """Find the comment after each field of a dataclass, or on the lines right above it."""
-    source = textwrap.dedent(inspect.getsource(kind))
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {token.start[0]: token for token in tokens if token.type == tokenize.COMMENT}
     keys = {f.name: f.metadata.get("key", f.name) for f in fields(kind)} if is_dataclass(kind) else {}
-    found = {}
-    for node in ast.parse(source).body[0].body:
-        if isinstance(node, ast.AnnAssign) and node.target.id in keys:
-            first = node.lineno
-            while first - 1 in comments and not comments[first - 1].line[:comments[first - 1].start[1]].strip():
-                first -= 1
-            lines = range(first, node.end_lineno + 1)
-            words = [comments[line].string.lstrip("# ") for line in lines if line in comments]
-            found |= {keys[node.target.id]: " ".join(words)} if words else {}
+    found, above = {}, []
+    for line in inspect.getsource(kind).splitlines() if keys else ():
+        code, _, comment = line.partition("# ")
+        if (field := re.match(r"\s+(\w+): ", code)) and field[1] in keys and (above or comment):
+            found[keys[field[1]]] = " ".join([*above, comment]).strip()
+        above = [*above, comment] if comment and not code.strip() else []
     return found
 
 
