@@ -19,7 +19,7 @@ from tests.world import CONTEXT
 COUNTER = itertools.count()
 
 
-def main_of(arguments: list[str], cwd: str, output: str, before: Callable[[], None] | None) -> None:
+def main_of(arguments: list[str], cwd: str, output: str, before: Callable | None) -> None:
     """Run main.py in this process, with the rows of tests/tiny.py in its tables."""
     os.chdir(cwd)
     for number, stream in ((1, "out"), (2, "err")):
@@ -30,18 +30,17 @@ def main_of(arguments: list[str], cwd: str, output: str, before: Callable[[], No
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as everywhere else
     for table, name, row in tiny.ROWS:
         table[name] = row
-    if before:
-        before()
-    tiny.door.program(arguments)
+    tiny.door.program(arguments, hooks=(before and before()) or ())
 
 
 class Program:
     """A running main.py with the interface of subprocess.Popen as far as tests need it.
 
-    Args: folder: gets files with what the process prints. before: called in the process first; of module level.
+    Args: folder: gets files with what the process prints. before: a function of a module, called in the process
+        first; it may return hooks.
     """
 
-    def __init__(self, folder: Path, *arguments, cwd: Path = ROOT, before: Callable[[], None] | None = None):
+    def __init__(self, folder: Path, *arguments, cwd: Path = ROOT, before: Callable | None = None):
         self.output = folder / f"program{next(COUNTER)}"
         words = [str(argument) for argument in arguments]
         self.process = CONTEXT.Process(target=main_of, args=(words, str(cwd), str(self.output), before))

@@ -14,7 +14,7 @@ from models.model_plain import ModelPlain
 from options import OptionError
 from tests import tiny
 from tests.conftest import write_json
-from tests.test_resume import differing, run
+from tests.runs import assert_equal_runs, differing, final, rows, run, run_until, straight_and_stopped
 
 TOTAL = 9  # 11 samples in batches of 4: epochs of 2 steps, so that these cross four boundaries
 LAYOUTS = {"split": {"layout": "split"}, "bundle": {"layout": "bundle", "keep_last_n": 2},
@@ -28,89 +28,52 @@ STEPS = {"plain": {}, "parts": {"accumulate": 3}, "bf16": {"amp": "bf16"}, "fp16
 pytestmark = pytest.mark.usefixtures("tiny_tables")
 
 
-def final(folder, iteration=TOTAL):
-    found = checkpoint.find_newest(folder / "models")
-    assert found.iteration == iteration
-    return found.load()
-
-
-def stopped_at(monkeypatch, step, sig=signal.SIGTERM):
-    """From now on a run of this process is sent a signal in that step."""
-    real = ModelPlain.optimize_parameters
-
-    def interrupted(self, current_step):
-        real(self, current_step)
-        if current_step == step:
-            os.kill(os.getpid(), sig)
-
-    monkeypatch.setattr(ModelPlain, "optimize_parameters", interrupted)
-
-
-def straight_and_stopped(tmp_path, monkeypatch, stops, workers=(0,), **over):
-    """Folders of two runs: one never stopped, one stopped in these steps and gone on with, workers taking turns."""
-    assert run("-opt", write_json(tmp_path / "one.json", tiny.options(tmp_path, "one", **over))) == 0
-    for i, step in enumerate([*stops, None]):
-        tree = tiny.options(tmp_path, "two", workers=workers[i % len(workers)], **over)
-        with monkeypatch.context() as patch:
-            stopped_at(patch, step)
-            assert run("-opt", write_json(tmp_path / "two.json", tree)) == (143 if step else 0)
-    return tmp_path / "one", tmp_path / "two"
-
-
-def assert_equal(one, two):
-    a, b = final(one), final(two)
-    assert set(a) == set(b) and differing(a, b) == []
-    for table in ("train", "test"):
-        assert (one / "log" / f"{table}.csv").read_text() == (two / "log" / f"{table}.csv").read_text()
+def option_file(folder, name="one", **over):
+    return write_json(folder / f"{name}.json", tiny.options(folder, name, **over))
 
 
 @pytest.mark.parametrize("background", [False, True], ids=["waiting", "in background"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("step", [1, 2, 3, 4, 8])
-def test_every_layout_at_each_place_in_an_epoch(tmp_path, monkeypatch, layout, background, step):
-    one, two = straight_and_stopped(tmp_path, monkeypatch, [step], checkpoint={**LAYOUTS[layout], "async": background})
-    assert_equal(one, two)
+def test_every_layout_stopped_at_each_place_in_an_epoch(tmp_path, layout, background):
+    keep = {**LAYOUTS[layout], "async": background}
+    one, two = straight_and_stopped(lambda name, _: option_file(tmp_path, name, checkpoint=keep), [1, 2, 3, 4, 8])
+    assert_equal_runs(one, two, TOTAL)
     assert sorted(os.listdir(one / "models")) == sorted(os.listdir(two / "models"))  # also what is kept is the same
 
 
-@pytest.mark.parametrize("kind", STEPS)
-@pytest.mark.parametrize("layout", ["split", "bundle"])
-def test_every_kind_of_step(tmp_path, monkeypatch, kind, layout):
-    one, two = straight_and_stopped(tmp_path, monkeypatch, [3, 6], train=STEPS[kind], checkpoint=LAYOUTS[layout])
-    assert_equal(one, two)
+@pytest.mark.parametrize("kind, layout", [
+    *((kind, "split") for kind in STEPS), ("fp16", "bundle"), ("epochs", "bundle")])
+def test_every_kind_of_step(tmp_path, kind, layout):
+    over = {"train": STEPS[kind], "checkpoint": LAYOUTS[layout]}
+    one, two = straight_and_stopped(lambda name, _: option_file(tmp_path, name, **over), [3, 6])
+    assert_equal_runs(one, two, TOTAL)
     state = final(one)["state"]
     assert bool(state["scaler_state_dict"]) == (kind == "fp16") and state["history"] and state["best"]
 
 
 @pytest.mark.slow  # the compiler takes most of a minute
-def test_compiled_steps(tmp_path, monkeypatch):
-    one, two = straight_and_stopped(tmp_path, monkeypatch, [3, 6], train={"compile": True})
-    assert_equal(one, two)
+def test_compiled_steps(tmp_path):
+    over = {"train": {"compile": True}}
+    assert_equal_runs(*straight_and_stopped(lambda name, _: option_file(tmp_path, name, **over), [3, 6]))
 
 
-@pytest.mark.parametrize("workers", [(0, 1, 2), (2, 0, 1), (1, 2, 0)], ids=str)
-def test_workers_changed_at_each_resume(tmp_path, monkeypatch, workers):
-    assert_equal(*straight_and_stopped(tmp_path, monkeypatch, [3, 6], workers))
+def test_workers_and_layout_changed_at_each_resume(tmp_path):
+    launches = ((0, "bundle"), (2, "split"), (1, "bundle"))
+
+    def write(name, launch):
+        workers, layout = launches[launch] if name == "two" else (0, "split")
+        return option_file(tmp_path, name, workers=workers, checkpoint=LAYOUTS[layout])
+
+    assert_equal_runs(*straight_and_stopped(write, [3, 6]), TOTAL)
 
 
 def test_what_a_validation_draws_leaves_the_training_alone(tmp_path, monkeypatch):
     real = ModelPlain.test
     for name in ("one", "two"):
-        assert run("-opt", write_json(tmp_path / f"{name}.json", tiny.options(tmp_path, name))) == 0
+        assert run("-opt", option_file(tmp_path, name)) == 0
         monkeypatch.setattr(ModelPlain, "test", lambda self: (real(self), torch.rand(1), random.random(),
                                                               np.random.random()))
-    assert_equal(tmp_path / "one", tmp_path / "two")
-
-
-def test_the_layout_may_change_at_a_resume(tmp_path, monkeypatch):
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert run("-opt", write_json(tmp_path / "one.json", tiny.options(tmp_path, "one"))) == 0
-    for layout, step in (("bundle", 3), ("split", 6), ("bundle", None)):
-        tree = tiny.options(tmp_path, "two", checkpoint=LAYOUTS[layout])
-        with monkeypatch.context() as patch:
-            stopped_at(patch, step)
-            run("-opt", write_json(tmp_path / "two.json", tree))
-    assert_equal(one, two)
+    assert_equal_runs(tmp_path / "one", tmp_path / "two", TOTAL)
 
 
 def test_parts_of_a_batch_make_the_same_step(tmp_path):
@@ -135,8 +98,7 @@ def test_parts_of_a_batch_make_the_same_step(tmp_path):
 
 def test_latest_and_best_are_links_that_retention_leaves(tmp_path):
     keep = {"layout": "bundle", "keep_last_n": 1, "name": "it{iter}.pt", "best_metric": "psnr", "best_mode": "min"}
-    tree = tiny.options(tmp_path, "one", checkpoint=keep, train={"checkpoint_test": 1})
-    assert run("-opt", write_json(tmp_path / "one.json", tree)) == 0
+    assert run("-opt", option_file(tmp_path, checkpoint=keep, train={"checkpoint_test": 1})) == 0
     models, history = tmp_path / "one/models", final(tmp_path / "one")["state"]["history"]
     worst = min(history, key=lambda row: row["test.psnr"])["iteration"]
     assert sorted(os.listdir(models)) == ["best.pt", "it9.pt", "latest.pt"]
@@ -150,42 +112,42 @@ def test_an_operation_without_a_deterministic_kernel_is_named(tmp_path, monkeypa
 
     monkeypatch.setattr(ModelPlain, "optimize_parameters", refused)
     with pytest.raises(OptionError, match="grid_sampler_2d_backward_cuda has no deterministic kernel on"):
-        run("-opt", write_json(tmp_path / "one.json", tiny.options(tmp_path, "one")))
+        run("-opt", option_file(tmp_path))
 
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2], ids=lambda s: s.name)
-def test_every_signal_stops_after_the_step_with_its_exit_code(tmp_path, monkeypatch, capsys, sig):
-    path = write_json(tmp_path / "one.json", tiny.options(tmp_path, "one"))
-    with monkeypatch.context() as patch:
-        stopped_at(patch, 5, sig)
-        assert run("-opt", path) == 128 + sig
+def test_every_signal_stops_after_the_step_with_its_exit_code_and_the_command_that_resumes(tmp_path, capsys, sig):
+    path = option_file(tmp_path)
+    run_until(5, "-opt", path, sig=sig)
     said = capsys.readouterr().out
     assert f"stopped  by {sig.name} after iteration 5; resume with: python main.py -opt {path}" in said
+    assert run("-opt", path) == 0 and f"5.json: iteration 5 of {TOTAL}" in capsys.readouterr().out
 
 
-def test_an_interrupted_save_has_one_slot_that_the_next_regular_one_frees(tmp_path, monkeypatch):
-    path = write_json(tmp_path / "one.json", tiny.options(tmp_path, "one", checkpoint=LAYOUTS["bundle"]))
+def test_an_interrupted_save_has_one_slot_that_the_next_regular_one_frees(tmp_path):
+    path = option_file(tmp_path, checkpoint=LAYOUTS["bundle"])
     for step in (3, 5):  # 3 is validated and the best, so it is kept under that name
-        with monkeypatch.context() as patch:
-            stopped_at(patch, step, signal.SIGINT)
-            assert run("-opt", path) == 130
+        run_until(step, "-opt", path)
         assert "interrupted.pt" in os.listdir(tmp_path / "one/models")
     assert checkpoint.find_newest(tmp_path / "one/models").path.name == "interrupted.pt"
     assert run("-opt", path) == 0
     assert "interrupted.pt" not in os.listdir(tmp_path / "one/models")
 
 
-def test_going_back_puts_links_right(tmp_path):
-    path = write_json(tmp_path / "one.json", tiny.options(tmp_path, "one", checkpoint=LAYOUTS["iterations"]))
+@pytest.mark.parametrize("layout, named", [("iterations", "it4.pth"), ("split", "4_G.pth")])
+def test_an_older_one_archives_the_newer_and_leads_to_the_same_end_as_does_fresh(tmp_path, capsys, layout, named):
+    path, folder = option_file(tmp_path, checkpoint=LAYOUTS[layout]), tmp_path / "one"
     assert run("-opt", path) == 0
-    kept = final(tmp_path / "one")
-    assert run("-opt", path, "--resume", tmp_path / "one/models/it4.pth") == 0
-    assert differing(kept, final(tmp_path / "one")) == []
-    (archive,) = (tmp_path / "one").glob("models_*")
-    assert {"it6.pth", "it9.pth", "latest.pt"} <= set(os.listdir(archive))
+    kept = final(folder)
+    assert run("-opt", path, "--resume", folder / "models" / named) == 0
+    assert differing(kept, final(folder)) == [] and "archived newer checkpoints" in capsys.readouterr().out
+    (archive,) = folder.glob("models_*")
+    assert [found.iteration for found in checkpoint.find_sets(archive)] == [6, 8, 9]
+    assert (archive / ("latest.pt" if layout == "iterations" else "latest.json")).exists()
+    assert [int(row["iteration"]) for row in rows(folder)] == list(range(1, 10))
     shutil.rmtree(archive)
     assert run("-opt", path, "--fresh") == 0
-    assert differing(kept, final(tmp_path / "one")) == []
+    assert differing(kept, final(folder)) == [] and len(list(folder.glob("models_*"))) == 1
 
 
 @pytest.mark.parametrize("background", [False, True], ids=["waiting", "in background"])
@@ -199,4 +161,5 @@ def test_parameters_in_another_memory_format_resume_exactly(tmp_path, monkeypatc
             network.to(memory_format=torch.channels_last)
 
     monkeypatch.setattr(ModelPlain, "__init__", channels_last)
-    assert_equal(*straight_and_stopped(tmp_path, monkeypatch, [3, 6], checkpoint={"async": background}))
+    over = {"checkpoint": {"async": background}}
+    assert_equal_runs(*straight_and_stopped(lambda name, _: option_file(tmp_path, name, **over), [3, 6]))

@@ -65,6 +65,13 @@ def test_ctrl_c_is_answered_at_once_and_two_within_two_seconds_are_one(tmp_path)
     assert saved(tmp_path) == 3
 
 
+def test_a_later_ctrl_c_leaves_at_once(tmp_path):
+    path = tiny_file(tmp_path, "run")
+    codes, (said,) = world.run(tmp_path / "out", 1, "-opt", path, acts=[(0, 3, "press 2.2")])
+    assert codes == [130] and "stopped  by" not in said, said
+    assert saved(tmp_path) == 2
+
+
 def test_a_later_ctrl_c_leaves_at_once_also_when_this_process_is_in_c(tmp_path):
     """The main process is waiting for the other one, which is stopped: no handler in Python is ever called there."""
     path = tiny_file(tmp_path, "run", train={"total_iter": 1000, "checkpoint_test": 5000})

@@ -1,0 +1,94 @@
+"""Runs of this process: straight, stopped and resumed, and whether two of them ended equal."""
+
+import csv
+import os
+import signal
+
+import torch
+
+import checkpoint
+import main as door
+from runtime.hooks import Hooks
+from tests import tiny
+
+VARYING = ("timestamp", "config", "environment", "resumed_from")  # keys of a state that equal runs may differ in
+
+
+def run(*arguments, hooks=()):
+    """Run main.py in this process: as quick as a call, with the same entry point."""
+    return door.main([str(argument) for argument in arguments], hooks=hooks)
+
+
+class StopInCall(Hooks):
+    """Sends this process a signal in the count-th call of a method of the run's model, e.g. "test"."""
+
+    def __init__(self, method, count=1, sig=signal.SIGTERM):
+        self.method, self.left, self.sig = method, count, sig
+
+    def before_training(self, run):
+        real = getattr(run.model, self.method)
+
+        def call(*args, **kwargs):
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), self.sig)
+            return real(*args, **kwargs)
+
+        setattr(run.model, self.method, call)
+
+
+def run_until(stop, *arguments, sig=signal.SIGTERM):
+    """Run until a signal stops it: after the step of this number, or where a hook sends it. None: to the end."""
+    hooks = [] if stop is None else [stop if isinstance(stop, Hooks) else tiny.stop_after(stop, sig)]
+    assert run(*arguments, hooks=hooks) == (0 if stop is None else 128 + sig)
+
+
+def straight_and_stopped(write, stops, launch=run_until):
+    """Run once straight, and once stopped at each of `stops` and resumed by the same command.
+
+    Args: write: makes the option file folder/NAME.json of the run folder/NAME: write(name, launch), launches from 0.
+        launch: launch(stop, "-opt", path) runs until a stop, or to the end where it is None.
+
+    Returns: the folders of both runs.
+    """
+    one = write("one", 0)
+    launch(None, "-opt", one)
+    for count, stop in enumerate([*stops, None]):
+        two = write("two", count)
+        launch(stop, "-opt", two)
+    return one.with_suffix(""), two.with_suffix("")
+
+
+def final(folder, iteration=None):
+    """The parts of a run's newest checkpoint, which is of this iteration."""
+    found = checkpoint.find_newest(folder / "models")
+    assert found and iteration in (None, found.iteration)
+    return found.load()
+
+
+def rows(folder, table="train"):
+    """The rows of log/train.csv or log/test.csv."""
+    with open(folder / f"log/{table}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def differing(a, b, path=""):
+    """Paths at which two states differ."""
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [path]
+    if isinstance(a, dict):
+        keys = [key for key in {**a, **b} if key not in VARYING]
+        return [d for key in keys
+                for d in (differing(a[key], b[key], f"{path}.{key}") if key in a and key in b else [f"{path}.{key}"])]
+    if isinstance(a, (list, tuple)):
+        same = len(a) == len(b)
+        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differing(x, y, f"{path}[{i}]")] if same else [path]
+    return [] if a == b else [path]
+
+
+def assert_equal_runs(one, two, iteration=None):
+    """Everything in the last checkpoints and in the tables is equal."""
+    a, b = final(one, iteration), final(two, iteration)
+    assert set(a) == set(b) and differing(a, b) == []
+    for table in ("train", "test"):
+        assert (one / "log" / f"{table}.csv").read_text() == (two / "log" / f"{table}.csv").read_text()
