@@ -14,7 +14,8 @@ import pytest
 
 import checkpoint
 from tests.conftest import ROOT, SHARED, run_main
-from tests.test_resume import assert_equal_runs, differing, recipe_in, start_process
+from tests.runs import assert_equal_runs, differing, final
+from tests.vrt import vrt_file
 
 TOTAL = 24
 STOPS = int(os.environ.get("PERDURE_STOPS", 2))  # how often each run is stopped before it is left alone
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.slow
 def arguments(folder, name, data, workers):
     """The shipped default, shortened; its own network, data and validation."""
     sets = [f"task={name}", f"path.root={folder}", f"train.total_iter={TOTAL}", "train.checkpoint_save=5",
-            "train.checkpoint_test=12", "train.checkpoint_print=4", "num_threads=2",
+            "train.checkpoint_test=12", "train.checkpoint_print=4", "num_threads=1",
             f"datasets.train.dataloader_num_workers={workers}"]
     if data == "real":
         sets += [f"datasets.train.dataroot_gt={SHARED}/data/video/train_GT",
@@ -51,7 +52,8 @@ def test_stopped_at_a_random_moment_and_run_again(straight, sig, workers):
     name = f"{sig.name}_{workers}"
     command, stops = arguments(folder, name, data, workers), []
     for _ in range(STOPS):
-        process = start_process(*command)
+        process = subprocess.Popen([sys.executable, "main.py", *command], cwd=ROOT, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
         delay = random.uniform(2, 0.8 * seconds)
         try:
             process.wait(delay)
@@ -75,8 +77,7 @@ def small(tmp_path_factory):
 
     def make(name, keep):
         train = {"total_iter": 12, "checkpoint_save": 1, "checkpoint_test": 4}
-        path = recipe_in(folder)(name, train=train, checkpoint=keep)
-        return ["-opt", str(path), "--set", "num_threads=1"], folder / name
+        return ["-opt", str(vrt_file(folder, name, train=train, checkpoint=keep))], folder / name
 
     command, straight = make("straight", {})
     began = time.monotonic()
@@ -89,7 +90,7 @@ def small(tmp_path_factory):
 def test_killed_at_random_points_again_and_again(small, layout, background):
     """Half of the kills at a random moment, half at a random file operation of a save. Nothing committed is lost."""
     make, straight, seconds = small
-    expected, dice = final_parts(straight), random.Random(hash((layout, background)) & 0xFFFF)
+    expected, dice = final(straight, 12), random.Random(f"{layout}, {background}")
     kills = ended = 0
     reached, points = {}, []
     while kills < KILLS // 4 or reached:
@@ -114,13 +115,7 @@ def test_killed_at_random_points_again_and_again(small, layout, background):
         reached[name] = newest
         points.append(newest)
         if process.returncode == 0:
-            assert differing(final_parts(folder), expected) == []
+            assert differing(final(folder, 12), expected) == []
             ended, reached = ended + 1, {}
     print(f"{layout}, {'in background' if background else 'waiting'}: {kills} kills, {ended} runs ended, all equal; "
           f"newest checkpoint after each kill: {points}")
-
-
-def final_parts(folder):
-    found = checkpoint.find_newest(folder / "models")
-    assert found.iteration == 12
-    return found.load()

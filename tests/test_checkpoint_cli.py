@@ -13,8 +13,8 @@ from checkpoint import commit, find_newest, locate
 from commands.checkpoints import main
 from tests import tiny
 from tests.conftest import ROOT, write_json
+from tests.runs import differing, run
 from tests.test_checkpoint import flip
-from tests.test_exact import differing, run
 
 pytestmark = pytest.mark.usefixtures("tiny_tables")
 

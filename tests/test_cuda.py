@@ -17,7 +17,7 @@ from models.model_vqgan import ModelVQGAN
 from runtime import distributed, resume
 from tests import tiny
 from tests.conftest import ROOT, write_json
-from tests.test_exact import run
+from tests.runs import run
 
 pytestmark = pytest.mark.usefixtures("tiny_tables")
 KINDS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}

@@ -10,8 +10,7 @@ import train
 from models.model_plain import ModelPlain
 from tests import tiny
 from tests.conftest import write_json
-from tests.test_exact import assert_equal, stopped_at
-from tests.test_resume import run
+from tests.runs import assert_equal_runs, final, run, run_until
 
 pytestmark = pytest.mark.usefixtures("tiny_tables")
 
@@ -66,28 +65,24 @@ def test_skipping_leaves_such_a_step_out_and_resumes_exactly(tmp_path, monkeypat
         path = write_json(tmp_path / f"{name}.json", tiny.options(tmp_path, name, **over))
         with monkeypatch.context() as patch:
             spoil_gradients(patch, {3})
-            if name == "two":
-                stopped_at(patch, 4)
-            assert run("-opt", path) == (143 if name == "two" else 0)
+            run_until(4 if name == "two" else None, "-opt", path)
     assert run("-opt", tmp_path / "two.json") == 0
     assert all_finite(tmp_path / "one")
     assert checkpoint.find_newest(tmp_path / "one/models").load()["state"]["skipped"] == 1
-    assert_equal(tmp_path / "one", tmp_path / "two")
+    assert_equal_runs(tmp_path / "one", tmp_path / "two")
 
 
-def test_batch_statistics_that_a_skipped_step_spoilt_are_put_back(tmp_path, monkeypatch):
-    real = ModelPlain.feed_data
+def test_a_loss_that_is_not_finite_stops_at_its_step_or_is_skipped_with_its_batch_statistics_put_back(tmp_path):
+    def poison(run):
+        run.model.degraded = run.model.degraded * float("nan")
 
-    def poisoned(self, data, **kwargs):
-        real(self, data, **kwargs)
-        self.fed = getattr(self, "fed", 0) + 1
-        if self.fed == 3:
-            self.degraded = self.degraded * float("nan")
-
-    monkeypatch.setattr(ModelPlain, "feed_data", poisoned)
-    path = write_json(tmp_path / "one.json", tiny.options(tmp_path, "one", train={"on_nan": "skip"}))
-    assert run("-opt", path) == 0
-    assert all_finite(tmp_path / "one")
+    path = write_json(tmp_path / "one.json", tiny.options(tmp_path, "one"))
+    with pytest.raises(train.NonFiniteLoss, match="not finite at iteration 3: G_loss nan"):
+        run("-opt", path, hooks=[tiny.At("before_step", 3, poison)])
+    assert checkpoint.find_newest(tmp_path / "one/models").iteration == 2 and all_finite(tmp_path / "one")
+    skip = ("--set", "train.on_nan=skip")
+    assert run("-opt", path, *skip, hooks=[tiny.At("before_step", 3, poison)]) == 0
+    assert all_finite(tmp_path / "one") and final(tmp_path / "one", 9)["state"]["skipped"] == 1
 
 
 def test_many_skips_in_a_row_end_the_run(tmp_path, monkeypatch):
@@ -99,20 +94,16 @@ def test_many_skips_in_a_row_end_the_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("part", ["weight", "moment", "batch statistics"])
-def test_weights_or_moments_that_are_not_finite_are_never_committed(tmp_path, monkeypatch, part):
-    real = ModelPlain.optimize_parameters
+def test_weights_or_moments_that_are_not_finite_are_never_committed(tmp_path, part):
+    def overflow(run):
+        model = run.model
+        target = {"weight": next(model.netG.parameters()).data, "batch statistics": model.netG.body[1].running_var,
+                  "moment": next(iter(model.G_optimizer.state.values()))["exp_avg_sq"]}[part]
+        target.view(-1)[0] = float("nan") if part == "batch statistics" else float("inf")
 
-    def overflowing(self, step):
-        real(self, step)
-        if step == 5:
-            target = {"weight": next(self.netG.parameters()).data, "batch statistics": self.netG.body[1].running_var,
-                      "moment": next(iter(self.G_optimizer.state.values()))["exp_avg_sq"]}[part]
-            target.view(-1)[0] = float("nan") if part == "batch statistics" else float("inf")
-
-    monkeypatch.setattr(ModelPlain, "optimize_parameters", overflowing)
     path = write_json(tmp_path / "one.json", tiny.options(tmp_path, "one", train={"checkpoint_save": 5}))
     with pytest.raises(train.NonFiniteLoss, match="after iteration 5 .* is not finite, so no checkpoint"):
-        run("-opt", path)
+        run("-opt", path, hooks=[tiny.At("after_step", 5, overflow)])
     assert not checkpoint.find_newest(tmp_path / "one/models") or \
         checkpoint.find_newest(tmp_path / "one/models").iteration == 3
 

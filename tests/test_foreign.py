@@ -1,6 +1,7 @@
 """Training files that others wrote, and older ones of ours: what is there is used, what is absent is named."""
 
 import argparse
+import re
 import shutil
 import zlib
 
@@ -14,18 +15,27 @@ from models.model_plain import ModelPlain
 from storage import foreign, sealed
 from tests import tiny
 from tests.conftest import write_json
+from tests.runs import differing, final, run, run_until
 from tests.test_checkpoint import parts
-from tests.test_exact import differing, final, run, stopped_at
 from tests.test_segmentation import options_in
 
 pytestmark = pytest.mark.usefixtures("tiny_tables")
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run of 9 steps, of 4 epochs with one left over."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.add_rows(patch)
+        assert run("-opt", write_json(folder / "one.json", tiny.options(folder, "one"))) == 0
+    return folder / "one"
+
+
 @pytest.fixture
-def state(tmp_path):
-    """Parts of a finished run of 9 steps, of 4 epochs with one left over."""
-    assert run("-opt", write_json(tmp_path / "one.json", tiny.options(tmp_path, "one"))) == 0
-    return final(tmp_path / "one")
+def state(finished):
+    """Its parts, for one test to change."""
+    return final(finished)
 
 
 def prefixed(weights, prefix):
@@ -181,15 +191,12 @@ def test_without_a_network_to_load_there_is_no_resume(tmp_path, state, capsys, k
 
 
 def test_the_way_out_of_an_unknown_key_can_be_typed(tmp_path, state, monkeypatch):
-    import re
-    import subprocess
-    import sys
-
     torch.save({"net_of_mine": state["G"], "iter": 5}, tmp_path / "theirs.pth")
     with pytest.raises(CheckpointError) as caught:
         locate(tmp_path / "theirs.pth")
     command = re.search(r'python -c "(.*?)",', str(caught.value))[1]
-    subprocess.run([sys.executable, "-c", command], cwd=tmp_path, check=True)
+    monkeypatch.chdir(tmp_path)
+    exec(command, {})
     weights, _ = checkpoint.read_weights(tmp_path / "weights.pth")
     assert differing(weights, state["G"]) == []
 
@@ -343,11 +350,9 @@ def test_a_scheduler_that_stood_elsewhere_is_said(tmp_path, state, capsys, key):
 # ---------------------------------------------------------------- versions of ours
 
 
-def test_version_1_goes_on_exactly(tmp_path, state, monkeypatch):
+def test_version_1_resumes_exactly(tmp_path, state):
     """A folder as 0.1.0 left it: no seals, one process's generators, no best."""
-    with monkeypatch.context() as patch:
-        stopped_at(patch, 4)
-        assert run("-opt", write_json(tmp_path / "old.json", tiny.options(tmp_path, "old"))) == 143
+    run_until(4, "-opt", write_json(tmp_path / "old.json", tiny.options(tmp_path, "old")))
     found = find_newest(tmp_path / "old/models")
     loaded = found.load()
     loaded["state"] = {key: value for key, value in loaded["state"].items()

@@ -1,21 +1,16 @@
 """InkTrace trains in both modes, and a stopped and resumed run is a straight one to the last bit."""
 
-import csv
-import signal
-
 import pytest
 import torch
 
-import checkpoint
 import options
 from data import DATASETS
 from models import MODELS
 from models.model_inktrace import ModelInkTrace, draw, hidden_blocks
 from models.network_inktrace import pack, unpack
 from tests.conftest import ROOT, write_json
-from tests.test_exact import stopped_at
+from tests.runs import assert_equal_runs, final, rows, straight_and_stopped
 from tests.test_options import parse
-from tests.test_resume import differing, run
 
 TOTAL = 4
 DENSE = {"netG": {"full_heads": True}, "train": {"G_lossfn_type": "dense"}}
@@ -47,41 +42,26 @@ def batch(count=2, index=0):
     return {name: torch.stack([item[name] for item in items]) for name in "LH"} | {"index": torch.tensor([index])}
 
 
-def final(folder):
-    found = checkpoint.find_newest(folder / "models")
-    assert found.iteration == TOTAL
-    return found.load()
-
-
 # ---------------------------------------------------------------- exact
 
 
 @pytest.mark.parametrize("over", [{}, DENSE], ids=["structural", "dense"])
-def test_stopped_and_resumed_equals_straight(tmp_path, monkeypatch, over):
+def test_stopped_and_resumed_equals_straight(tmp_path, over):
     if over:
         over = {**over, "train": {**over["train"], "E_decay": 0.9, "keypoint_sigma": 1.5}}
-    assert run("-opt", option_file(tmp_path, "one", **over)) == 0
-    for workers, step in ((0, 3), (1, None)):
-        with monkeypatch.context() as patch:
-            stopped_at(patch, step, signal.SIGTERM)
-            assert run("-opt", option_file(tmp_path, "two", workers=workers, **over)) == (143 if step else 0)
-    one, two = final(tmp_path / "one"), final(tmp_path / "two")
-    assert set(one) == set(two) and differing(one, two) == []
-    for table in ("log/train.csv", "log/test.csv"):
-        assert (tmp_path / "one" / table).read_text() == (tmp_path / "two" / table).read_text()
-    check_log(tmp_path / "one", bool(over))
-    assert list(one["optimizerG"]["param_groups"][0]["betas"]) == [0.95, 0.999]  # the cycle's end
+    one, two = straight_and_stopped(lambda name, launch: option_file(tmp_path, name, workers=launch, **over), [3])
+    assert_equal_runs(one, two, TOTAL)
+    check_log(one, bool(over))
+    assert list(final(one)["optimizerG"]["param_groups"][0]["betas"]) == [0.95, 0.999]  # the cycle's end
 
 
 def check_log(folder, dense):
-    with open(folder / "log/train.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    terms = [name for name in rows[0] if name.startswith("loss_")]
-    assert len(rows) == TOTAL and len(terms) == (5 if dense else 2)
-    for row in rows:
+    train = rows(folder)
+    terms = [name for name in train[0] if name.startswith("loss_")]
+    assert len(train) == TOTAL and len(terms) == (5 if dense else 2)
+    for row in train:
         assert float(row["G_loss"]) == pytest.approx(sum(float(row[name]) for name in terms), rel=1e-4)
-    with open(folder / "log/test.csv", newline="") as file:
-        names = set(next(csv.DictReader(file)))
+    names = set(rows(folder, "test")[0])
     found = {"skeleton_iou", "skeleton_f1", "tangent_error"}
     found |= {"keypoint_f1", "width_error", "offset_error"} if dense else set()
     assert names == {"iteration", *(f"test.{name}" for name in found)}

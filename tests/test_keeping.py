@@ -21,13 +21,14 @@ import options
 from checkpoint import CheckpointError, Layout, Saver
 from commands import prove
 from models.model_plain import ModelPlain
+from runtime.hooks import Hooks
 from storage import files
 from storage.tree import Snapshot
 from tests import tiny, world
 from tests.conftest import write_json
 from tests.programs import Program
+from tests.runs import final, run, run_until
 from tests.test_checkpoint import parts
-from tests.test_exact import final, run, stopped_at
 
 pytestmark = pytest.mark.usefixtures("tiny_tables")
 
@@ -122,26 +123,22 @@ def test_an_error_on_the_thread_surfaces_at_the_next_step(tmp_path, monkeypatch,
         return real(folder, iteration, *args, **kwargs)
 
     monkeypatch.setattr(checkpoint, "commit", refused_once)
-    steps, wait = [], ModelPlain.optimize_parameters
+    steps = []
 
-    def counted(self, step):
-        if step == 3:
-            self.saver_of_test.wait()
-        steps.append(step)
-        wait(self, step)
+    class Counting(Hooks):
+        def before_step(self, run):
+            if run.iteration == 3:
+                run.saves.saver.wait()
+            steps.append(run.iteration)
 
-    monkeypatch.setattr(ModelPlain, "optimize_parameters", counted)
-    made = Saver.__init__
-    monkeypatch.setattr(Saver, "__init__", lambda self, *a, **k: (
-        made(self, *a, **k), setattr(ModelPlain, "saver_of_test", self))[0])
     keep = {"async": True, "on_save_error": policy}
     path = write_json(tmp_path / "run.json", tiny.options(tmp_path, "run", checkpoint=keep))
     if policy == "stop":
         with pytest.raises(CheckpointError, match="checkpoint 2 was not saved: .*No space left on device; older"):
-            run("-opt", path)
+            run("-opt", path, hooks=[Counting()])
         assert steps[-1] <= 3
     else:
-        assert run("-opt", path) == 0
+        assert run("-opt", path, hooks=[Counting()]) == 0
         assert "warning  checkpoint 2 was not saved: [Errno 28] No space left" in capsys.readouterr().out
         assert final(tmp_path / "run")["state"]["iteration"] == 9
     assert not list((tmp_path / "run/models").glob("*.tmp"))
@@ -224,9 +221,7 @@ def test_links_become_copies_where_a_disk_has_none(tmp_path, monkeypatch):
 def test_a_kill_between_a_commit_and_its_links_is_put_right_at_the_next_start(tmp_path, monkeypatch):
     path = write_json(tmp_path / "run.json", tiny.options(tmp_path, "run", train={"total_iter": 20}))
     for step in (8, 9):
-        with monkeypatch.context() as patch:
-            stopped_at(patch, step)
-            assert run("-opt", path) == 143
+        run_until(step, "-opt", path)
         latest, best = (tmp_path / f"run/models/{name}.json" for name in ("latest", "best"))
         if step == 8:
             best_before = checkpoint.locate(best).iteration
@@ -420,18 +415,12 @@ def test_a_folder_that_takes_no_checkpoint_is_found_before_the_first_step(tmp_pa
 
 
 def test_a_repeated_resume_of_another_run_resumes_its_own_newest(tmp_path, monkeypatch, capsys, named="4_G.pth"):
-    with monkeypatch.context() as patch:
-        stopped_at(patch, 4)
-        assert run("-opt", write_json(tmp_path / "a.json", tiny.options(tmp_path, "other"))) == 143
+    run_until(4, "-opt", write_json(tmp_path / "a.json", tiny.options(tmp_path, "other")))
     path = write_json(tmp_path / "b.json", tiny.options(tmp_path, "run"))
     words = ("-opt", path, "--resume", tmp_path / "other/models" / named)
-    with monkeypatch.context() as patch:
-        stopped_at(patch, 7)
-        assert run(*words) == 143
+    run_until(7, *words)
     capsys.readouterr()
-    with monkeypatch.context() as patch:
-        stopped_at(patch, 8)
-        assert run(*words) == 143  # as a supervisor does
+    run_until(8, *words)  # as a supervisor does
     said = capsys.readouterr().out
     assert "before and is at iteration 7; it resumes from there" in said and "iteration 7 of 9" in said
     assert run(*words) == 0 and "iteration 8 of 9" in capsys.readouterr().out

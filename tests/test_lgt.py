@@ -25,8 +25,7 @@ from models.network_vqgan import VQModel
 from storage import files
 from tests import tiny
 from tests.conftest import ROOT, write_json
-from tests.test_exact import stopped_at
-from tests.test_resume import differing, run
+from tests.runs import assert_equal_runs, differing, rows, run, run_until, straight_and_stopped
 
 DRAWN = {"num_images": 4}
 SMALL = {"net_type": "lgt", "base_channels": 32, "style_dim": 8, "time_dim": 8, "num_encoder_blocks": 1,
@@ -94,33 +93,25 @@ def vqgan(tmp_path):
 
 @pytest.mark.parametrize("train", [{}, {"accumulate": 2, "amp": "bf16", "gradient_checkpointing": True, "E_decay": 0.9,
                                         "use_velocity_reg": True}], ids=["plain", "everything"])
-def test_stopped_and_resumed_equals_straight(tmp_path, monkeypatch, train):
-    assert run("-opt", recipe(tmp_path, "one", train)) == 0
-    for step, workers in ((1, 0), (4, 0 if train else 1), (None, 0)):  # within an epoch; at an evaluation; to the end
-        with monkeypatch.context() as patch:
-            if step:
-                patch.setattr("tests.test_exact.ModelPlain", ModelLGT)  # which has a step of its own
-                stopped_at(patch, step)
-            path = recipe(tmp_path, "two", train, {"dataloader_num_workers": workers})
-            assert run("-opt", path) == (143 if step else 0)
-    one, two = (checkpoint.find_newest(tmp_path / name / "models").load() for name in ("one", "two"))
-    assert one["state"]["iteration"] == 6 and set(one) == set(two) and differing(one, two) == []
-    for table in ("train", "test"):
-        assert (tmp_path / f"one/log/{table}.csv").read_text() == (tmp_path / f"two/log/{table}.csv").read_text()
+def test_stopped_and_resumed_equals_straight(tmp_path, train):
+    def write(name, launch):
+        return recipe(tmp_path, name, train, {"dataloader_num_workers": int(launch == 1 and not train)})
+
+    assert_equal_runs(*straight_and_stopped(write, [1, 4]), 6)  # within an epoch; at an evaluation
     for name in ("sheet.jpg", "plain_to_dusk.jpg"):
         a, b = (tmp_path / run_ / "inference/epoch_0003" / name for run_ in ("one", "two"))
         assert a.read_bytes() == b.read_bytes()
     assert {"epoch_0001.pt", "epoch_0002.pt", "epoch_0003.pt", "latest.pt"} <= set(os.listdir(tmp_path / "two/models"))
     (log,) = (tmp_path / "one/logs").glob("training_*.csv")
-    rows = list(csv.DictReader(log.open()))
-    assert [row["epoch"] for row in rows] == ["1", "2", "3"] and rows[-1]["learning_rate"] == "1.00e-06"
-    assert all(float(row["epoch_time"]) > 0 for row in rows)
-    steps = list(csv.DictReader((tmp_path / "one/log/train.csv").open()))
+    epochs = list(csv.DictReader(log.open()))
+    assert [row["epoch"] for row in epochs] == ["1", "2", "3"] and epochs[-1]["learning_rate"] == "1.00e-06"
+    assert all(float(row["epoch_time"]) > 0 for row in epochs)
+    steps = rows(tmp_path / "one")
     means = [np.mean([float(row["loss_total"]) for row in steps[i : i + 2]]) for i in (0, 2, 4)]
-    assert [row["loss_total"] for row in rows] == [f"{mean:.6f}" for mean in means]
+    assert [row["loss_total"] for row in epochs] == [f"{mean:.6f}" for mean in means]
     launches = sorted((tmp_path / "two/logs").glob("training_*.csv"))  # an epoch's row has all of it, also after a stop
-    rows = [row for log in launches for row in csv.DictReader(log.open()) if row["epoch"] != "epoch"]
-    assert [row["loss_total"] for row in rows] == [f"{mean:.6f}" for mean in means]
+    epochs = [row for log in launches for row in csv.DictReader(log.open()) if row["epoch"] != "epoch"]
+    assert [row["loss_total"] for row in epochs] == [f"{mean:.6f}" for mean in means]
 
 
 def test_evaluation_killed_in_the_middle_leaves_no_half_picture(tmp_path, monkeypatch):
@@ -396,26 +387,24 @@ def test_use_on_files_of_ones_own(tmp_path, monkeypatch, capsys):
         run("-opt", path, "--test", "--input", tmp_path / "nowhere", "--style", "b", "--output", tmp_path / "new")
 
 
-def test_resume_checkpoint_in_the_options_counts_once(tmp_path, monkeypatch, tiny_tables, capsys):
-    """It is gone on from by the first launch; the next ones go on from the run's own newest, never back."""
+def test_resume_checkpoint_in_the_options_counts_once(tmp_path, tiny_tables, capsys):
+    """The first launch resumes from it; the next ones resume from the run's own newest, never back."""
     def launch(name, stop=None, **train):
         tree = tiny.options(tmp_path, name, train=train)
-        with monkeypatch.context() as patch:
-            stopped_at(patch, stop)
-            code = run("-opt", write_json(tmp_path / f"{name}.json", tree))
-        return code, re.findall(r"^resume   from \S+/(\S+/models/\d+)", capsys.readouterr().out, re.MULTILINE)
+        run_until(stop, "-opt", write_json(tmp_path / f"{name}.json", tree))
+        return re.findall(r"^resume   from \S+/(\S+/models/\d+)", capsys.readouterr().out, re.MULTILINE)
 
-    assert launch("one")[0] == 0
+    launch("one")
     named = {"resume_checkpoint": str(tmp_path / "one/models/4_G.pth")}
-    assert launch("two", stop=5, **named) == (143, ["one/models/4"])
-    assert launch("two", stop=7, **named) == (143, ["two/models/5"])
-    assert launch("two", **named) == (0, ["two/models/7"])
+    assert launch("two", stop=5, **named) == ["one/models/4"]
+    assert launch("two", stop=7, **named) == ["two/models/5"]
+    assert launch("two", **named) == ["two/models/7"]
     a, b = (checkpoint.locate(tmp_path / name).load() for name in ("one", "two"))
     assert a["state"]["iteration"] == 9 and differing(a, b) == []
-    assert launch("two", **named) == (0, ["two/models/9"])  # finished: nothing is done
+    assert launch("two", **named) == ["two/models/9"]  # finished: nothing is done
     back = {"resume_checkpoint": str(tmp_path / "one/models/2.json")}  # a run may also be taken back in this way
-    assert launch("one", stop=3, **back) == (143, ["one/models/2"])
-    assert launch("one", **back) == (0, ["one/models/3"])
+    assert launch("one", stop=3, **back) == ["one/models/2"]
+    assert launch("one", **back) == ["one/models/3"]
     assert differing(checkpoint.locate(tmp_path / "one").load(), b) == []
     for flags in (["--fresh"], ["--init-from", named["resume_checkpoint"]]):
         with pytest.raises(checkpoint.CheckpointError, match="leave one of them out"):

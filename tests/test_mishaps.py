@@ -14,7 +14,7 @@ import pytest
 import checkpoint
 from tests import tiny, world
 from tests.conftest import write_json
-from tests.test_resume import differing
+from tests.runs import differing
 
 TRIALS = int(os.environ.get("PERDURE_MISHAPS", 200))
 TOTAL = 6

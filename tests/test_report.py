@@ -24,8 +24,7 @@ from storage.files import FolderLock, is_locked
 from tests import tiny
 from tests.browser import Browser
 from tests.conftest import ROOT, write_json
-from tests.test_exact import stopped_at
-from tests.test_resume import run
+from tests.runs import rows, run, run_until
 
 HOSTILE = "</script><script>window.harmed = 1</script><img src=x onerror='window.harmed = 2'>"
 
@@ -43,17 +42,10 @@ def facts_in(page):
     return json.loads(re.search(r'<script type="application/json" id="facts">(.*?)</script>', text, re.DOTALL)[1])
 
 
-def rows_of(folder, table):
-    with open(folder / f"log/{table}.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def resumed_run(tmp_path, monkeypatch, name="one", step=5, **train):
-    """A tiny run that was stopped by a signal once and gone on with. Returns its folder."""
+def resumed_run(tmp_path, name="one", step=5, **train):
+    """A tiny run that was stopped by a signal once and resumed. Returns its folder."""
     path = write_json(tmp_path / f"{name}.json", tiny.options(tmp_path, name, val={"save_img": True}, train=train))
-    with monkeypatch.context() as patch:
-        stopped_at(patch, step)
-        assert run("-opt", path) == 143
+    run_until(step, "-opt", path)
     states = facts_in(tmp_path / name / "log/report.html")["runs"][0]
     assert (states["state"], states["reason"], states["iteration"]) == ("interrupted", "by SIGTERM", step)
     assert run("-opt", path, "--set", "train.total_iter=9") == 0
@@ -63,9 +55,8 @@ def resumed_run(tmp_path, monkeypatch, name="one", step=5, **train):
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        for table, name, row in tiny.ROWS:
-            patch.setitem(table, name, row)
-        yield resumed_run(tmp_path_factory.mktemp("resumed"), patch)
+        tiny.add_rows(patch)
+        yield resumed_run(tmp_path_factory.mktemp("resumed"))
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +161,7 @@ def test_a_folder_without_its_status_still_has_its_curves(tmp_path):
 def test_status_tells_how_a_run_ended_and_what_was_set(tmp_path, monkeypatch):
     written, real = [], report.RunReport.write
     monkeypatch.setattr(report.RunReport, "write", lambda self: real(self) or written.append(self.now()["iteration"]))
-    folder = resumed_run(tmp_path, monkeypatch)
+    folder = resumed_run(tmp_path)
     assert written == [0, 3, 5, 5, 6, 9, 9]  # at the start, each validation and the end of both launches
     (found,) = facts_in(folder / "log/report.html")["runs"]
     assert (found["state"], found["iteration"], found["total"]) == ("finished", 9, 9)
@@ -325,7 +316,7 @@ CONTRAST = """(() => {
 def test_a_runs_page_has_the_values_of_its_files(browser, resumed):
     folder = resumed
     browser.open(folder / "log/report.html")
-    train, test = rows_of(folder, "train"), rows_of(folder, "test")
+    train, test = rows(folder, "train"), rows(folder, "test")
     assert values_of(browser, "G_loss") == {row["iteration"]: [row["G_loss"]] for row in train} and len(train) == 9
     rates = values_of(browser, "learning rate")
     assert {at: float(rate) for at, (rate,) in rates.items()} == {row["iteration"]: float(row["lr"]) for row in train}
@@ -388,9 +379,9 @@ def test_100_000_rows_are_drawn_from_a_small_page(browser, tmp_path, long_run):
     page = folder / "log/report.html"
     browser.open(page)
     assert page.stat().st_size < 2_000_000
-    rows = {row["iteration"]: [row["G_loss"]] for row in rows_of(folder, "train")}
+    written = {row["iteration"]: [row["G_loss"]] for row in rows(folder, "train")}
     told = values_of(browser, "G_loss", ["Home", *["ArrowRight"] * 20, *["PageUp"] * 11, *["ArrowLeft"] * 20])
-    assert len(told) > 45 and told.items() <= rows.items()
+    assert len(told) > 45 and told.items() <= written.items()
     assert browser.run("JSON.parse(document.getElementById('facts').textContent).runs[0].curves.train.G_loss.high") == \
         [33_333, 77.7]
     assert browser.errors == []
@@ -426,7 +417,7 @@ def test_several_runs_lie_over_each_other(browser, tmp_path, monkeypatch, capsys
     assert report.main(list(map(str, folders))) == 0 and capsys.readouterr().out.strip() == "comparison.html"
     browser.open(tmp_path / "comparison.html", theme="dark")
     told = values_of(browser, "G_loss")
-    one, two = ({row["iteration"]: row["G_loss"] for row in rows_of(folder, "train")} for folder in folders)
+    one, two = ({row["iteration"]: row["G_loss"] for row in rows(folder, "train")} for folder in folders)
     assert told["40"] == [one["40"], two["40"]] and told["80"] == [one["50"], two["80"]]
     text = browser.run("document.querySelector('main').innerText")
     assert "train.rate" in text and "same" not in text and "21" in text
@@ -458,7 +449,7 @@ def test_every_recipe_has_its_report(browser, tmp_path, recipe):
     (folder,) = report.stages_of(tmp_path / recipe)
     browser.open(folder / "log/report.html")
     assert browser.run("document.querySelector('h1').textContent").startswith(recipe) and browser.errors == []
-    (column,) = [name for name in rows_of(folder, "train")[0] if name in ("G_loss", "loss_total")]
-    assert values_of(browser, column) == {row["iteration"]: [row[column]] for row in rows_of(folder, "train")}
+    (column,) = [name for name in rows(folder, "train")[0] if name in ("G_loss", "loss_total")]
+    assert values_of(browser, column) == {row["iteration"]: [row[column]] for row in rows(folder, "train")}
     assert browser.run("document.querySelectorAll('.chart').length") > 2
     assert browser.run("[...document.querySelectorAll('.pictures img')].map(i => i.naturalWidth > 0)").count(True) > 0

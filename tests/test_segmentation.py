@@ -1,9 +1,8 @@
-"""Segmentation: pairs of files, what is drawn at random, counts, and runs that are stopped and gone on with."""
+"""Segmentation: pairs of files, what is drawn at random, counts, and runs that are stopped and resumed."""
 
 import csv
 import os
 import re
-import signal
 
 import pytest
 import torch
@@ -16,8 +15,8 @@ from metrics.segmentation import confusion, segmentation_metrics
 from models.model_segmentation import HISTORIES, ModelSegmentation, blended, hsv
 from options import OptionError
 from tests.conftest import ROOT, write_json
+from tests.runs import StopInCall, assert_equal_runs, final, run, run_until, straight_and_stopped
 from tests.test_options import parse
-from tests.test_resume import differing, run
 
 EPOCHS, STEPS = 3, 3  # of each
 
@@ -48,34 +47,12 @@ def pictures_in(folder, sizes=None, values=(0, 255), name="image"):
 # ---------------------------------------------------------------- exactness
 
 
-def final(folder):
-    found = checkpoint.locate(folder / "models/latest_checkpoint.pth")
-    assert found.iteration == EPOCHS * STEPS
-    return found.load()
-
-
-def stopped(monkeypatch, path, method, count, *arguments, sig=signal.SIGINT):
-    """A run that gets a signal in the count-th call of a method of its model -> its exit code."""
-    real, calls = getattr(ModelSegmentation, method), []
-
-    def interrupted(self, *args):
-        calls.append(1)
-        if len(calls) == count:
-            os.kill(os.getpid(), sig)
-        return real(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ModelSegmentation, method, interrupted)
-        return run("-opt", path, *arguments)
-
-
 KINDS = {"plain": {}, "averaged, in parts": {"train": {"E_decay": 0.9, "accumulate": 2}},
          "many tasks, ignored pixels": {"net": {"multitask": True}, "data": {"multitask": True, "ignore_index": 255}},
          "one channel": {"data": {"num_classes": 1}, "train": {
              "G_lossfn_type": "bce", "G_scheduler_type": "ReduceLROnPlateau", "G_scheduler_patience": 0}},
          "three classes": {"data": {"num_classes": 3}, "train": {"G_lossfn_type": "tanimoto_pooled"}}}
-PLACES = {"mid-epoch": ("optimize_parameters", 5), "epoch's end": ("optimize_parameters", 3),
-          "validation": ("test", 5), "its end": ("summarize", 2)}
+PLACES = {"mid-epoch": 5, "epoch's end": 3, "validation": StopInCall("test", 5), "its end": StopInCall("summarize", 2)}
 
 
 @pytest.fixture(scope="module")
@@ -85,32 +62,20 @@ def straight(tmp_path_factory):
     return folder / "run"
 
 
-def assert_equal_runs(one, two):
-    a, b = final(one), final(two)
-    assert set(a) == set(b) and differing(a, b) == []
-    for table in ("train", "test"):
-        assert (one / "log" / f"{table}.csv").read_text() == (two / "log" / f"{table}.csv").read_text()
-
-
-@pytest.mark.parametrize("how", ["rerun", "flag"])
 @pytest.mark.parametrize("place", PLACES)
-def test_stopped_and_gone_on_with(tmp_path, monkeypatch, straight, place, how):
+def test_stopped_and_resumed_by_the_same_command_or_by_flag(tmp_path, straight, place):
     path, models = options_in(tmp_path), tmp_path / "run/models"
-    assert stopped(monkeypatch, path, *PLACES[place]) == 130
+    run_until(PLACES[place], "-opt", path)
     left = models / ("interrupted_checkpoint.pth" if place == "mid-epoch" else "latest_checkpoint.pth")
     assert left.exists() and checkpoint.find_newest(models).iteration == checkpoint.locate(left).iteration
-    assert run("-opt", path, *(["--resume", left] if how == "flag" else [])) == 0
-    assert_equal_runs(straight, tmp_path / "run")
+    assert run("-opt", path, *(["--resume", left] if place in ("mid-epoch", "validation") else [])) == 0
+    assert_equal_runs(straight, tmp_path / "run", EPOCHS * STEPS)
     assert sorted(os.listdir(models)) == sorted(os.listdir(straight / "models"))
 
 
 @pytest.mark.parametrize("kind", list(KINDS)[1:])
-def test_every_kind_of_step_stopped_and_gone_on_with(tmp_path, monkeypatch, kind):
-    assert run("-opt", options_in(tmp_path, "one", **KINDS[kind])) == 0
-    path = options_in(tmp_path, "two", **KINDS[kind])
-    assert stopped(monkeypatch, path, "optimize_parameters", 5, sig=signal.SIGTERM) == 143
-    assert run("-opt", path) == 0
-    assert_equal_runs(tmp_path / "one", tmp_path / "two")
+def test_every_kind_of_step_stopped_and_resumed(tmp_path, kind):
+    assert_equal_runs(*straight_and_stopped(lambda name, _: options_in(tmp_path, name, **KINDS[kind]), [5]))
 
 
 def test_what_a_checkpoint_holds(straight):

@@ -11,7 +11,7 @@ import pytest
 import checkpoint
 from tests import tiny, world
 from tests.conftest import ROOT, write_json
-from tests.test_resume import differing
+from tests.runs import differing
 
 TOTAL = 6
 

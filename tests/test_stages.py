@@ -17,7 +17,7 @@ from models import MODELS, NETWORKS
 from tests import tiny
 from tests.conftest import write_json
 from tests.programs import run_program
-from tests.test_exact import differing, run
+from tests.runs import differing, run
 
 pytestmark = pytest.mark.usefixtures("tiny_tables")
 WORST = {"best_metric": "psnr", "best_mode": "min"}  # so that the best is not the newest

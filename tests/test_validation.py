@@ -1,6 +1,5 @@
 """What happens in a validation costs no step: the checkpoint due at it is committed first, and the metrics follow."""
 
-import csv
 import json
 import os
 import signal
@@ -16,8 +15,8 @@ from runtime.evaluate import MOST_ATTEMPTS, NAME_BYTES, Progress, short_name
 from tests import tiny, world
 from tests.conftest import write_json
 from tests.programs import run_program
-from tests.test_exact import LAYOUTS, assert_equal, final
-from tests.test_resume import run
+from tests.runs import assert_equal_runs, final, rows, run, run_until
+from tests.test_exact import LAYOUTS
 
 pytestmark = pytest.mark.usefixtures("tiny_tables")
 BOTH = {"checkpoint_save": 3, "checkpoint_test": 3}  # due at the same iterations, as in four published files
@@ -28,8 +27,7 @@ def option_file(folder, name, train=None, **over):
 
 
 def validated(folder):
-    with open(folder / "log/test.csv", newline="") as file:
-        return [int(row["iteration"]) for row in csv.DictReader(file)]
+    return [int(row["iteration"]) for row in rows(folder, "test")]
 
 
 def die_in_validation():
@@ -49,7 +47,7 @@ def test_kill_9_in_a_validation_loses_no_step_that_was_to_be_saved(tmp_path, lay
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert checkpoint.find_newest(tmp_path / "two/models").iteration == 3
     assert run("-opt", path) == 0
-    assert_equal(tmp_path / "one", tmp_path / "two")
+    assert_equal_runs(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -79,7 +77,7 @@ def test_a_validation_that_fails_saves_the_steps_so_far_and_names_the_sample(tmp
             run("-opt", path)  # until it is mended, and nothing is lost
     assert run("-opt", path) == 0
     assert run("-opt", option_file(tmp_path, "two", train={"checkpoint_save": 100})) == 0
-    assert_equal(tmp_path / "two", tmp_path / "one")
+    assert_equal_runs(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.parametrize("error, words", [(MemoryError("cannot allocate"), "out of memory"),
@@ -129,7 +127,7 @@ def test_a_validation_longer_than_the_time_slice_is_finished_over_several_launch
                 break
             assert code == 143
     assert 12 <= launches < 30  # three validations of five samples, the request is obeyed after the one under way
-    assert_equal(tmp_path / "one", tmp_path / "two")
+    assert_equal_runs(tmp_path / "one", tmp_path / "two")
 
 
 def test_a_validation_that_never_finishes_a_sample_does_not_keep_the_run_from_advancing(tmp_path, monkeypatch, capsys):
@@ -252,14 +250,14 @@ def test_pictures_tables_options_and_log_that_cannot_be_written_are_warnings(tmp
     said = capsys.readouterr().out
     for name in ("images/", "options/", "log/train.csv", "report"):
         assert any(line.startswith("warning") and name in line for line in said.splitlines()), name
-    assert final(folder)
+    assert final(folder, 9)
 
 
 def test_a_log_folder_that_cannot_be_written_is_a_warning(tmp_path, capsys):
     (tmp_path / "one").mkdir()
     (tmp_path / "one/log").write_text("a file")
     assert run("-opt", option_file(tmp_path, "one")) == 0
-    assert "warning" in capsys.readouterr().out and final(tmp_path / "one")
+    assert "warning" in capsys.readouterr().out and final(tmp_path / "one", 9)
 
 
 def test_test_csv_follows_the_history(tmp_path, monkeypatch):
@@ -298,12 +296,12 @@ def test_a_last_save_that_fails_is_not_a_finished_run(tmp_path, monkeypatch, cap
     assert status["state"] == "failed" and "No space left" in status["reason"]
     assert run("-opt", path) == 0
     assert run("-opt", option_file(tmp_path, "two", checkpoint=keep)) == 0
-    assert_equal(tmp_path / "two", tmp_path / "one")
+    assert_equal_runs(tmp_path / "two", tmp_path / "one")
 
 
 def test_a_stop_whose_save_fails_tries_again(tmp_path, monkeypatch, capsys):
     path, real = option_file(tmp_path, "one", checkpoint={"on_save_error": "warn"}), checkpoint.commit
-    refused, step = [], ModelPlain.optimize_parameters
+    refused = []
 
     def full_twice(folder, iteration, *args, **kwargs):
         if folder.name != ".probe" and len(refused) < 2:
@@ -313,9 +311,7 @@ def test_a_stop_whose_save_fails_tries_again(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(checkpoint, "commit", full_twice)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(ModelPlain, "optimize_parameters", lambda self, n: (step(self, n), n == 2 and os.kill(
-        os.getpid(), signal.SIGTERM)))
-    assert run("-opt", path) == 143
+    run_until(2, "-opt", path)
     assert refused == [2, 2] and checkpoint.find_newest(tmp_path / "one/models").iteration == 2
 
 

@@ -1,10 +1,8 @@
 """The VQGAN recipe: stopped anyhow it ends as if never stopped, a step is taming's, and mistakes are told first."""
 
 import copy
-import csv
 import json
 import os
-import signal
 
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ import torch
 from torch import nn
 from torchvision.io import read_image, write_jpeg
 
-import checkpoint
 import options
 from data import DATASETS
 from losses.calculator import LossCalculator
@@ -23,7 +20,7 @@ from models.network_discriminator import NLayerDiscriminator
 from models.network_vqgan import EMAVQ
 from models.network_vqvae import VQVAE2
 from tests.conftest import ROOT, write_json
-from tests.test_resume import differing, run
+from tests.runs import assert_equal_runs, differing, final, rows, run, straight_and_stopped
 
 TOTAL, START = 6, 3  # with disc_every 2, D is stepped in 4 and 6
 DDCONFIG = {"in_channels": 3, "out_ch": 3, "resolution": 16, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
@@ -57,27 +54,6 @@ def built(folder, **over):
     return model
 
 
-def stopped_in(monkeypatch, step):
-    """A run of this process is sent SIGTERM in that step."""
-    real = ModelVQGAN.optimize_parameters
-
-    def interrupted(self, current_step):
-        real(self, current_step)
-        if current_step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(ModelVQGAN, "optimize_parameters", interrupted)
-
-
-def ended(folder, iteration=TOTAL):
-    return checkpoint.locate(folder / "models" / f"{iteration}.json").load()
-
-
-def rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 # ---- stopped and resumed -------------------------------------------------------------------------------------------
 
 
@@ -89,24 +65,17 @@ CASES = {"before disc_start": ("emavq", [2], {}), "at disc_start": ("emavq", [3]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_stopped_and_resumed_everything_is_equal(tmp_path, monkeypatch, case):
+def test_stopped_and_resumed_everything_is_equal(tmp_path, case):
     net, stops, train = CASES[case]
-    assert run("-opt", write_json(tmp_path / "one.json", tree(tmp_path, "one", net, train))) == 0
-    path = write_json(tmp_path / "two.json", tree(tmp_path, "two", net, train))
-    for step in stops:
-        with monkeypatch.context() as patch:
-            stopped_in(patch, step)
-            assert run("-opt", path) == 143
-    assert run("-opt", path) == 0
-    one, two = ended(tmp_path / "one"), ended(tmp_path / "two")
-    assert set(one) == {"G", "E", "D", "optimizerG", "optimizerD", "state"} and differing(one, two) == []
-    for table in ("train", "test"):
-        assert rows(tmp_path / "one/log" / f"{table}.csv") == rows(tmp_path / "two/log" / f"{table}.csv")
+    one, two = straight_and_stopped(
+        lambda name, _: write_json(tmp_path / f"{name}.json", tree(tmp_path, name, net, train)), stops)
+    assert_equal_runs(one, two, TOTAL)
+    assert set(final(one)) == {"G", "E", "D", "optimizerG", "optimizerD", "state"}
 
 
 def test_the_table_of_losses_shows_every_term_and_the_discriminators_last_ones(tmp_path):
     assert run("-opt", write_json(tmp_path / "one.json", tree(tmp_path, "one"))) == 0
-    train, test = (rows(tmp_path / f"one/log/{table}.csv") for table in ("train", "test"))
+    train, test = (rows(tmp_path / "one", table) for table in ("train", "test"))
     for row in train:
         step = int(row["iteration"])
         assert row["G_loss"] and row["rec_loss"] and row["quant_loss"] and 0 < float(row["codes_used"]) <= 1
@@ -270,14 +239,14 @@ def test_tamings_files_go_on_by_resume_and_start_by_init_from(tmp_path, capsys, 
     path = write_json(tmp_path / "run.json", tree(tmp_path, train=train))
     assert run("-opt", path, "--resume", tmp_path / kind) == 0
     assert "rng_state, sampler_state, discriminator_log: begun anew" in capsys.readouterr().out
-    found = ended(tmp_path / "run")
+    found = final(tmp_path / "run")
     for label, network in (("G", other.netG), ("D", other.netD)):
         weights = {name: value for name, value in network.named_parameters()}
         assert weights and all(torch.equal(found[label][name], value) for name, value in weights.items())
     assert [int(found[f"optimizer{x}"]["state"][0]["step"]) for x in "GD"] == [3, 2]
     path = write_json(tmp_path / "new.json", tree(tmp_path, "new", train={**train, "total_iter": 1}))
     assert run("-opt", path, "--init-from", tmp_path / kind) == 0
-    told, found = capsys.readouterr().out, ended(tmp_path / "new", 1)
+    told, found = capsys.readouterr().out, final(tmp_path / "new", 1)
     assert "iteration 0 of 1" in told and told.count("loaded") == 2
     assert torch.equal(found["D"]["main.0.weight"], other.netD.main[0].weight)
     assert torch.equal(found["G"]["encoder.conv_in.weight"], other.netG.encoder.conv_in.weight)

@@ -16,7 +16,8 @@ from data.video import FrameFolder
 from models import model_vrt
 from models.model_vrt import ModelVRT
 from tests.conftest import ROOT, SHARED, write_json
-from tests.test_resume import differing, recipe_in, run
+from tests.runs import differing, final, run, run_until, straight_and_stopped
+from tests.vrt import vrt_file
 
 
 class Sharpen(torch.nn.Module):
@@ -143,13 +144,13 @@ def small(path, folder):
     scale, kind = tree.get("scale", 1), train["dataset_type"]
     frames = 4 if net.get("pa_frames") == 0 else 7 if "Vimeo" in kind else 2
     stages = len(net["embed_dims"])
-    sets = {"task": path.stem, "path.root": str(folder), "num_threads": 2, "netG.spynet_path": None,
+    sets = {"path.root": str(folder), "num_threads": 1, "netG.spynet_path": None,
             "netG.embed_dims": [12] * stages, "netG.depths": [1] * stages, "netG.num_heads": [2] * stages,
             "netG.img_size": [frames, 16, 16], "netG.window_size": net["window_size"] if frames == 4 else [2, 4, 4],
             "netG.indep_reconsts": [stages - 1], "netG.deformable_groups": 4 if net.get("pa_frames", 2) else 1,
             "netG.use_checkpoint_attn": False, "netG.use_checkpoint_ffn": False, "train.checkpoint_test": 0,
-            "train.total_iter": 4, "train.checkpoint_save": 2, "train.checkpoint_print": 4, "train.fix_iter":
-            3 if tree["train"].get("fix_iter", 0) > 0 else tree["train"].get("fix_iter", 0),
+            "train.total_iter": 3, "train.checkpoint_save": 2, "train.checkpoint_print": 3, "train.fix_iter":
+            2 if tree["train"].get("fix_iter", 0) > 0 else tree["train"].get("fix_iter", 0),
             "datasets.train.gt_size": 16 * scale,
             "datasets.train.dataloader_batch_size": 1, "datasets.train.dataloader_num_workers": 0,
             "datasets.train.meta_info_file": None, "datasets.train.io_backend": {"type": "disk"},
@@ -209,18 +210,14 @@ def test_a_published_recipe_trains_and_resumes_exactly(path, tmp_path, monkeypat
 
     monkeypatch.setattr(options, "parse", without_tests)
 
-    def go(name):
-        return door.main(["-opt", str(path), *as_words(sets | {"task": name})])
+    def write(name, launch):
+        return write_json(tmp_path / f"{name}.json", {"extends": str(path), "task": name})
 
-    assert go("straight") == 0
-    step = ModelVRT.optimize_parameters
-    with monkeypatch.context() as patch:
-        patch.setattr(ModelVRT, "optimize_parameters", lambda self, n: (
-            step(self, n), os.kill(os.getpid(), signal.SIGTERM) if n == 3 else None))
-        assert go("stopped") == 143
-    assert go("stopped") == 0
-    one, two = (checkpoint.locate(tmp_path / name / "models/4.json").load() for name in ("straight", "stopped"))
-    assert differing(one, two) == [] and one["state"]["iteration"] == 4
+    def launch(stop, *words):
+        run_until(stop, *words, *as_words(sets))
+
+    one, two = straight_and_stopped(write, [2], launch)
+    assert differing(final(one, 3), final(two, 3)) == []
 
 
 # ---------------------------------------------------------------- use
@@ -230,8 +227,7 @@ def test_a_published_recipe_trains_and_resumes_exactly(path, tmp_path, monkeypat
 def trained(tmp_path_factory):
     """Option file and folder of a run of two steps, and seven frames of its own."""
     folder = tmp_path_factory.mktemp("trained")
-    torch.set_num_threads(2)
-    path = recipe_in(folder)("run", train={"total_iter": 2})
+    path = vrt_file(folder, train={"total_iter": 2})
     assert run("-opt", path) == 0
     frames_in(folder, ["lq"], [f"{n:03d}.png" for n in range(7)], (19, 23))
     frames_in(folder, ["gt"], [f"{n:03d}.png" for n in range(7)], (76, 92))
