@@ -57,8 +57,7 @@ def built(folder, **over):
 # ---- stopped and resumed -------------------------------------------------------------------------------------------
 
 
-CASES = {"before disc_start": ("emavq", [2], {}), "at disc_start": ("emavq", [3], {}),
-         "after it, between two steps of D": ("emavq", [5], {}), "twice": ("vqgan", [3, 5], {}),
+CASES = {"before disc_start, at it, between two steps of D": ("emavq", [2, 3, 5], {}), "no EMA": ("vqgan", [5], {}),
          "Gumbel noise": ("gumbelvq", [4], {"temperature_end": 0.5}), "two codebooks": ("vqvae2", [1, 5], {}),
          "in parts, bf16": ("vqvae", [4], {"amp": "bf16", "accumulate": 2}),
          "fp16": ("emavq", [5], {"amp": "fp16", "D_optimizer_clipgrad": 0.5})}

@@ -37,7 +37,7 @@ class Sharpen(torch.nn.Module):
         return out.repeat_interleave(self.scale, -1).repeat_interleave(self.scale, -2)
 
 
-def tester(scale=1, **val):
+def only_testing(scale=1, **val):
     """A ModelVRT that can only test."""
     model = ModelVRT.__new__(ModelVRT)
     val = {"num_frame_testing": 0, "num_frame_overlapping": 2, "size_patch_testing": 0,
@@ -70,14 +70,14 @@ def windows_of_kair(network, clip, size, overlap, flip):
 def test_streamed_windows_equal_those_held_in_one_piece(frames, size, overlap, flip):
     torch.manual_seed(0)
     clip = torch.rand(1, frames, 3, 12, 17)
-    model = tester(num_frame_testing=size, num_frame_overlapping=overlap, flip_seq=flip)
+    model = only_testing(num_frame_testing=size, num_frame_overlapping=overlap, flip_seq=flip)
     torch.testing.assert_close(restored(model, clip), windows_of_kair(Sharpen(), clip, size, overlap, flip))
 
 
 def test_a_padded_sequence_repeats_its_last_frame(frames=5):
     clip = torch.rand(1, frames, 3, 8, 8)
     padded = torch.cat([clip, clip[:, -1:]], 1)
-    model = tester(pad_seq=True, num_frame_testing=4)
+    model = only_testing(pad_seq=True, num_frame_testing=4)
     expected = windows_of_kair(Sharpen(), padded, 4, 2, False)[:, :frames]
     torch.testing.assert_close(restored(model, clip), expected)
 
@@ -86,7 +86,7 @@ def test_a_padded_sequence_repeats_its_last_frame(frames=5):
 @pytest.mark.parametrize("height, width", [(64, 64), (61, 107), (40, 129), (37, 30)])
 def test_tiles_with_overlap_equal_the_whole(scale, height, width):
     clip = torch.rand(1, 2, 3, height, width)
-    whole, tiled = restored(tester(scale), clip), restored(tester(scale, size_patch_testing=48), clip)
+    whole, tiled = restored(only_testing(scale), clip), restored(only_testing(scale, size_patch_testing=48), clip)
     assert (whole - tiled).abs().max() < 1e-3 if scale == 4 or max(height, width) <= 48 else True
     inside = (whole - tiled).abs().amax((0, 1, 2)) < 1e-3
     assert inside.float().mean() > 0.9  # at scale 1 KAIR's seam of 10 pixels is a hard one
@@ -94,7 +94,7 @@ def test_tiles_with_overlap_equal_the_whole(scale, height, width):
 
 def test_memory_is_that_of_a_window_for_a_clip_of_any_length():
     frames, reads, held = 400, [], []
-    model = tester(num_frame_testing=8, num_frame_overlapping=2, flip_seq=True)
+    model = only_testing(num_frame_testing=8, num_frame_overlapping=2, flip_seq=True)
 
     def read(start, stop):
         reads.append(stop - start)
@@ -110,11 +110,11 @@ def test_memory_is_that_of_a_window_for_a_clip_of_any_length():
 
 
 def test_center_frame_and_single_targets():
-    model = tester(center_frame_only=True)
+    model = only_testing(center_frame_only=True)
     model.feed_data({"L": torch.rand(1, 5, 3, 8, 8), "H": torch.rand(1, 5, 3, 8, 8)})
     model.test()
     assert model.restored.shape[1] == model.target.shape[1] == model.degraded.shape[1] == 1
-    model = tester()
+    model = only_testing()
     model.feed_data({"L": torch.rand(1, 7, 3, 16, 16), "H": torch.rand(1, 1, 3, 16, 16), "target_frame": 3})
     model.test()
     assert model.restored.shape == model.degraded.shape == model.target.shape
