@@ -2,12 +2,16 @@
 
 import re
 import shlex
+import sys
+import types
 
 import pytest
 
 import main as door
 import options
 from commands.reference import arguments_in, reference
+from data import DATASETS
+from models import NETWORKS
 from tests.conftest import ROOT
 from tests.test_layers import FILES, ROOMS
 
@@ -41,6 +45,24 @@ def test_links_lead_to_files_and_commands_are_taken(page):
         known.parse_args(words)
         for key in re.findall(r"--set (\w[\w.]*)=", line):
             assert key.split(".")[0] in options.schema_of(options.Top), line
+
+
+def test_the_recipe_of_the_page_trains_and_resumes(tmp_path, monkeypatch, capsys):
+    """docs/recipe.md: its network, dataset, rows of the tables and option file, as they stand there."""
+    network, dataset, rows, file = re.findall(r"```(?:python|json)\n(.*?)```", (ROOT / "docs/recipe.md").read_text(),
+                                              re.DOTALL)
+    for source, table, row in zip((network, dataset), (NETWORKS, DATASETS), rows.splitlines()):
+        name, target = re.search(r'"(.*?)": "(.*?)"', row).groups()
+        module = types.ModuleType(target.partition(":")[0])
+        exec(source, vars(module))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setitem(table, name, target)
+    path = tmp_path / "train_smoother.json"
+    path.write_text(file)
+    for total in (2, 4):
+        words = ["--save_dir", str(tmp_path), "--set", f"train.total_iter={total}"]
+        assert door.main(["-opt", str(path), *words]) == 0
+    assert "train_smoother/models/2.json: iteration 2 of 4" in capsys.readouterr().out
 
 
 def test_contributing_names_every_file_once_it_is_there():
