@@ -67,9 +67,9 @@ def test_missing_data_and_weights_are_named(name, monkeypatch, tmp_path):
     opt, _ = parse(recipe(name))
     for section in opt["datasets"].values():
         root = section["dataroot_gt"]
-        with pytest.raises(options.OptionError, match=f"dataroot_gt: folder {root} .*; fetch ") as told:
+        with pytest.raises(options.OptionError, match=f"dataroot_gt: folder {root} .*; fetch ") as raised:
             options.build(DATASETS, section, "dataset_type")
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(raised.value)
     if opt["netG"]["pa_frames"]:
         with pytest.raises(options.OptionError, match=r"spynet_path: model_zoo/vrt/spynet.*pth does not exist; "):
             options.build(NETWORKS, opt["netG"], "net_type")

@@ -108,7 +108,7 @@ def test_a_short_curve_is_taken_as_it_is():
     assert (found["x"], found["y"], "mean" in found) == ([1, 3, 4], [0.5, None, 0.1], False)
 
 
-def test_a_table_is_read_on_from_where_it_was_and_anew_when_it_was_rewritten(tmp_path):
+def test_a_table_reads_only_new_rows_unless_it_was_rewritten(tmp_path):
     log, table = RunLog(), Table(tmp_path / "train.csv")
     assert table.read() == {}
     log.open(tmp_path, 0)
@@ -271,7 +271,7 @@ def test_stages_count_as_runs_of_their_own(tmp_path):
     assert [one["task"] for one in facts_in(tmp_path / "both.html")["runs"]] == ["structural", "dense"]
 
 
-def test_the_command_says_what_is_no_run(tmp_path, capsys):
+def test_the_command_reports_a_folder_that_is_not_a_run(tmp_path, capsys):
     assert report.main([str(tmp_path / "none")]) == 2
     assert "is not a run's folder" in capsys.readouterr().err
 
@@ -380,8 +380,8 @@ def test_100_000_rows_are_drawn_from_a_small_page(browser, tmp_path, long_run):
     browser.open(page)
     assert page.stat().st_size < 2_000_000
     written = {row["iteration"]: [row["G_loss"]] for row in rows(folder, "train")}
-    told = values_of(browser, "G_loss", ["Home", *["ArrowRight"] * 20, *["PageUp"] * 11, *["ArrowLeft"] * 20])
-    assert len(told) > 45 and told.items() <= written.items()
+    shown_values = values_of(browser, "G_loss", ["Home", *["ArrowRight"] * 20, *["PageUp"] * 11, *["ArrowLeft"] * 20])
+    assert len(shown_values) > 45 and shown_values.items() <= written.items()
     assert browser.run("JSON.parse(document.getElementById('facts').textContent).runs[0].curves.train.G_loss.high") == \
         [33_333, 77.7]
     assert browser.errors == []
@@ -416,9 +416,9 @@ def test_several_runs_lie_over_each_other(browser, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     assert report.main(list(map(str, folders))) == 0 and capsys.readouterr().out.strip() == "comparison.html"
     browser.open(tmp_path / "comparison.html", theme="dark")
-    told = values_of(browser, "G_loss")
+    shown_values = values_of(browser, "G_loss")
     one, two = ({row["iteration"]: row["G_loss"] for row in rows(folder, "train")} for folder in folders)
-    assert told["40"] == [one["40"], two["40"]] and told["80"] == [one["50"], two["80"]]
+    assert shown_values["40"] == [one["40"], two["40"]] and shown_values["80"] == [one["50"], two["80"]]
     text = browser.run("document.querySelector('main').innerText")
     assert "train.rate" in text and "same" not in text and "21" in text
     assert browser.run(CONTRAST)[0] >= 4.5 and browser.errors == []
