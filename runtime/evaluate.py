@@ -1,4 +1,4 @@
-"""Validate a model on its test sets, sample by sample: a validation that is cut off is resumed, not repeated."""
+"""Validate a model on its test sets. An interrupted validation resumes at the next sample."""
 
 from __future__ import annotations
 
@@ -26,42 +26,42 @@ from storage.files import save_file
 from storage.sealed import verified, with_checksum
 from storage.tree import plain
 
-WRITE_EVERY = 5.0  # seconds between two writings of what a validation has so far
-MOST_ATTEMPTS = 3  # at one validation without one more sample finished: then training continues without it
-NAME_BYTES = 120  # of a sample's name in a picture's file name; file systems end at 255 with everything else in it
+WRITE_EVERY = 5.0  # seconds between two writes of the metrics so far
+MOST_ATTEMPTS = 3  # launches in a row that finish no sample of a validation; then it is skipped
+NAME_BYTES = 120  # longest sample name in a picture's file name; file systems allow 255 bytes in all
 
 
 class ValidationError(OptionError):
-    """A validation that failed, here or in another process: one line that names the sample and the cause."""
+    """A validation that failed on any rank: one line that names the sample and the cause."""
 
 
 class Progress:
-    """The metrics of the samples that a validation has finished, in `log/validation_<rank>.json` until it ends.
+    """Stores the metrics of finished samples in `log/validation_<rank>.json` until the validation ends.
 
-    Each process writes its own file; a resumed validation reads all of them, whatever the world size is now. A file
-    that cannot be written costs nothing but the repetition.
+    Each rank writes its own file. A resumed validation reads all of them, also with another world size. If a file
+    cannot be written, its samples are validated again.
 
     Args:
-        folder: where the files lie. about: what the metrics depend on (iteration, options): files about anything else
-            are ignored.
+        folder: where the files lie.
+        about: everything the metrics depend on (iteration, options). Files with another value are ignored.
     """
 
     def __init__(self, folder: Path, about: Any):
         self.path = folder / f"validation_{distributed.rank()}.json"
         self.folder = folder
         self.about = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
-        self.rows: dict[str, dict[int, dict[str, float]]] = {}  # by test set and index, of every process
-        self.own: dict[str, dict[int, dict[str, float]]] = {}  # of this process, in all launches
-        self.attempts = 0  # launches that began this validation and finished no sample of it
+        self.rows: dict[str, dict[int, dict[str, float]]] = {}  # by test set and sample index, of all ranks
+        self.own: dict[str, dict[int, dict[str, float]]] = {}  # of this rank, in all launches
+        self.attempts = 0  # launches in a row that finished no sample of it
         self.wrote = time.monotonic()
 
     def open(self) -> Progress:
-        """Read what earlier launches finished. All processes call this together."""
+        """Read the metrics of earlier launches. All ranks call it."""
         found = distributed.from_main(self._read)
         self.rows = {name: {index: row for part in found["parts"] for index, row in part.get(name, {}).items()}
                      for name in {name for part in found["parts"] for name in part}}
         self.own = found["parts"][distributed.rank()] if distributed.rank() < len(found["parts"]) else {}
-        if distributed.is_main():  # parts of a larger world would be lost with their ranks
+        if distributed.is_main():  # take over the files of ranks that no longer exist
             self.own = {name: dict(rows) for name, rows in self.rows.items()}
         self.attempts = found["attempts"] + 1
         distributed.from_main(self.flush)
@@ -82,14 +82,14 @@ class Progress:
         return {"parts": parts, "attempts": attempts}
 
     def add(self, name: str, index: int, row: dict[str, float]) -> None:
-        """Note a finished sample."""
+        """Add the metrics of a finished sample."""
         self.rows.setdefault(name, {})[index] = self.own.setdefault(name, {})[index] = row
         self.attempts = 0
         if time.monotonic() - self.wrote > WRITE_EVERY:
             self.flush()
 
     def flush(self) -> None:
-        """Write what this process has."""
+        """Write the metrics of this rank."""
         kept = {"about": self.about, "attempts": self.attempts, "rows": self.own}
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ class Progress:
         self.wrote = time.monotonic()
 
     def close(self) -> None:
-        """Forget the finished validation."""
+        """Remove the files of a finished validation."""
         if distributed.is_main():
             for path in self.folder.glob("validation_*.json"):
                 with contextlib.suppress(OSError):
@@ -107,34 +107,34 @@ class Progress:
 def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, iteration: int | None,
              stop: StopRequest, pictures: Path | None,
              progress: Progress | None = None) -> dict[str, float] | None:
-    """Metrics of every test set as {"<set>.<metric>": mean over its samples}; None after a stop request.
-
-    Several processes share the samples, and each writes the pictures of its own.
+    """Validate every test set. The ranks share the samples, and each writes the pictures of its own.
 
     Args:
-        iteration: None when nothing is trained. pictures: prefix of the pictures' paths; None: no pictures.
-        progress: rows that an earlier launch finished, and where to note new ones; None: start over.
-    Raises: ValidationError in every process when a sample of any fails.
+        iteration: None outside training.
+        pictures: path prefix of the pictures; None: write none.
+        progress: metrics of earlier launches, to which new ones are added; None: start over.
+    Returns: {"<set>.<metric>": mean over its samples}, or None after a stop request.
+    Raises: ValidationError on all ranks when a sample fails on any.
     """
     means: dict[str, float] = {}
-    shared = model.shares_tests  # else a summary needs more than the rows: the pictures of this very launch
+    shared = model.shares_tests  # else rank 0 needs the pictures of all samples
     progress = progress if shared else None
     for name, dataset in test_sets.items():
         began, rows = time.monotonic(), {}
         known = dict(progress.rows.get(name, {})) if progress else {}
-        if len(known) == len(dataset):  # only the summary is missing; it also needs what the model knows of a sample
+        if len(known) == len(dataset):  # `summarize` may need the state after a sample
             del known[max(known)]
         left = [index for index in range(len(dataset)) if index not in known]
-        mine = left[distributed.rank() :: distributed.world_size()]
+        own = left[distributed.rank() :: distributed.world_size()]
         if not shared:
-            mine = left if distributed.is_main() else []
+            own = left if distributed.is_main() else []
         most = model.opt["val"]["num_img"]
         failure, sample = None, None
         with distributed.independent_ranks():
             try:
-                samples = clips_of(dataset, mine)
-                for index in mine:
-                    sample = stop.fetch(partial(next, samples))  # a sample that hangs does not hold a stop
+                samples = clips_of(dataset, own)
+                for index in own:
+                    sample = stop.fetch(partial(next, samples))  # a stop request interrupts a sample that hangs
                     log.progress(f"validating {name}: {len(known) + len(rows)} of {len(dataset)}")
                     rows[index] = model.validate(sample)
                     if progress:
@@ -149,15 +149,14 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, iterat
             except Exception as error:
                 failure = error
         where = f"test set {name}" if sample is None else f"test set {name}, {clip_name(sample)}"
-        everyones = distributed.gather((rows, failure and f"{where}: {explain(failure)}"))
-        if progress and (failure or None in [part for part, _ in everyones]):
+        gathered = distributed.gather((rows, failure and f"{where}: {explain(failure)}"))
+        if progress and (failure or None in [part for part, _ in gathered]):
             progress.flush()
-        if reasons := [reason for _, reason in everyones if reason]:
+        if reasons := [reason for _, reason in gathered if reason]:
             raise ValidationError(reasons[0]) from failure
-        everyones = [part for part, _ in everyones]
-        if None in everyones:
+        if None in [part for part, _ in gathered]:
             return None
-        for part in everyones:
+        for part, _ in gathered:
             known |= part
         summarize = partial(model.summarize, name, [known[index] for index in sorted(known)])
         metrics = summarize() if shared else distributed.from_main(summarize)
@@ -170,10 +169,10 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, iterat
 
 
 def validate(run: Any, stop: StopRequest) -> None:
-    """Metrics and pictures of every test set; then the checkpoint of this iteration is marked, or the best saved.
+    """Validate the run's test sets, then add the metrics to this iteration's checkpoint, or save it as the best.
 
-    The training's generators are left as they are. A stop request ends it after the current sample, and the
-    resumed run finishes the rest. Whatever fails in it, the steps so far are saved first.
+    The generators of the training do not change. A stop request ends the validation after the current sample, and the
+    resumed run finishes the rest. If it fails, the steps so far are saved first.
     """
     began = time.monotonic()
     for network in run.model.networks.values():
@@ -182,8 +181,8 @@ def validate(run: Any, stop: StopRequest) -> None:
                                                     for name in run.test_sets}]
     progress = Progress(run.folder / "log", about).open()
     if progress.attempts > MOST_ATTEMPTS:
-        run.log.warn(f"the validation of iteration {run.iteration} was cut off {MOST_ATTEMPTS} times before it "
-                     "finished a sample, and is left out; give the job more time, or test on less")
+        run.log.warn(f"the validation of iteration {run.iteration} was interrupted {MOST_ATTEMPTS} times before it "
+                     "finished a sample, and is skipped; give the job more time, or test on less data")
         return
     try:
         with determinism.rng_untouched(), fastest_kernels(False):
@@ -194,7 +193,7 @@ def validate(run: Any, stop: StopRequest) -> None:
         run.save(reason="interrupted")
         distributed.from_main(run.saves.finish)
         if not isinstance(error.__cause__, (ValueError, OSError, MemoryError, torch.OutOfMemoryError, type(None))):
-            run.log.record_traceback(error.__cause__)  # of a fault in the code somebody has to find the place
+            run.log.record_traceback(error.__cause__)  # an unexpected error is a fault in the code
         raise ValidationError(f"the validation of iteration {run.iteration} failed: {error}; the steps so far are "
                               "saved; mend this and run the same command") from None
     if means is None:
@@ -215,7 +214,7 @@ def validate(run: Any, stop: StopRequest) -> None:
 
 
 def explain(error: BaseException) -> str:
-    """An error in one line, with a remedy where memory is short."""
+    """Describe an error in one line, with a remedy if it is about memory."""
     text = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return f"out of memory ({text[:160]}); test on smaller pieces (val.num_frame_testing, val.size_patch_testing," \
@@ -224,7 +223,7 @@ def explain(error: BaseException) -> str:
 
 
 def short_name(name: str) -> str:
-    """A sample's name as part of a file name: no separators, at most NAME_BYTES bytes, unique through a digest."""
+    """Shorten a sample's name to a part of a file name: no separators, at most NAME_BYTES bytes, unique by a digest."""
     name = name.replace(os.sep, "_")
     text = os.fsencode(name)
     if len(text) <= NAME_BYTES:
@@ -234,12 +233,15 @@ def short_name(name: str) -> str:
 
 
 def describe_losses(losses: Mapping[str, float]) -> str:
-    """'G_loss 0.0123  D_loss 0.4560'."""
+    """Format loss terms: 'G_loss 0.0123  D_loss 0.4560'."""
     return "  ".join(f"{name} {number(value)}" for name, value in losses.items())
 
 
 def describe_metrics(metrics: Mapping[str, float], baseline: str) -> str:
-    """'psnr 31.20 (bicubic 30.80), ssim ...' of one test set; the baseline's are called <metric>_<baseline>."""
+    """Format the metrics of a test set: 'psnr 31.20 (bicubic 30.80), ssim ...'.
+
+    Args: baseline: metrics named `<metric>_<baseline>` go into the parentheses.
+    """
     words = []
     for key, value in metrics.items():
         if not (baseline and key.endswith(f"_{baseline}")):

@@ -1,4 +1,4 @@
-"""What a run resumes from: find it, restore it, say what was restored, and take over its folder.
+"""Resume a run: find its checkpoint, restore it, print the banner, and prepare its folder.
 
 `run` is a `train.Run`.
 """
@@ -29,13 +29,12 @@ OPTIONAL = ("skipped", "skipped_in_a_row", "scheduler_state_dict", "scaler_state
 
 
 def find_source(run: Any, resume: str | None, init_from: str | None, fresh: bool) -> CheckpointSet | None:
-    """The set to go on from: the one named, else the newest good one of this run, else none.
+    """Find the set to resume from: the named one, else the newest intact one of this run, else None.
 
-    `train.resume_checkpoint` counts as named until this run has a set that was made with it.
+    `train.resume_checkpoint` counts as named until this run has a set that was trained from it. When a launcher repeats
+    the command, --fresh, --resume and --init-from are not applied a second time.
 
-    A launcher that repeats the command must not begin anew, or go back, once more.
-
-    Raises: CheckpointError when there are checkpoints and none of them can be used.
+    Raises: CheckpointError when there are checkpoints and none of them is usable.
     """
     again = distributed.restarted() and run.launch_file.exists()
     if again and run.launch_file.read_text() == distributed.launch():
@@ -52,19 +51,19 @@ def find_source(run: Any, resume: str | None, init_from: str | None, fresh: bool
     source = checkpoint.find_newest(run.models, lambda line: (why.append(line), run.log.warn(line)))
     if source is None and (why or checkpoint.has_checkpoints(run.models)):
         raise CheckpointError(f"{run.models}: there are checkpoints, but none is usable{checkpoint.reasons(why)}; "
-                              "name another one with --resume, or start over with --fresh, which puts them aside")
+                              "name another one with --resume, or start over with --fresh, which archives them")
     config = source.load().get("state", {}).get("config") if source and (init_from or named) else None
     config = config if options.is_ours(config or {}) else {}
     if source and init_from and config.get("path", {}).get("init_from") != init_from:
         raise CheckpointError(f"--init-from starts a new run, but {run.models} holds iteration "
-                              f"{source.iteration}, not begun from it; leave it out to go on, or add --fresh")
+                              f"{source.iteration}, not started from it; leave it out to resume, or add --fresh")
     if named and config.get("train", {}).get("resume_checkpoint") != named:
         return checkpoint.locate(named, run.log.line)
     return source
 
 
 def find_named(run: Any, resume: str) -> CheckpointSet:
-    """The set that `--resume` names; where it is not this run's own, it is remembered."""
+    """Load the set that `--resume` names, and record it if it belongs to another run."""
     found = checkpoint.locate(resume, run.log.warn)
     if found.folder.resolve() != run.models.resolve():
         run.resumed_from = str(Path(resume).resolve())
@@ -72,7 +71,7 @@ def find_named(run: Any, resume: str) -> CheckpointSet:
 
 
 def resumed_before(run: Any, resume: str) -> CheckpointSet | None:
-    """This run's own newest set, if it was resumed from the same place before: the command is being repeated."""
+    """Find this run's newest set if the run was resumed from the same checkpoint before: the command is repeated."""
     own = checkpoint.find_newest(run.models)
     metadata = own.load().get("state", {}).get("metadata") if own else None
     if not isinstance(metadata, Mapping) or metadata.get("resumed_from") != str(Path(resume).resolve()):
@@ -84,7 +83,7 @@ def resumed_before(run: Any, resume: str) -> CheckpointSet | None:
 
 
 def restore(run: Any, source: CheckpointSet | None) -> None:
-    """Bring model, data order, history and generators to where the set was saved."""
+    """Restore model, data order, history and random generators from a set; None: start at iteration 0."""
     opt, train = run.opt, run.opt["train"]
     parts = source.load() if source else None
     state = (parts or {}).get("state", {})
@@ -100,11 +99,11 @@ def restore(run: Any, source: CheckpointSet | None) -> None:
     seed, rank = train["manual_seed"], distributed.rank()
     position = state.get("sampler_state") or {"epoch": run.iteration // per_epoch, "offset": 0}
     if position.get("length", length) != length:
-        run.log.line(f"data     {position['length']} -> {length} samples: the epoch is begun anew")
+        run.log.line(f"data     {position['length']} -> {length} samples: the epoch starts over")
         position = {"epoch": position["epoch"], "offset": 0}
     elif position.get("names", run.names) != run.names:
-        run.log.warn(f"the training set has {length} samples as before, but others, or in another order: the "
-                     "steps from here on are not those of a run that was never stopped")
+        run.log.warn(f"the training set has {length} samples as before, but other ones, or in another order: "
+                     "the steps from here on are not those of an uninterrupted run")
     try:
         run.batches = EndlessBatches(length, size, seed=seed, shuffle=loader["dataloader_shuffle"],
                                      position=(position["epoch"], position["offset"]), rank=rank,
@@ -115,23 +114,23 @@ def restore(run: Any, source: CheckpointSet | None) -> None:
         train["total_iter"] = run.iteration + run.batches.batches_until(train["total_epochs"])
     run.reports = run.model.init_train(parts, str(source.path) if source else "")
     if source and (fault := run.model.find_non_finite()):
-        raise CheckpointError(f"{source.path}: {fault} is not finite: nothing can be learnt from there; name another "
+        raise CheckpointError(f"{source.path}: {fault} is not finite, so training cannot continue; name another "
                               "checkpoint with --resume")
-    run.model.update_learning_rate(max(run.iteration - 1, 0))  # of the last finished step, as a checkpoint has it
+    run.model.update_learning_rate(max(run.iteration - 1, 0))  # the rate of the last finished step, as in a checkpoint
     run.model.load_extra_state(state)
     if "ranks" in state:
         run.model.load_local_state(state["ranks"])
     banner(run, source, parts or {})
-    # Restored last: nothing after this line may draw from a global generator but the training itself.
+    # Restored last: after this line only the training may draw from a global generator.
     generators = state.get("rng_state", [])
     if rank < len(generators):
         determinism.set_rng_state(generators[rank])
-    elif rank:  # each process draws for itself
+    elif rank:  # each rank has draws of its own
         seed_generators(int(sample_rng(seed, run.iteration, rank).integers(2**63)))
 
 
 def banner(run: Any, source: CheckpointSet | None, parts: Mapping[str, Any]) -> None:
-    """What runs, on what data, restored from where, and what is different or absent."""
+    """Print what runs, on what data, restored from where, and what differs or is absent."""
     state = parts.get("state", {})
     say, opt, train = run.log.line, run.opt, run.opt["train"]
     names = ", ".join(f"{label} {run.model.describe_network(net).splitlines()[0]}"
@@ -140,7 +139,7 @@ def banner(run: Any, source: CheckpointSet | None, parts: Mapping[str, Any]) -> 
     say(f"Perdure  {opt['task']} in {run.folder} | {names} | {f'{world} processes, ' if world > 1 else ''}"
         f"{run.model.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     if run.model.device.type == "cuda" and not opt["deterministic"]:
-        say("note     on CUDA a resume is bit for bit only with deterministic: true; without it kernels add in any "
+        say("note     on CUDA a resume is bit for bit only with deterministic: true; without it kernels sum in any "
             "order")
     if world > 2 and (opt["use_static_graph"] or not opt["find_unused_parameters"]):
         say("note     find_unused_parameters false and use_static_graph sum the first step's gradients in another "
@@ -163,18 +162,18 @@ def banner(run: Any, source: CheckpointSet | None, parts: Mapping[str, Any]) -> 
     own = [name for name in run.model.extra_state(run.iteration) if name not in OPTIONAL]
     absent += [name for name in ("rng_state", "sampler_state", *own) if state and name not in state]
     if absent:
-        say(f"absent   {', '.join(absent)}: begun anew, so not bit for bit the run that was interrupted")
+        say(f"absent   {', '.join(absent)}: starts over, so the run is not bit for bit the interrupted one")
     if state and "scheduler_state_dict" not in state:
-        say("note     no scheduler in it, and none is needed: the learning rate follows from the iteration")
+        say("note     it has no scheduler, and none is needed: the learning rate follows from the iteration")
     if "sampler_state" not in state:
         banner_of_others(run, state)
     if state.get("config") and not options.is_ours(state["config"]):
-        say("note     its options are another program's and are not compared")
+        say("note     its options are those of another program and are not compared")
     if not all(sealed.has_checksums(path) for path in source.files.values()):
-        say("note     it is in torch's old layout, which has no checksums: damage in it can't be noticed")
+        say("note     it is in torch's old layout, which has no checksums: damage in it cannot be detected")
     if not source.committed and torch.__version__ < (2, 10):  # CVE-2026-24747
-        say(f"note     torch {torch.__version__} can be harmed by files made to harm; before 2.10, read only those "
-            "you trust")
+        say(f"note     torch {torch.__version__} has a vulnerability in reading such files; before 2.10, read only "
+            "files that you trust")
     then, now = state.get("environment", {}), run.environment()
     changed = [f"{key} {then[key]} -> {now[key]}" for key in now if key in then and then[key] != now[key]]
     if changed:
@@ -184,7 +183,7 @@ def banner(run: Any, source: CheckpointSet | None, parts: Mapping[str, Any]) -> 
 
 
 def banner_of_others(run: Any, state: Mapping[str, Any]) -> None:
-    """What of another program's state was taken over, and what can't be."""
+    """Print what was taken over from another program's state, and what cannot be."""
     if rows := run.history.rows:
         best, metric = run.history.best, run.history.metric
         value = next((run.history.value(row) for row in rows if row["iteration"] == best), None)
@@ -192,23 +191,23 @@ def banner_of_others(run: Any, state: Mapping[str, Any]) -> None:
                      + (f", the best at iteration {best}: {metric} {number(value)}"
                         if best else f"; none of them has this run's metric, {metric}"))
     elif "metric" in state:
-        run.log.line(f"note     its own value {number(state['metric'])} is of no validation of this run: the best "
+        run.log.line(f"note     its value {number(state['metric'])} is not from a validation of this run: the best "
                      "starts over")
     if found := foreign.describe_scheduler(state):
         rate, kind = found
         if abs(rate - learning_rate(run, run.iteration)) > 1e-3 * rate:
-            run.log.line(f"note     its {kind} stood at learning rate {rate:.3g}; here it follows from the "
+            run.log.line(f"note     its {kind} was at learning rate {rate:.3g}; here it follows from the "
                          f"options: {learning_rate(run, run.iteration):.3g}")
 
 
 def learning_rate(run: Any, finished: int) -> float:
-    """The learning rate of the step after so many finished ones."""
+    """Return the learning rate of the step after this many finished ones."""
     label, optimizer = next(iter(run.model.optimizers.items()))
     return run.model.schedules[label](optimizer.param_groups[0]["initial_lr"], finished)
 
 
 def differences(saved: Mapping, now: Mapping, most: int = 12) -> list[str]:
-    """Which options are not those of the checkpoint, a line each; where files lie does not count."""
+    """List the options that differ from the checkpoint's, a line each. Paths are not compared."""
     if not options.is_ours(saved):
         return []
     a, b = options.flatten(saved), options.flatten(plain(now))
@@ -218,7 +217,7 @@ def differences(saved: Mapping, now: Mapping, most: int = 12) -> list[str]:
 
 
 def open_folder(run: Any, resumed_from: CheckpointSet | None, fresh: bool) -> None:
-    """Make the folder: nothing was created before everything was found to be valid."""
+    """Create and lock the run's folder and open its log. Called after everything was found valid."""
     try:
         run.models.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -226,8 +225,8 @@ def open_folder(run: Any, resumed_from: CheckpointSet | None, fresh: bool) -> No
     if run.lock is None:
         run.claim()
         if resumed_from is None and checkpoint.has_checkpoints(run.models):
-            raise CheckpointError(f"{run.folder}: another process began this run just now; run the same command "
-                                  "again to go on from there")
+            raise CheckpointError(f"{run.folder}: another process started this run just now; run the same command "
+                                  "again to resume it")
     checkpoint.check_writable(run.models, run.saves.layout)
     for notice in files.notices:
         run.log.warn(notice)

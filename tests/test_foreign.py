@@ -71,8 +71,8 @@ def test_an_old_dictionary_says_what_it_lacks(tmp_path, state, capsys):
     path = write_json(tmp_path / "two.json", tiny.options(tmp_path, "two", train={"total_iter": 7}))
     assert run("-opt", path, "--resume", tmp_path / "old.pth") == 0
     said = capsys.readouterr().out
-    assert "absent   E, optimizerG, rng_state, sampler_state: begun anew" in said and "embed_dim" not in said
-    assert "no scheduler in it, and none is needed" in said and "its options are another program's" in said
+    assert "absent   E, optimizerG, rng_state, sampler_state: starts over" in said and "embed_dim" not in said
+    assert "it has no scheduler, and none is needed" in said and "its options are those of another program" in said
 
 
 @pytest.mark.parametrize("count", [5.0, torch.tensor(5), torch.tensor([5.0])])
@@ -91,7 +91,7 @@ def test_resume_takes_a_training_file_of_others_and_says_what_is_absent(tmp_path
     assert run("-opt", write_json(tmp_path / "two.json", tree), "--resume", tmp_path / name) == 0
     said = capsys.readouterr().out
     assert f"resume   from {tmp_path / name}: iteration {iteration} of {iteration + 1}, epoch 3" in said
-    assert f"absent   {absent}: begun anew, so not bit for bit" in said
+    assert f"absent   {absent}: starts over, so the run is not bit" in said
     found = checkpoint.find_newest(tmp_path / "two/models").load()
     for key in ("body.0.weight", "body.4.bias"):  # the rate is 0, so what was loaded is still there
         assert torch.equal(found["G"][key], state["G"][key])
@@ -223,8 +223,8 @@ def test_basicsrs_network_and_state_resume_together(tmp_path, state, capsys, nam
     torch.save({"params": state["G"]}, place / "models/net_g_11.pth")  # its state was not written any more
     assert resumed(tmp_path, place / named, 11) == 0
     said = capsys.readouterr().out
-    assert "iteration 10 of 11" in said and "absent   rng_state, sampler_state: begun anew" in said
-    assert "stood at learning rate 0.3; here it follows from the options" in said
+    assert "iteration 10 of 11" in said and "absent   rng_state, sampler_state: starts over" in said
+    assert "was at learning rate 0.3; here it follows from the options" in said
     assert assert_weights_of(tmp_path, state)["optimizerG"]["state"][0]["step"] == 10
     (place / "models/net_g_10.pth").unlink()
     with pytest.raises(CheckpointError, match="a training state without a network; net_g_10.pth is missing"):
@@ -242,7 +242,7 @@ def test_a_file_without_checksums_is_called_so(tmp_path, state, capsys):
     for old in (True, False):
         torch.save({"state_dict": state["G"], "iter": 6}, tmp_path / "x.pth", _use_new_zipfile_serialization=not old)
         assert resumed(tmp_path, tmp_path / "x.pth", 7, name=f"run{old}") == 0
-        assert ("which has no checksums: damage in it can't be noticed" in capsys.readouterr().out) == old
+        assert ("which has no checksums: damage in it cannot be detected" in capsys.readouterr().out) == old
 
 
 # ---------------------------------------------------------------- what else is in such files
@@ -325,14 +325,14 @@ def test_a_users_segmentation_state_brings_history_best_loss_and_plateaus_along(
     assert run("-opt", path, "--resume", tmp_path / "interrupted_checkpoint.pth") == 0
     said = capsys.readouterr().out
     assert "iteration 15 of 18" in said and "next learning rate 0.0005" in said and "holds no" not in said
-    assert "history  5 validations taken over, the best at iteration 6: loss 0.25" in said and "stood at" not in said
+    assert "history  5 validations taken over, the best at iteration 6: loss 0.25" in said and "was at learning rate" not in said
     state = checkpoint.find_newest(tmp_path / "two/models").load()["state"]
     assert state["val_losses"][:5] == losses and len(state["val_losses"]) == 6 == len(state["history"])
     assert state["train_losses"][:5] == losses and state["best_loss"] == min(state["val_losses"])
     assert [row["f1"] for row in state["val_metrics_history"][:5]] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
     path = options_in(tmp_path, "three", train={"total_epochs": 6, "G_optimizer_lr": 1e-3})
     assert run("-opt", path, "--resume", tmp_path / "interrupted_checkpoint.pth") == 0
-    assert ("its ReduceLROnPlateau (factor 0.5, patience 1) stood at learning rate 0.0005; here it follows from the "
+    assert ("its ReduceLROnPlateau (factor 0.5, patience 1) was at learning rate 0.0005; here it follows from the "
             "options: ") in capsys.readouterr().out
 
 
@@ -343,8 +343,8 @@ def test_a_scheduler_that_stood_elsewhere_is_said(tmp_path, state, capsys, key):
                 key: [schedule] if key == "lr_schedulers" else schedule}, tmp_path / "x.pth")
     assert resumed(tmp_path, tmp_path / "x.pth", 7, G_optimizer_lr=0.01) == 0
     said = capsys.readouterr().out
-    assert "its scheduler (T_max 100, eta_min 0) stood at learning rate 0.004; here it follows from the opt" in said
-    assert "its own value 0.125" in said and "the best starts over" in said and "no scheduler in it" not in said
+    assert "its scheduler (T_max 100, eta_min 0) was at learning rate 0.004; here it follows from the opt" in said
+    assert "its value 0.125" in said and "the best starts over" in said and "it has no scheduler" not in said
 
 
 # ---------------------------------------------------------------- versions of ours

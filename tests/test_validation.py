@@ -145,7 +145,7 @@ def test_a_validation_that_never_finishes_a_sample_does_not_keep_the_run_from_ad
             run("-opt", path)
         assert checkpoint.find_newest(tmp_path / "one/models").iteration == 3
     assert run("-opt", path) == 0
-    assert "the validation of iteration 3 was cut off 3 times" in capsys.readouterr().out
+    assert "the validation of iteration 3 was interrupted 3 times" in capsys.readouterr().out
     assert [row["iteration"] for row in final(tmp_path / "one", 4)["state"]["history"]] == [4]
 
 
@@ -323,7 +323,7 @@ def test_other_samples_of_equal_number_are_said_at_the_resume(tmp_path, monkeypa
     assert run(*more) == 0 and "but others, or in another order" not in capsys.readouterr().out
     monkeypatch.setattr(tiny.Images, "sample_names", lambda self: [f"{i}.jpg" for i in range(11)])
     assert run(*more, "--set", "train.total_iter=9") == 0
-    assert "warning  the training set has 11 samples as before, but others" in capsys.readouterr().out
+    assert "warning  the training set has 11 samples as before, but other ones" in capsys.readouterr().out
 
 
 def test_a_test_sample_that_hangs_does_not_hold_a_stop(tmp_path, monkeypatch):

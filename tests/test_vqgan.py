@@ -237,7 +237,7 @@ def test_tamings_files_go_on_by_resume_and_start_by_init_from(tmp_path, capsys, 
     train = {"G_optimizer_lr": 0.0, "E_decay": 0}  # what was loaded is still there
     path = write_json(tmp_path / "run.json", tree(tmp_path, train=train))
     assert run("-opt", path, "--resume", tmp_path / kind) == 0
-    assert "rng_state, sampler_state, discriminator_log: begun anew" in capsys.readouterr().out
+    assert "rng_state, sampler_state, discriminator_log: starts over" in capsys.readouterr().out
     found = final(tmp_path / "run")
     for label, network in (("G", other.netG), ("D", other.netD)):
         weights = {name: value for name, value in network.named_parameters()}
