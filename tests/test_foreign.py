@@ -325,7 +325,8 @@ def test_a_users_segmentation_state_brings_history_best_loss_and_plateaus_along(
     assert run("-opt", path, "--resume", tmp_path / "interrupted_checkpoint.pth") == 0
     said = capsys.readouterr().out
     assert "iteration 15 of 18" in said and "next learning rate 0.0005" in said and "holds no" not in said
-    assert "history  5 validations taken over, the best at iteration 6: loss 0.25" in said and "was at learning rate" not in said
+    assert "history  5 validations taken over, the best at iteration 6: loss 0.25" in said
+    assert "was at learning rate" not in said
     state = checkpoint.find_newest(tmp_path / "two/models").load()["state"]
     assert state["val_losses"][:5] == losses and len(state["val_losses"]) == 6 == len(state["history"])
     assert state["train_losses"][:5] == losses and state["best_loss"] == min(state["val_losses"])
