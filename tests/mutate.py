@@ -30,13 +30,13 @@ TESTS = {
     "checkpoint.py": "checkpoint checkpoint_cli", "options.py": "options options_vrt ranges",
     "data": "data_folders data_frames data_images", "data/image_files.py": "data_image_files data_images",
     "data/images.py": "data_images data_folders", "data/loader.py": "data_images data_frames synthetic",
-    "data/masks.py": "segmentation", "data/resize.py": "resize data_images", "data/sampler.py": "sampler data_images",
-    "data/strokes.py": "data_strokes inktrace", "data/styles.py": "data_folders lgt",
-    "data/synthetic.py": "synthetic data_images", "data/synthetic_masks.py": "segmentation",
-    "data/synthetic_styles.py": "lgt", "data/transforms.py": "data_video data_vimeo",
-    "data/video.py": "data_video data_frames", "data/vimeo.py": "data_vimeo",
-    "losses": "vqgan", "losses/energy.py": "loss_energy", "losses/lpips.py": "loss_vq",
-    "losses/pixel.py": "loss_pixel vrt", "losses/stroke.py": "network_inktrace",
+    "data/masks.py": "drawn segmentation", "data/resize.py": "resize data_images",
+    "data/sampler.py": "sampler data_images", "data/strokes.py": "drawn data_strokes inktrace",
+    "data/styles.py": "data_folders lgt", "data/synthetic.py": "drawn synthetic data_images",
+    "data/synthetic_masks.py": "drawn segmentation", "data/synthetic_styles.py": "drawn lgt",
+    "data/transforms.py": "data_video data_vimeo", "data/video.py": "data_video data_frames", "data/vimeo.py": "data_vimeo",
+    "losses": "vqgan", "losses/energy.py": "loss_energy", "losses/lpips.py": "loss_vq", "losses/pixel.py": "loss_pixel",
+    "losses/stroke.py": "network_inktrace",
     "losses/tanimoto.py": "loss_tanimoto reference_resuneta", "losses/vqperceptual.py": "loss_vq",
     "models": "finite foreign validation", "models/codecs.py": "lgt", "models/model_inktrace.py": "inktrace",
     "models/model_lgt.py": "network_lgt lgt", "models/model_segmentation.py": "reference_resuneta segmentation",
@@ -84,8 +84,8 @@ def changed_text(text: str, row: int, changed: str) -> str | None:
 
 
 def tests_of(name: str) -> list[str]:
-    """List the test files of a source file that exist."""
-    names = TESTS.get(name) or TESTS[name.split("/")[0]]
+    """List the test files of a source file that exist, then the page of options, which has every default and range."""
+    names = f'{TESTS.get(name) or TESTS[name.split("/")[0]]} docs'
     return [path for path in (f"tests/test_{word}.py" for word in names.split()) if (ROOT / path).exists()]
 
 

@@ -187,3 +187,8 @@ def test_the_command_ends_with_2_and_one_line(tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "data.prepare", "meta", "/nowhere", str(tmp_path / "out.txt")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr == "error: FOLDER: folder /nowhere does not exist\n"
+
+
+def test_a_list_of_names_ends_after_three():
+    assert data.frames.name_some(["a", "b", "c"]) == "'a', 'b', 'c'"
+    assert data.frames.name_some(list("abcde")) == "'a', 'b', 'c' and 2 more"

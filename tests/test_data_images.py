@@ -57,6 +57,14 @@ def test_crops_reach_every_place_and_flips_happen_only_when_asked(folder):
     assert all(x[0, 0, 0] < x[-1, 0, 0] and x[0, 0, 1] < x[0, -1, 1] for x in still)
 
 
+def test_stripes_of_a_pixel_shrink_to_their_mean(tmp_path):
+    """A shrunk picture is averaged first: sampled alone, stripes would stay stripes."""
+    stripes = (torch.arange(96) % 2 * 255).expand(3, 96, 96).to(torch.uint8)
+    write_png(stripes, str(tmp_path / "stripes.png"))
+    inner = train(tmp_path, resize=24)[0]["H"][0, 2:-2, 2:-2].float()
+    assert ((inner - 127.5).abs() <= 2).all()
+
+
 def test_a_test_set_shows_groups_of_middles_the_same_in_each_epoch(folder):
     dataset = ImageTestDataset(dataroot=str(folder), size=24, num_images=3)
     assert [dataset[i]["H"].shape[0] for i in range(len(dataset))] == [3, 1]

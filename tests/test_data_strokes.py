@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.sampler import sample_rng
-from data.strokes import MARGIN, STAGES, StrokeDataset, curriculum, draw_strokes, rasterise
+from data.strokes import MARGIN, STAGES, StrokeDataset, along, curriculum, draw_strokes, rasterise
 from models.network_inktrace import unpack
 
 
@@ -61,6 +61,13 @@ def test_a_stage_has_its_number_of_strokes(stage):
         if 1 <= stage <= 3:
             assert (np.diff(strokes[:, 1]) >= 0).all()  # from the top down
     assert numbers == set(range(few, many + 1))
+
+
+def test_a_line_has_about_two_points_a_pixel():
+    where, slopes, widths = along(np.array([[10.0, 8, 20, 8, 30, 8, 40, 8, 2, 3, 4]]))
+    assert len(where) == 60 and np.hypot(*np.diff(where, axis=0).T).max() < 0.6
+    assert np.allclose(slopes, (30, 0)) and np.allclose(where[[0, -1]], ((10, 8), (40, 8)))
+    assert widths[0] == 2 and widths[-1] == 4 and widths[30] == pytest.approx(3, abs=0.05)
 
 
 def test_paths_go_on_smoothly():

@@ -153,6 +153,20 @@ def test_a_step_draws_nothing_from_the_global_generator_and_parts_make_the_same_
         torch.testing.assert_close(other, gradients[0], rtol=1e-3, atol=1e-6)
 
 
+def test_trajectories_start_between_the_least_time_of_the_epoch_and_1(tmp_path, monkeypatch):
+    """Times t are uniform from epsilon up, which grows from 0 over the epochs of the warm-up."""
+    model = model_of(recipe(tmp_path, "times"), ("train.epsilon", 0.8), ("train.epsilon_warmup_epochs", 4))
+    starts, integrate = [], model.integrate
+    monkeypatch.setattr(model, "integrate", lambda x, t, *rest: (starts.append(t), integrate(x, t, *rest))[1])
+    for epoch, least in ((0, 0.2), (1, 0.4), (9, 0.8)):
+        starts.clear()
+        model.feed_data(batch_of(drawn(), range(10), epoch))
+        for step in range(1, 6):
+            model.optimize_parameters(step)
+        times = torch.cat(starts)
+        assert least <= times.min() < times.max() < 1 and times.mean().item() == pytest.approx((least + 1) / 2, abs=0.1)
+
+
 def test_the_saved_average_is_the_one_of_the_rows(tmp_path):
     model = model_of(recipe(tmp_path, "one"), ("train.label_drop_prob", 0.0), ("train.E_decay", 0.5))
     for p in model.netG.parameters():

@@ -513,6 +513,8 @@ def test_the_smallest_image_that_a_discriminator_takes():
     (lambda: EMAVQ(TINY, 10, 4, restart_below=1.0), "restart_below must be from 0 to below 1"),
     (lambda: GumbelVQ(TINY, 10, 4), "embed_dim must equal ddconfig.z_channels = 8, got 4"),
     (lambda: VqVae(**{**SMALL, "num_hiddens": 7}), "num_hiddens must be positive and even"),
+    (lambda: VqVae(**{**SMALL, "num_res_hiddens": 0}), "num_res_hiddens and embed_dim must be positive"),
+    (lambda: VqVae(**{**SMALL, "num_res_blocks": -1}), "num_res_blocks not negative, got 4, 4 and -1"),
     (lambda: VqVae(**SMALL, restart_below=0.1), "restart_below needs a codebook of moving averages"),
     (lambda: NLayerDiscriminator(n_layers=0), "must be positive"),
     (lambda: FAMILY["VQModel"]()(torch.zeros(1, 3, 15, 16)), "both sides multiples of 2, got"),

@@ -13,6 +13,7 @@ import models.network_vrt as network_vrt
 from models.network_spynet import SpyNet, deform_conv, flow_warp
 from models.network_vrt import (
     VRT,
+    DeformableAlignment,
     FrameConv,
     LastConv,
     ReflectConv,
@@ -443,6 +444,20 @@ def test_drop_path_acts_in_training_only_and_draws_from_the_seed():
     assert torch.equal(output(1), output(2))
 
 
+def test_a_fresh_alignment_starts_from_the_flow_alone():
+    """Offsets of 0, whose layers before the last can learn; weights uniform within 1 / sqrt(9 C), biases 0."""
+    align = DeformableAlignment(16, 2, 4, 10)
+    assert not align.conv_offset[-1].weight.any() and not align.conv_offset[-1].bias.any() and not align.bias.any()
+    assert all(layer.weight.std() > 0.01 for layer in list(align.conv_offset)[:-1:2])
+    bound = 1 / 12
+    assert align.weight.abs().max() <= bound and align.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert align.weight.mean().abs() < 0.01
+
+
+def test_one_group_of_offsets_serves_one_source():
+    assert VRT(**{**TINY, "deformable_groups": 1})(torch.rand(1, 2, 3, 32, 32)).shape == (1, 2, 3, 32, 32)
+
+
 def test_inference_keeps_no_tensor_and_training_goes_on_after_it():
     net = tiny(depths=[3] + [1] * 7)  # the second block has shifted windows and a mask
 
@@ -475,6 +490,7 @@ def test_inference_keeps_no_tensor_and_training_goes_on_after_it():
     (dict(num_heads=[3] * 8), r"embed_dims\[0\] must be a multiple of num_heads\[0\] = 3"),
     (dict(embed_dims=[16] * 4 + [8] + [16] * 3), r"embed_dims\[4\] must equal embed_dims\[2\] = 16, got 8"),
     (dict(embed_dims=[16] * 3 + [6] + [16] * 4), r"embed_dims\[3\] must be a multiple of 4, got 6"),
+    (dict(embed_dims=[16] * 3 + [6] + [16] * 4, mul_attn_ratio=0.0), r"embed_dims\[3\] must be a multiple of 4, got 6"),
     (dict(embed_dims=[6] + [16] * 5 + [6, 16]), r"embed_dims\[0\] must be a multiple of 4, got 6"),
     (dict(mul_attn_ratio=1.5), "mul_attn_ratio must be from 0 to 1"),
     (dict(drop_path_rate=1.0), "drop_path_rate must be from 0 to below 1"),

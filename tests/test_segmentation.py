@@ -213,6 +213,23 @@ def test_a_folder_is_predicted_and_a_half_done_one_finished(tmp_path, straight, 
     assert run("-opt", path, "--test", "--resume", straight / "models/best_model.pth") == 0  # on the test set
 
 
+def test_classes_are_shown_in_black_white_and_colours_and_ignored_pixels_in_grey():
+    made = object.__new__(ModelSegmentation)
+    made.ignore_index = 9
+    shown = made.colours(torch.tensor([[0, 1, 2, 7, 9]]))
+    assert shown.shape == (3, 1, 5)
+    assert [shown[:, 0, i].tolist() for i in (0, 1, 3, 4)] == [[0.0] * 3, [1.0] * 3, [0.0] * 3, [0.5] * 3]
+    assert shown[:, 0, 2].tolist() == pytest.approx([0.9, 0.3, 0.2])
+
+
+def test_there_may_be_255_classes(tmp_path):
+    folders = pictures_in(tmp_path, values=(0, 1))
+    assert len(MaskTestDataset(**folders, image_size=16, num_classes=255, validation_split=1.0)) == 6
+    for wrong in (0, 256):
+        with pytest.raises(ValueError, match=f"num_classes {wrong} in 1..255"):
+            MaskTestDataset(**folders, image_size=16, num_classes=wrong)
+
+
 def test_tasks_of_the_conditioned_head():
     inside = torch.zeros(9, 12, dtype=torch.bool)
     inside[2:7, 3:9] = True
