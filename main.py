@@ -90,7 +90,7 @@ def overrides_in(args: argparse.Namespace, flags: dict[str, str]) -> list[tuple[
         key, equals, value = text.partition("=")
         if not equals:
             raise options.OptionError(f"--set {text}: write it as section.key=value")
-        found.append((key.strip(), options.as_value(value), "--set"))
+        found.append((key.strip(), options.parse_value(value), "--set"))
     return found
 
 
@@ -143,7 +143,7 @@ def main(argv: list[str], hooks: Sequence[Hooks] = ()) -> int:
     """
     first, _ = parser_for(options.FLAGS, add_help=False).parse_known_args(argv)
     flags, tree = dict(options.FLAGS), None
-    first.opt = first.opt or options.file_for(argv, str(Path(__file__).parent / "options"))
+    first.opt = first.opt or options.find_option_file(argv, str(Path(__file__).parent / "options"))
     if first.opt:
         flags |= options.cli_table(first.opt)
     elif first.resume:

@@ -227,13 +227,13 @@ def keys_of(target: Any) -> list[str]:
 def set_by_flag(flag: str, target: Any, text: str) -> dict[str, Any]:
     """Return the values, by key path, that a flag of a `cli` table sets when it is given a text."""
     if not isinstance(target, dict):
-        return dict.fromkeys(keys_of(target), as_value(text))
+        return dict.fromkeys(keys_of(target), parse_value(text))
     if text not in target:
         raise OptionError(f"--{flag}: unknown '{text}'; {closest(text, target)}")
     return target[text]
 
 
-def file_for(argv: Iterable[str], folder: str) -> str | None:
+def find_option_file(argv: Iterable[str], folder: str) -> str | None:
     """Return the option file in a folder that defines most of the flags in `argv`; None if none or several do."""
     if not os.path.isdir(folder):
         return None
@@ -257,7 +257,7 @@ def merge(base: dict, over: Mapping, origins: dict[str, str], origin: str, prefi
     return merged
 
 
-def as_value(text: str) -> Any:
+def parse_value(text: str) -> Any:
     """Return a command-line value: parsed where it is JSON, else the text itself."""
     try:
         return json.loads(text)

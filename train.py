@@ -235,7 +235,7 @@ class Run:
                                     "checkpoint is intact; lower the learning rate, or raise train.nan_limit")
             self.hooks.after_step(self)
             self.show_progress()
-            self.saves.look()
+            self.saves.poll()
             if self.due(train["checkpoint_print"], None):
                 self.losses.check()
                 self.record()

@@ -31,7 +31,7 @@ def parser_for(doc: str) -> argparse.ArgumentParser:
 
 def values_in(words: list[str]) -> dict[str, Any]:
     """Parse KEY=VALUE words of --set."""
-    return {key: options.as_value(value) for key, _, value in (word.partition("=") for word in words)}
+    return {key: options.parse_value(value) for key, _, value in (word.partition("=") for word in words)}
 
 
 def read_options(file: str, changes: Mapping[str, Any], stage: str | None = None) -> options.Section:

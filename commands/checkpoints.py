@@ -99,8 +99,7 @@ def inspect(path: Path, options: bool, tensors: bool) -> int:
 
 def inspect_folder(folder: Path) -> int:
     """Print the sets in a folder, a line each."""
-    problems: list[str] = []
-    sets = checkpoint.find_sets(folder, problems.append)
+    sets, problems = sets_in(folder)
     for line in problems:
         print(f"bad   {line}")
     for found in sets:
@@ -112,9 +111,16 @@ def inspect_folder(folder: Path) -> int:
                  record.get("reason", "") if record.get("reason") != "regular" else "",
                  ", ".join(path.stem for path in found.names[1:])]
         print("  ".join(word for word in words if word))
+    return 0
+
+
+def sets_in(folder: Path) -> tuple[list[CheckpointSet], list[str]]:
+    """Return the sets in a folder, and why other files make none. Raises CheckpointError where there is nothing."""
+    problems: list[str] = []
+    sets = checkpoint.find_sets(folder, problems.append)
     if not sets and not problems:
         raise CheckpointError(f"{folder}: no checkpoint in this folder")
-    return 0
+    return sets, problems
 
 
 def describe_kind(path: Path) -> str:
@@ -151,22 +157,17 @@ def verify(path: Path) -> int:
             return 1 if path.exists() else 2
         print(f"good  {describe_set(found)}")
         return 0
-    problems: list[str] = []
     folder = models_of(path)
-    sets = checkpoint.find_sets(folder, problems.append)
-    num_good = 0
-    for found in sets:
-        if fault := found.fault():
-            problems.append(f"{found.iteration}: {fault}")
-        else:
-            num_good += 1
-            print(f"good  {describe_set(found)}")
+    sets, problems = sets_in(folder)
+    faults = [(found, found.fault()) for found in sets]
+    for found in (found for found, fault in faults if not fault):
+        print(f"good  {describe_set(found)}")
+    num_good = sum(not fault for _, fault in faults)
+    problems += [f"{found.iteration}: {fault}" for found, fault in faults if fault]
     for line in problems:
         print(f"bad   {line}")
     for leftover in sorted(folder.glob("*.tmp")):
         print(f"note  {leftover.name}: left by an interrupted save; the next start of the run removes it")
-    if not sets and not problems:
-        raise CheckpointError(f"{folder}: no checkpoint in this folder")
     print(f"{num_good + len(problems)} sets, {len(problems)} bad")
     return 1 if problems else 0
 

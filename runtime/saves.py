@@ -44,26 +44,26 @@ class Saves:
             self.saver.save(iteration, parts, best=state["best"],
                             amend=self.amending, reason=self.reason, epoch=state["epoch"], metric=state["metric"])
         except (OSError, RuntimeError) as error:
-            self.failed(error)
-        self.look()
+            self._handle_failure(error)
+        self.poll()
 
     def finish(self) -> None:
         """Wait for the save in progress and log its result."""
         self.saver.wait()
-        self.look()
+        self.poll()
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Log the result of a save, once; between two steps this costs no time."""
         try:
             saved = self.saver.poll()
         except (OSError, RuntimeError) as error:
-            self.failed(error)
+            self._handle_failure(error)
             return
         if saved and not saved.amended:
             waited = f", {saved.waited:.2f} s of it waited for" if self.saver.background else ""
             self.log.line(f"saved    {saved.found.path} in {saved.seconds:.1f} s{waited}")
 
-    def failed(self, error: Exception) -> None:
+    def _handle_failure(self, error: Exception) -> None:
         """Raise CheckpointError for a failed save, or log a warning (`on_save_error`); older sets are intact."""
         self.failure = str(error).splitlines()[0]
         problem = f"checkpoint {self.at} was not saved: {self.failure}"

@@ -39,7 +39,7 @@ def test_links_lead_to_files_and_commands_are_taken(page):
     for line in re.findall(r"^    python main\.py (.*)$", text, re.MULTILINE):
         words = [word for word in shlex.split(re.split(r"\s{3,}", line)[0])]
         file = next((words[i + 1] for i, word in enumerate(words) if word == "-opt"), None) or \
-            options.file_for(words, str(ROOT / "options"))
+            options.find_option_file(words, str(ROOT / "options"))
         flags = options.FLAGS | (options.cli_table(str(ROOT / file)) if file and (ROOT / file).exists() else {})
         known = door.parser_for(flags, exit_on_error=False)
         known.parse_args(words)
