@@ -53,7 +53,7 @@ def infer(opt: options.Section, notices: list[str], *, resume: str | None = None
     if (source is None) != (output is None):
         raise options.OptionError("--input and --output belong together: files to process, and a folder for results")
     prepare_machine(opt)
-    options.resolve(MODELS, opt["model"], "model").prepare_use(opt)
+    options.resolve(MODELS, opt["model"], "model").prepare_inference(opt)
     model = build_model(opt)
     settings = {**opt["log"], "tensorboard": False}
     with contextlib.closing(start_log(settings, notices)) as log, StopRequest("this sample") as stop:
@@ -72,12 +72,12 @@ def infer(opt: options.Section, notices: list[str], *, resume: str | None = None
 def load_weights(model: ModelBase, opt: Mapping[str, Any], resume: str | None, log: RunLog) -> str:
     """Load the model's weights. Returns a description of them for the log. Raises CheckpointError."""
     if resume and Path(resume).is_file() and not resume.endswith(".json"):
-        return model.load_use(checkpoint.load_file(resume), resume)  # exactly this file
+        return model.load_for_inference(checkpoint.load_file(resume), resume)  # exactly this file
     found = checkpoint.locate(resume, log.warn) if resume else checkpoint.find_best(model.save_dir, log.warn)
     if found:
-        return model.load_use(found.load(), str(found.path))
+        return model.load_for_inference(found.load(), str(found.path))
     if path := opt["path"]["pretrained_netG"]:
-        return model.load_use(checkpoint.load_file(path), path)
+        return model.load_for_inference(checkpoint.load_file(path), path)
     raise CheckpointError(f"{model.save_dir}: no checkpoint yet; train first, or name weights with --resume")
 
 
@@ -89,10 +89,10 @@ def write_results(model: ModelBase, opt: options.Section, source: str, output: P
     weights = {f"{label}.{key}": value for label, network in model.networks.items()
                for key, value in network.state_dict().items()}
     origin = {"task": opt["task"], "weights": checkpoint.fingerprint(weights), "source": os.path.realpath(source),
-              "truth": truth and os.path.realpath(truth), **{key: opt["val"][key] for key in model.result_options}}
+              "truth": truth and os.path.realpath(truth), **{key: opt["val"][key] for key in model.inference_options}}
     rows = Rows(output / "metrics.csv")
     try:
-        results = model.results(source, truth, lambda name: not (output / name).exists() or
+        results = model.infer(source, truth, lambda name: not (output / name).exists() or
                                 bool(truth and name not in rows.rows))
         total = next(results)
         if note := passed_over():
@@ -116,7 +116,7 @@ def write_results(model: ModelBase, opt: options.Section, source: str, output: P
     log.line(f"done     {done} written, {total - done} were there: {output}")
     if rows.rows:
         rows.close()
-        log.line(f"metrics  {describe_losses(model.summarize_results(rows.rows))}: {rows.path}")
+        log.line(f"metrics  {describe_losses(model.summarize_inference(rows.rows))}: {rows.path}")
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Which samples a step trains on, as a pure function of (seed, position): seeking costs nothing.
+"""The order of samples as a pure function of (seed, position), and the random generators of samples.
 
-No state of a global generator is involved, so neither the number of workers nor the moment of an interruption
-can change what is drawn. Source: DESIGN 5; the permutation per epoch follows torch's DistributedSampler.
+No global generator is involved, so neither the number of workers nor an interruption changes a draw. Source: the
+permutation per epoch follows torch's DistributedSampler.
 """
 
 from __future__ import annotations
@@ -10,49 +10,57 @@ import hashlib
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
-Key = tuple[int, int]  # (epoch, index): what a dataset is asked for
+Key = tuple[int, int]  # (epoch, index) of a sample
 
 
 def sample_rng(seed: int, epoch: int, index: int, *stream: int) -> np.random.Generator:
-    """The generator a dataset draws the augmentation of one sample from.
+    """Return the generator of one sample's augmentation.
 
-    Args: seed, epoch, index, stream: integers >= 0; stream numbers independent generators of one sample, e.g. one
-        for each frame. Returns: a generator that depends on nothing else.
+    Args:
+        seed, epoch, index: integers >= 0.
+        stream: integers >= 0 that number independent generators of one sample, e.g. one for each frame.
+    Returns: a generator that depends on these numbers alone.
     """
     return np.random.default_rng(np.random.SeedSequence((seed, epoch, index), spawn_key=stream))
 
 
+def cpu_generator(seed: int, epoch: int, index: int, *stream: int) -> torch.Generator:
+    """Return a torch generator on the CPU that depends on these numbers alone, as `sample_rng` does."""
+    return torch.Generator().manual_seed(int(sample_rng(seed, epoch, index, *stream).integers(2**63)))
+
+
 def order(seed: int, epoch: int, length: int, shuffle: bool = True) -> list[int]:
-    """The order of an epoch: a permutation of range(length) seeded by (seed, epoch), or plain counting."""
-    # 3 numbers would collide with sample_rng's seeds; the fourth sets this stream apart.
+    """Return the order of an epoch: a permutation of range(length) seeded by (seed, epoch), or range(length)."""
+    # Three numbers would collide with the seeds of sample_rng; the fourth makes this stream distinct.
     return np.random.default_rng((seed, epoch, 0, 1)).permutation(length).tolist() if shuffle else list(range(length))
 
 
 def names_digest(dataset) -> str | None:
-    """A digest of the names of a dataset's samples, in their order; None if it has no `sample_names`, e.g. drawn data.
+    """Return a digest of the sample names of a dataset in their order, or None for drawn data, which has no names.
 
-    The names are relative to the data's folder, which may be moved.
+    Names are relative to the folder of the data, so the folder may move.
     """
     names = dataset.sample_names() if hasattr(dataset, "sample_names") else None
     return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16] if names else None
 
 
 class EndlessBatches:
-    """Batches of keys `(epoch, index)` from a position onwards, epoch after epoch, without end.
+    """Yield batches of keys `(epoch, index)` from a position on, epoch after epoch, without end.
 
-    The global sequence does not depend on the world size: each batch is cut for all ranks at once and rank r
-    takes every world_size-th key of it. An epoch's last samples that do not fill a batch are left out
-    (another permutation leaves out others).
+    The sequence of batches does not depend on the world size: rank r takes every world_size-th key of a batch. The last
+    samples of an epoch that do not fill a batch are dropped; each epoch drops others.
 
     Args:
         length: number of samples in the dataset.
         batch_size: samples per batch over all ranks.
-        seed, shuffle: of the order.
-        position: `(epoch, offset)`, offset = samples of that epoch that are already used up.
-        rank, world_size: which share of each batch this process gets.
+        seed: seed of the order.
+        shuffle: whether to permute each epoch.
+        position: `(epoch, offset)` to start at; offset counts the samples of that epoch that are already used.
+        rank, world_size: of this process.
     Raises:
-        ValueError: the dataset is smaller than a batch, or the batch can't be shared evenly.
+        ValueError: the dataset is smaller than a batch, or the world size does not divide the batch.
     """
 
     def __init__(self, length: int, batch_size: int, *, seed: int = 0, shuffle: bool = True,
@@ -69,22 +77,22 @@ class EndlessBatches:
         return self.length // self.batch_size
 
     def after(self, batches: int) -> tuple[int, int]:
-        """The position `(epoch, offset)` once this many batches have been used, counted from `self.position`."""
+        """Return the position `(epoch, offset)` after a number of batches from `self.position` on."""
         epoch, offset = self.position
-        left = (self.length - offset) // self.batch_size  # whole batches left of the epoch that we start in
+        left = (self.length - offset) // self.batch_size  # full batches left in the first epoch
         if batches <= left:
             return epoch, offset + batches * self.batch_size
         epochs, rest = divmod(batches - left - 1, self.batches_per_epoch)
         return epoch + 1 + epochs, (rest + 1) * self.batch_size
 
     def batches_until(self, epochs: int) -> int:
-        """How many batches from `self.position` to the end of that many epochs; 0 if it lies behind."""
+        """Count the batches from `self.position` to the end of that many epochs; 0 if it is past."""
         epoch, offset = self.position
         left = (self.length - offset) // self.batch_size
         return max(0, left + (epochs - epoch - 1) * self.batches_per_epoch)
 
     def ends_epoch(self, batches: int, every: int = 1) -> bool:
-        """Whether the batch counted so ends an epoch, and the number of finished epochs is a multiple of `every`."""
+        """Tell whether batch number `batches` ends an epoch whose number, from 1, is a multiple of `every`."""
         epoch, offset = self.after(batches)
         return offset + self.batch_size > self.length and (epoch + 1) % every == 0
 

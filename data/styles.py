@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,8 @@ from data.images import strip
 from data.sampler import Key, sample_rng
 from data.synthetic_styles import DrawnStyles
 from data.transforms import split_key
-from models.codecs import build_codec
-from options import check, schema_of
+from models.codecs import CODECS
+from options import check, resolve, schema_of
 from runtime.ranges import PositiveInt, Seed
 from storage.files import save_file
 from storage.sealed import CheckpointError, load_file
@@ -242,7 +243,21 @@ def drawn_styles(generated: dict | None, size: int, seed: int) -> DrawnStyles:
     return DrawnStyles(**{**wanted, "size": size, "seed": seed})
 
 
+def build_codec(section: Mapping[str, Any] | None, where: str = "codec") -> nn.Module:
+    """Build the codec of an option section, e.g. {"type": "vqgan", "path": ...}; None: pixels.
+
+    Raises: OptionError, CheckpointError: the section is invalid, or its weights are.
+    """
+    section = dict(section or {"type": "pixel"})
+    component = resolve(CODECS, section.pop("type", None), f"{where}.type")
+    keywords = check(section, schema_of(component), "codec", lambda _: where.removesuffix(": codec"), [])
+    try:
+        return component(**keywords).eval().requires_grad_(False)
+    except ValueError as error:
+        raise type(error)(f"{where}: {error}") from error
+
+
 @lru_cache(maxsize=2)
 def shared_codec(section: str) -> nn.Module:
-    """One codec on the CPU for all datasets of a run."""
+    """Return one codec on the CPU for all datasets of a run."""
     return build_codec(json.loads(section))

@@ -1,7 +1,6 @@
-"""What one training step of an autoencoder with codebooks minimises, and the discriminator's own update.
+"""The losses of a training step of an autoencoder with codebooks, and the step of its discriminator.
 
-Source: the `LossCalculator` of seed 003, whose calls these are. Different here: the discriminator's loss is computed
-only in iterations in which it is stepped, from the one forward pass of the generator.
+The loss of the discriminator is computed only in iterations that step it, from the generator's forward pass.
 
 Legend: B images, C channels, H W pixels; images in [-1, 1].
 """
@@ -15,46 +14,45 @@ import torch
 from torch import Tensor, nn
 
 from losses.vqperceptual import VQLPIPSWithDiscriminator
+from runtime.ranges import PositiveInt, checked
 
 
 class LossCalculator:
-    """Both players' losses from one reconstruction, and the discriminator's step every few iterations.
+    """Compute the losses of generator and discriminator from one reconstruction, and step the discriminator.
 
     Args:
-        loss: of both players; it owns the discriminator and says from when on that takes part.
+        loss: loss of both networks; it owns the discriminator and defines when that begins to train.
         optimizer: of the discriminator.
-        last_layer: weight that makes the reconstruction's pixels, of the bare network.
-        disc_every: the discriminator is stepped in iterations that are multiples of this.
-        backward, advance: how gradients are taken and an optimizer steps; a model gives its own, which know of half
-            precision and clipping.
-    Raises:
-        ValueError: disc_every is below 1.
+        last_layer: weight of the last layer of the bare autoencoder.
+        disc_every: the discriminator is stepped in iterations that are multiples of it.
+        backward: accumulates the gradients of a loss; a model gives its own, with half precision.
+        advance: steps an optimizer; a model gives its own, with clipping.
     """
 
+    @checked
     def __init__(self, loss: VQLPIPSWithDiscriminator, optimizer: torch.optim.Optimizer, last_layer: nn.Parameter,
-                 disc_every: int = 3, backward: Callable[[Tensor], None] = Tensor.backward,
+                 disc_every: PositiveInt = 3, backward: Callable[[Tensor], None] = Tensor.backward,
                  advance: Callable[[torch.optim.Optimizer], None] = methodcaller("step")):
-        if disc_every < 1:
-            raise ValueError(f"disc_every must be 1 or more, got {disc_every}")
         self.loss, self.optimizer, self.last_layer, self.disc_every = loss, optimizer, last_layer, disc_every
         self.backward, self.advance = backward, advance
 
     def discriminator_due(self, step: int) -> bool:
-        """Whether the discriminator is stepped in this iteration."""
+        """Tell whether an iteration steps the discriminator."""
         return step % self.disc_every == 0 and self.loss.has_discriminator(step)
 
     def compute_total_loss(self, images: Tensor, images_recon: Tensor, vq_loss: Tensor, step: int,
                            optimizer_idx: int = 0) -> dict[str, Tensor]:
-        """Losses of one player, and their terms.
+        """Return the losses of one network and their terms.
 
         Args:
-            images, images_recon: (B,C,H,W); vq_loss: of the codebook.
+            images, images_recon: (B,C,H,W) in [-1, 1].
+            vq_loss: loss of the codebook.
             step: iteration, from 1.
             optimizer_idx: 0: the autoencoder; 1: the discriminator.
         Returns:
-            total_loss: what that player minimises. gan_loss: the discriminator's, for `step_discriminator`, of which
-            no gradient reaches the autoencoder; with optimizer_idx 0 a constant 0 where none is due. Besides them the
-            terms, without gradient, of what takes part.
+            total_loss: loss of that network. gan_loss: loss of the discriminator for `step_discriminator`, without
+            gradient for the autoencoder; 0 where the discriminator is not due. All other entries are terms without
+            gradient.
         """
         if optimizer_idx == 1:
             gan_loss, terms = self._gan_loss(images, images_recon, step)
@@ -74,7 +72,7 @@ class LossCalculator:
         return loss, {"D_loss": loss.detach(), "D_real": log["train/logits_real"], "D_fake": log["train/logits_fake"]}
 
     def step_discriminator(self, gan_loss: Tensor, step: int) -> None:
-        """One step of the discriminator by its loss, in iterations in which it is due."""
+        """Step the discriminator by its loss, in iterations in which it is due."""
         if self.discriminator_due(step):
             self.optimizer.zero_grad(set_to_none=True)
             self.backward(gan_loss)

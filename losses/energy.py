@@ -1,8 +1,8 @@
-"""LGT's free energy: how far patches are from a style's, how far an image's self-similarity is from its source's.
+"""The free energy of LGT: a distance of patches to a style, and a distance of self-similarities to the source.
 
 Source: KiritoFD/VAE_ca_proj, LGT/losses.py; sliced Wasserstein distance: Rabin et al. 2011; self-similarity: Kolkin
-et al. 2019, arXiv:1904.12785. Every loss leaves autocast and computes in float32 or better; the original only casts,
-so that on CUDA its products are done in half precision.
+et al. 2019, arXiv:1904.12785. Every loss leaves autocast and computes in float32 or better; the original only casts
+its inputs, so on CUDA it multiplies in half precision.
 
 Legend: B latents, c channels, h w latent pixels, n = h*w, N rows (patches) of a batch. Every loss is a scalar.
 """
@@ -15,39 +15,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime.ranges import NonNegativeFloat, PositiveInt
+from runtime.ranges import NonNegativeFloat, PositiveInt, checked
 
 
 class PatchSlicedWassersteinLoss(nn.Module):
-    """Mean squared distance of the sorted projections of all patches of two batches, each one distribution.
+    """Compare the patches of two batches: the mean squared difference of their sorted projections.
 
     Args:
         patch_size: side p of a patch in latent pixels; borders are padded with zeros.
-        num_projections: random directions onto which patches are projected.
-        max_samples: patches compared at most, the same random ones of both batches; None: all.
-
-    Raises:
-        ValueError: a number below 1.
+        num_projections: number of random directions onto which patches are projected.
+        max_samples: most patches compared, the same random ones of both batches; None: all.
     """
 
+    @checked
     def __init__(self, patch_size: PositiveInt = 3, num_projections: PositiveInt = 64,
                  max_samples: PositiveInt | None = 4096):
         super().__init__()
-        if min(patch_size, num_projections, max_samples or 1) < 1:
-            raise ValueError(f"patch_size {patch_size}, num_projections {num_projections} and max_samples "
-                             f"{max_samples} must be at least 1")
         self.patch_size, self.num_projections, self.max_samples = patch_size, num_projections, max_samples
 
     def forward(self, x: Tensor, style: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The distance.
+        """Return the distance.
 
         Args:
-            x, style: (B, c, h, w), of one shape.
-            generator: of the CPU, for indices (only when there are too many patches), then directions: what is
-                drawn does not depend on the device. None: torch's global one.
-
-        Raises:
-            ValueError: shapes that differ.
+            x, style: (B, c, h, w), of equal shape.
+            generator: on the CPU, so that draws do not depend on the device; draws the indices, where there are more
+                than max_samples patches, then the directions. None: torch's global generator.
+        Raises: ValueError: the shapes differ.
         """
         require_same(x, style)
         with torch.autocast(x.device.type, enabled=False):
@@ -61,32 +54,33 @@ class PatchSlicedWassersteinLoss(nn.Module):
             return F.mse_loss(*(self._sorted(batch, theta, chosen) for batch in (x, style)))
 
     def _sorted(self, batch: Tensor, theta: Tensor, chosen: Tensor | None) -> Tensor:
-        """-> (num_projections, N). A convolution projects each patch without writing it out."""
+        """Return sorted projections (num_projections, N); a convolution projects patches without extracting them."""
         values = F.conv2d(batch.float(), theta, padding=self.patch_size // 2).transpose(0, 1).flatten(1)
         return (values if chosen is None else values[:, chosen]).sort(dim=1).values
 
 
 class CosineSSMLoss(nn.Module):
-    """Mean squared difference of two images' n x n matrices of similarities between their own latent pixels.
+    """Compare self-similarities: the mean squared difference of the n x n cosine similarities within two images.
 
     Args:
-        max_spatial_samples: latent pixels compared at most, drawn at random; None: all.
+        max_spatial_samples: most latent pixels compared, drawn at random; None: all.
 
-    Source: CosineSSMLoss. What differs: with z (c, n), |x'x - y'y|^2 = |xx'|^2 + |yy'|^2 - 2 |xy'|^2 needs no n x n
-    matrix, only c x c ones; they are summed in float64, since the terms cancel.
+    Source: CosineSSMLoss. Differs: with x, y (c, n), |x'x - y'y|^2 = |xx'|^2 + |yy'|^2 - 2 |xy'|^2 needs c x c matrices
+    instead of n x n; they are summed in float64, since the terms cancel.
     """
 
+    @checked
     def __init__(self, max_spatial_samples: PositiveInt | None = None):
         super().__init__()
-        if max_spatial_samples is not None and max_spatial_samples < 1:
-            raise ValueError(f"max_spatial_samples must be at least 1, got {max_spatial_samples}")
         self.max_spatial_samples = max_spatial_samples
 
     def forward(self, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The difference of x, y: (B, c, h, w). generator: of the CPU, for the choice of latent pixels.
+        """Return the difference.
 
-        Raises:
-            ValueError: shapes that differ.
+        Args:
+            x, y: (B, c, h, w), of equal shape.
+            generator: on the CPU, draws the latent pixels. None: torch's global generator.
+        Raises: ValueError: the shapes differ.
         """
         require_same(x, y)
         with torch.autocast(x.device.type, enabled=False):
@@ -100,31 +94,25 @@ class CosineSSMLoss(nn.Module):
 
 
 class GeometricFreeEnergyLoss(nn.Module):
-    """w_style * SWD(end, style) + w_content * SSM(end, source), with an optional price on fast velocities.
+    """Compute w_style * SWD(end, style) + w_content * SSM(end, source), and a penalty of fast velocities.
 
     Args:
-        w_style: factor of the style's term, a sliced Wasserstein distance.
-        w_content: factor of the content's term, the distance of self-similarities.
-        patch_size: side of the patches that the style's term compares, in latent pixels.
-        num_projections: random directions of the style's term.
-        max_samples: patches that the style's term compares at most; None: all.
-        max_spatial_samples: latent pixels that the content's term compares at most; None: all.
-        velocity_weight: factor of the mean squared velocity, if forward is given one.
-        divergence_weight: factor of the velocity's divergence, if forward is given one; 0: not computed.
-
-    Raises:
-        ValueError: a negative weight, a number below 1.
+        w_style: factor of the style term, a sliced Wasserstein distance.
+        w_content: factor of the content term, a distance of self-similarities.
+        patch_size: side of the patches of the style term, in latent pixels.
+        num_projections: number of random projections of the style term.
+        max_samples: most patches that the style term compares; None: all.
+        max_spatial_samples: most latent pixels that the content term compares; None: all.
+        velocity_weight: factor of the mean squared velocity in the penalty.
+        divergence_weight: factor of the divergence in the penalty; 0: not computed.
     """
 
+    @checked
     def __init__(self, w_style: NonNegativeFloat = 1.0, w_content: NonNegativeFloat = 1.0, patch_size: PositiveInt = 3,
                  num_projections: PositiveInt = 64, max_samples: PositiveInt | None = 4096,
                  max_spatial_samples: PositiveInt | None = None, velocity_weight: NonNegativeFloat = 0.01,
                  divergence_weight: NonNegativeFloat = 0.0):
         super().__init__()
-        for name, weight in {"w_style": w_style, "w_content": w_content, "velocity_weight": velocity_weight,
-                             "divergence_weight": divergence_weight}.items():
-            if weight < 0:
-                raise ValueError(f"{name} must not be negative, got {weight}")
         self.w_style, self.w_content = w_style, w_content
         self.velocity_weight, self.divergence_weight = velocity_weight, divergence_weight
         self.swd = PatchSlicedWassersteinLoss(patch_size, num_projections, max_samples)
@@ -132,16 +120,14 @@ class GeometricFreeEnergyLoss(nn.Module):
 
     def forward(self, x_pred: Tensor, x_style: Tensor, x_src: Tensor, generator: torch.Generator | None = None,
                 groups: Sequence[int] | None = None) -> dict[str, Tensor]:
-        """The energy of the latents at the end of the way.
+        """Return the energy of latents at the end of their trajectories.
 
         Args:
-            x_pred, x_style, x_src: (B, c, h, w).
-            generator: of the CPU, see the two terms.
-            groups: style of each latent: each style is then a distribution of its own. None: the whole batch is
-                one, as published, which a network can fit that ignores which style was asked for.
-
-        Returns:
-            total, style_swd, content_ssm.
+            x_pred, x_style, x_src: (B, c, h, w): ends, references of the target style, sources.
+            generator: on the CPU, see the two terms.
+            groups: target style of each latent; each style is a separate distribution. None: the batch is one
+                distribution, as published, which a network that ignores the target style can fit.
+        Returns: total, style_swd, content_ssm.
         """
         if groups is None:
             swd = self.swd(x_pred, x_style, generator)
@@ -151,15 +137,15 @@ class GeometricFreeEnergyLoss(nn.Module):
         ssm = self.ssm(x_pred, x_src, generator)
         return {"total": self.w_style * swd + self.w_content * ssm, "style_swd": swd, "content_ssm": ssm}
 
-    def regularisation(self, velocity: Tensor) -> Tensor:
-        """The price of a velocity (B, c, h, w)."""
+    def velocity_penalty(self, velocity: Tensor) -> Tensor:
+        """Return the penalty of a velocity (B, c, h, w)."""
         velocity = velocity.float()
-        price = self.velocity_weight * velocity.square().mean()
-        return price + self.divergence_weight * divergence(velocity) if self.divergence_weight else price
+        penalty = self.velocity_weight * velocity.square().mean()
+        return penalty + self.divergence_weight * divergence(velocity) if self.divergence_weight else penalty
 
 
 def divergence(velocity: Tensor) -> Tensor:
-    """Mean square of d_y v + d_x v, channel by channel, forward differences on the common (h-1, w-1) area."""
+    """Return the mean square of d_y v + d_x v per channel, by forward differences on the (h-1, w-1) area."""
     corner = velocity[..., :-1, :-1]
     return (velocity[..., 1:, :-1] + velocity[..., :-1, 1:] - 2 * corner).square().mean()
 

@@ -1,7 +1,6 @@
-"""InkTrace's two modes: structural pretraining, where strokes are completed behind blocks of hidden ink, and dense
-prediction of all maps from whole ink.
+"""The InkTrace recipe: structural pretraining on ink with hidden blocks, then dense prediction of all maps.
 
-Source: Fuwaki/InkTrace at a474eeb (train_structural.py, train_dense.py). What differs is listed at ModelInkTrace.
+Source: Fuwaki/InkTrace at a474eeb (train_structural.py, train_dense.py); ModelInkTrace lists what differs.
 Legend: B images, C channels, S side of an image (64).
 """
 
@@ -15,55 +14,56 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from data.sampler import sample_rng
-from losses import LOSSES
+from data.sampler import cpu_generator
 from metrics.inktrace import direction_error, f1, matches, overlap
 from models.model_plain import ModelPlain
 from models.network_inktrace import SIZE, extract_keypoints, keypoint_nms, pack, unpack
-from options import Section, build
 from runtime import distributed, schedules
 from runtime.ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, ProperFraction, Range
 
-WEIGHTS = [f"{name}_weight" for name in ("skeleton", "tangent", "keypoints", "width", "offset")]
-ENLARGE = 4  # pictures are shown this many times as large
+ENLARGE = 4  # enlargement of the pictures
 
 
 class ModelInkTrace(ModelPlain):
-    """`ModelPlain` whose images are maps, packed along C: `image` (B, 1, S, S) -> `restored` (B, 3 or 8, S, S).
+    """Train the network to predict maps, packed along C: `image` (B, 1, S, S) -> `restored` (B, 3 or 8, S, S).
 
-    What differs from the original: the blocks to hide follow from (seed, step), the schedule from the step; fp16 is
-    scaled; the best checkpoint is told by the skeletons of strokes that are never trained on, not by the training loss.
+    What differs from the original: hidden blocks depend on (seed, step) alone, and the schedule on the step; fp16
+    losses are scaled; the skeletons of a validation set select the best checkpoint, instead of the training loss.
     """
 
     @dataclass
     class TrainOptions(ModelPlain.TrainOptions):
+        """Declare the keys of both training modes."""
+
         G_lossfn_type: Literal["structural", "dense"] = "structural"  # training mode; dense needs netG.full_heads
-        skeleton_weight: NonNegativeFloat | None = None  # factor of the skeleton's loss; null: 1 structural, 10 dense
-        tangent_weight: NonNegativeFloat | None = None  # factor of the tangent's loss; null: 1
-        keypoints_weight: NonNegativeFloat | None = None  # factor of the keypoints' loss, dense only; null: 5
-        width_weight: NonNegativeFloat | None = None  # factor of the stroke width's loss, dense only; null: 1
-        offset_weight: NonNegativeFloat | None = None  # factor of the offset's loss, dense only; null: 1
-        keypoint_sigma: NonNegativeFloat = 0.0  # pixels over which a keypoint's target falls off, dense; 0: one pixel
-        mask_ratio: Fraction = 0.6  # share of the blocks of an image that are hidden, structural only
-        mask_block: PositiveInt = 8  # side in pixels of a hidden block; 1 hides single pixels
+        skeleton_weight: NonNegativeFloat | None = None  # factor of the skeleton loss; null: 1 structural, 10 dense
+        tangent_weight: NonNegativeFloat | None = None  # factor of the tangent loss; null: 1
+        keypoints_weight: NonNegativeFloat | None = None  # factor of the keypoint loss, dense only; null: 5
+        width_weight: NonNegativeFloat | None = None  # factor of the stroke width loss, dense only; null: 1
+        offset_weight: NonNegativeFloat | None = None  # factor of the offset loss, dense only; null: 1
+        keypoint_sigma: NonNegativeFloat = 0.0  # standard deviation of keypoint targets in pixels, dense only; 0: a pixel
+        mask_ratio: ProperFraction = 0.6  # fraction of hidden blocks of an image, structural only
+        mask_block: PositiveInt = 8  # side of a hidden block in pixels, a divisor of 64; structural only
         G_optimizer_type: Literal["adam", "adamw"] = "adamw"
         G_optimizer_lr: NonNegativeFloat = 1e-3
         G_optimizer_wd: NonNegativeFloat = 1e-4
         G_optimizer_clipgrad: PositiveFloat | None = 1.0
-        # Learning rate over time: up and down once, one cosine, in steps, in cosines that start over, or constant.
+        # Schedule of the learning rate: one cycle, one cosine, steps at milestones, restarting cosines, or constant.
         G_scheduler_type: Literal["OneCycleLR", "CosineAnnealingLR", "MultiStepLR", "CosineAnnealingWarmRestarts",
                                   "constant"] = "OneCycleLR"
-        G_scheduler_warmup: Annotated[float, Range(gt=0, lt=1)] = 0.3  # share of the run in which OneCycleLR rises
-        G_scheduler_div_factor: PositiveFloat = 25.0  # G_optimizer_lr divided by the rate at which OneCycleLR starts
-        G_scheduler_final_div_factor: PositiveFloat = 1e4  # OneCycleLR's first learning rate divided by its last
-        # Lowest and highest first beta of OneCycleLR; null: G_optimizer_betas throughout.
+        G_scheduler_warmup: Annotated[float, Range(gt=0, lt=1)] = 0.3  # fraction of the run in which OneCycleLR rises
+        G_scheduler_div_factor: PositiveFloat = 25.0  # highest learning rate of OneCycleLR divided by its first
+        G_scheduler_final_div_factor: PositiveFloat = 1e4  # first learning rate of OneCycleLR divided by its last
+        # Lowest and highest first beta of OneCycleLR; null: that of G_optimizer_betas.
         G_scheduler_momentum: tuple[ProperFraction, ProperFraction] | None = (0.85, 0.95)
 
     @dataclass
     class ValOptions(ModelPlain.ValOptions):
-        skeleton_threshold: Fraction = 0.5  # probability above which a pixel counts as skeleton
-        keypoint_threshold: Fraction = 0.3  # probability above which a peak counts as a keypoint
-        keypoint_radius: NonNegativeFloat = 2.0  # pixels by which a keypoint that counts as found may be off
+        """Declare the thresholds of the metrics."""
+
+        skeleton_threshold: Fraction = 0.5  # probability above which a pixel is skeleton
+        keypoint_threshold: Fraction = 0.3  # probability above which a peak is a keypoint
+        keypoint_radius: NonNegativeFloat = 2.0  # largest distance of a found keypoint, in pixels
 
     best_metric = "skeleton_f1", "max"
 
@@ -73,47 +73,38 @@ class ModelInkTrace(ModelPlain):
         full = net.get("full_heads", True)
         if self.dense and not full:
             raise ValueError(f"{opt['opt_path']}: netG.full_heads: must be true where train.G_lossfn_type is dense")
-        if not 0 <= t["mask_ratio"] < 1 or t["mask_block"] < 1 or SIZE % t["mask_block"]:
-            raise ValueError(f"{opt['opt_path']}: train: mask_ratio {t['mask_ratio']} must lie in [0, 1), mask_block "
-                             f"{t['mask_block']} must divide {SIZE}")
+        if SIZE % t["mask_block"]:
+            raise ValueError(f"{opt['opt_path']}: train.mask_block: {t['mask_block']} must divide {SIZE}")
         batch = opt["datasets"]["train"]["dataloader_batch_size"] // distributed.world_size()
         if full and min(len(part) for part in torch.empty(batch).chunk(t["accumulate"])) < 2:
-            raise ValueError(f"{opt['opt_path']}: a batch of {batch} in {t['accumulate']} parts leaves a single image, "
-                             "whose statistics full_heads can't take; use a larger dataloader_batch_size")
+            raise ValueError(f"{opt['opt_path']}: a batch of {batch} in {t['accumulate']} micro-batches leaves a single "
+                             "image in one, too few for the batch norm of full_heads; use a larger dataloader_batch_size")
         super().__init__(opt)
-        self.terms: list[tuple[int, dict[str, Tensor]]] = []  # of each part of a batch: its images, their loss
+        self.terms: list[tuple[int, dict[str, Tensor]]] = []  # of each micro-batch: number of images, loss terms
 
     # ------------------------------------------------ before training
 
     def define_loss(self) -> None:
-        t = self.opt_train
-        section = Section(G_lossfn_type=t["G_lossfn_type"])
-        section.where = f"{self.opt['opt_path']}: train"
-        weights = {key: t[key] for key in WEIGHTS if t[key] is not None}
-        self.criterion = build(LOSSES, section, "G_lossfn_type", keypoint_sigma=t["keypoint_sigma"], **weights)
+        """Build the loss of the training mode; a null weight stands for the default of that mode."""
+        self.criterion = self.build_loss({key: value for key, value in self.opt_train.items() if value is not None})
 
     def G_lossfn(self, restored: Tensor, target: Tensor) -> Tensor:
-        """The weighted sum of all terms, which are kept for the log."""
+        """Return the weighted sum of all terms, and keep the terms for the log."""
         terms = self.criterion(unpack(restored), unpack(target))
         self.terms.append((len(restored), {name: term.detach() for name, term in terms.items() if name != "total"}))
         return terms["total"]
 
     def define_scheduler(self) -> None:
+        """Build the schedules of the learning rate and, with OneCycleLR, of the first beta."""
+        super().define_scheduler()
         t, self.beta1 = self.opt_train, None
-        if t["G_scheduler_type"] == "OneCycleLR":
-            self.schedules["optimizerG"] = schedules.one_cycle(
-                t["total_iter"], t["G_scheduler_warmup"], t["G_scheduler_div_factor"],
-                t["G_scheduler_final_div_factor"])
-            if t["G_scheduler_momentum"]:
-                lowest, highest = t["G_scheduler_momentum"]
-                momentum = schedules.one_cycle_momentum(t["total_iter"], t["G_scheduler_warmup"], highest)
-                self.beta1 = lambda n: momentum(lowest, n)
-        elif t["G_scheduler_type"] == "CosineAnnealingLR":
-            self.schedules["optimizerG"] = schedules.cosine(t["total_iter"], t["G_scheduler_eta_min"])
-        else:
-            super().define_scheduler()
+        if t["G_scheduler_type"] == "OneCycleLR" and t["G_scheduler_momentum"]:
+            lowest, highest = t["G_scheduler_momentum"]
+            momentum = schedules.one_cycle_momentum(t["total_iter"], t["G_scheduler_warmup"], highest)
+            self.beta1 = lambda n: momentum(lowest, n)
 
     def update_learning_rate(self, n: int) -> None:
+        """Set learning rates and first betas for the step that follows n finished ones."""
         super().update_learning_rate(n)
         if self.beta1:
             for group in self.G_optimizer.param_groups:
@@ -122,18 +113,18 @@ class ModelInkTrace(ModelPlain):
     # ------------------------------------------------ training
 
     def feed_data(self, data: Mapping[str, Any], need_H: bool = True) -> None:
-        """Take a batch: `L` ink (B, 1, S, S) in [0, 1], `H` maps (B, 8, S, S) as network_inktrace packs them."""
+        """Move a batch to the device: `L` ink (B, 1, S, S) in [0, 1], `H` packed maps (B, 8, S, S)."""
         super().feed_data(data, need_H)
         self.image = self.degraded
         self.index = int(data["index"][0]) if "index" in data else 0
 
     def hide(self, *key: int) -> None:
-        """In structural mode, make `degraded` of `image`: a function of the seed and `key` alone."""
+        """Hide blocks of `image` in structural mode, into `degraded`: a function of the seed and `key` alone."""
         if not self.dense:
             t = self.opt_train
-            seed = int(sample_rng(t["manual_seed"], *key, 1).integers(2**63))
+            generator = cpu_generator(t["manual_seed"], *key, 1)
             count = len(self.image) * distributed.world_size()
-            mask = hidden_blocks(count, t["mask_ratio"], torch.Generator().manual_seed(seed), t["mask_block"])
+            mask = hidden_blocks(count, t["mask_ratio"], generator, t["mask_block"])
             self.mask = distributed.local_rows(mask).to(self.device)
             self.degraded = self.image * (1 - self.mask)
 
@@ -159,8 +150,10 @@ class ModelInkTrace(ModelPlain):
         return pack(network(degraded, use_skips=self.dense))
 
     def metrics(self) -> dict[str, float]:
-        """Skeleton as sets of pixels, tangent (degrees) on the true skeleton; in dense mode keypoints by position,
-        width and offset by their mean error in pixels on the true skeleton."""
+        """Return overlap of the skeletons and, on the true skeleton, errors of the tangent (degrees).
+
+        In dense mode also the F1 of the keypoints and, on the true skeleton, errors of width and offset (pixels).
+        """
         val, found, true = self.opt["val"], unpack(self.restored[0]), unpack(self.target[0])
         line = true["skeleton"][0] > 0.5  # (S, S)
         skeleton = overlap(found["skeleton"][0] > val["skeleton_threshold"], line)
@@ -177,7 +170,7 @@ class ModelInkTrace(ModelPlain):
         return values
 
     def pictures(self) -> list[Tensor]:
-        """Input | input with hidden blocks in grey (structural only) | truth | prediction, each (3, 4S, 4S)."""
+        """Return input, input with hidden blocks in grey (structural only), truth, prediction, each (3, 4S, 4S)."""
         found = unpack(self.restored[0])
         true = {name: channels for name, channels in unpack(self.target[0]).items() if name in found}
         images = [self.image[0]] if self.dense else [self.image[0], self.degraded[0] + 0.25 * self.mask[0]]
@@ -187,10 +180,13 @@ class ModelInkTrace(ModelPlain):
 
 
 def hidden_blocks(count: int, ratio: float, generator: torch.Generator, block: int = 8, size: int = SIZE) -> Tensor:
-    """Masks (count, 1, size, size) of 1 where blocks are hidden, else 0, for each image others.
+    """Draw masks (count, 1, size, size) that are 1 where blocks are hidden, else 0.
 
-    Args: ratio: share of blocks to hide, rounded down. block: side of a block, a divisor of size.
-    Source: the first of a permutation of the blocks of each image, row by row, as the original.
+    Args:
+        count: number of images; each has blocks of its own.
+        ratio: fraction of blocks to hide, rounded down.
+        block: side of a block in pixels, a divisor of size.
+    Source: the original hides the first blocks of a permutation of each image.
     """
     side = size // block
     mask = torch.zeros(count, side * side)
@@ -201,10 +197,9 @@ def hidden_blocks(count: int, ratio: float, generator: torch.Generator, block: i
 
 
 def draw(maps: Mapping[str, Tensor], threshold: float = 0.1) -> Tensor:
-    """Maps as a picture (3, S, S): the skeleton's brightness, the tangent's hue (half a turn is all colours), keypoints
-    in white."""
+    """Draw maps as a picture (3, S, S): brightness is the skeleton, hue the tangent, white the keypoints."""
     angles = torch.arange(3) * (2 * math.pi / 3)
-    wheel = torch.stack([angles.cos(), angles.sin()], dim=1).to(maps["tangent"])  # (3, 2): where R, G and B are full
+    wheel = torch.stack([angles.cos(), angles.sin()], dim=1).to(maps["tangent"])  # (3, 2): directions of R, G and B
     picture = maps["skeleton"] * (0.5 + 0.5 * torch.einsum("rc,chw->rhw", wheel, maps["tangent"]))
     if "keypoints" in maps:
         peaks = keypoint_nms(maps["keypoints"][None], threshold)[0].amax(0) > 0

@@ -1,8 +1,8 @@
-"""LGT training and use: latents carried from noise to a style by an ODE, judged by where they end.
+"""The LGT recipe: style transfer by an ODE from noise to a style, trained on the ends of its trajectories.
 
-Source: KiritoFD/VAE_ca_proj, LGT/train.py and inference.py. Different here: the reference is a picture of the target
-style, not the source; steps are of constant length and reach t = 1; each style is a distribution of its own; all that
-a step draws comes from a generator seeded by (seed, step).
+Source: KiritoFD/VAE_ca_proj, LGT/train.py and inference.py. Differs: the reference is a picture of the target style,
+not the source; Euler steps have equal length and reach t = 1; each style is a separate distribution; all draws of a
+step come from a generator seeded by (seed, step).
 
 Legend: B images, c channels, h w latent pixels, S styles, R references; t = 0 is noise, t = 1 an image.
 """
@@ -30,72 +30,74 @@ from torchvision.utils import make_grid
 from checkpoint import CheckpointError
 from data.image_files import read_picture
 from data.images import images_by_name
-from data.sampler import sample_rng
-from data.styles import style_names
+from data.sampler import cpu_generator
+from data.styles import build_codec, style_names
 from log.pictures import write_picture
 from log.run_log import tolerated
-from losses import LOSSES
 from losses.energy import CosineSSMLoss, PatchSlicedWassersteinLoss
-from models.codecs import build_codec
-from models.model_plain import ModelPlain
-from options import OptionError, Section, build
-from runtime import distributed, schedules
+from models.model_plain import ModelPlain, build_schedule
+from options import OptionError
+from runtime import distributed
 from runtime.ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ProperFraction, Seed
 from storage.foreign import unpack
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x (B,c,h,w), t (B,)) -> (B,c,h,w)
-UNNAMED = "unnamed"  # stands for the styles until a checkpoint is read
+UNNAMED = "unnamed"  # placeholder for the styles until a checkpoint is loaded
 COLUMNS = ("epoch", "loss_total", "loss_style_swd", "loss_content_ssm", "learning_rate", "epoch_time")
 
 
 class ModelLGT(ModelPlain):
-    """A velocity field trained through the ODE it defines; batches are those of `data.styles`."""
+    """Train a velocity field through the ODE that it defines, on batches of `data.styles`."""
 
     best_metric = "swd", "min"
-    shares_tests = False  # the contact sheet needs all pictures
-    result_options = ("source_style", "num_steps", "temperature_lambda", "temperature_threshold", "use_cfg",
+    shares_tests = False  # the contact sheet needs the pictures of all samples
+    inference_options = ("source_style", "num_steps", "temperature_lambda", "temperature_threshold", "use_cfg",
                       "cfg_scale", "cfg_decay", "sample_seed")
 
     @dataclass
     class TrainOptions(ModelPlain.TrainOptions):
+        """Declare the keys of the energy and of the ODE."""
+
         G_lossfn_type: str = "lgt_energy"
-        w_style: NonNegativeFloat = 1.0  # factor of the style's energy, a sliced Wasserstein distance
-        w_content: NonNegativeFloat = 1.0  # factor of the content's energy, the distance of self-similarities
-        patch_size: PositiveInt = 3  # side in latent pixels of the patches that the style's energy compares
-        num_projections: PositiveInt = 64  # random directions of the style's energy
-        max_samples: PositiveInt | None = 4096  # patches that the style's energy compares at most; null: all
-        max_spatial_samples: PositiveInt | None = None  # latent pixels that the content's energy compares; null: all
-        swd_groups: Literal["style", "batch"] = "style"  # one distribution a style, or (as published) for all
-        use_velocity_reg: bool = False  # penalize fast velocities at x_t, by one more forward pass
+        w_style: NonNegativeFloat = 1.0  # factor of the style energy, a sliced Wasserstein distance
+        w_content: NonNegativeFloat = 1.0  # factor of the content energy, a distance of self-similarities
+        patch_size: PositiveInt = 3  # side of the patches of the style energy, in latent pixels
+        num_projections: PositiveInt = 64  # number of random projections of the style energy
+        max_samples: PositiveInt | None = 4096  # most patches that the style energy compares; null: all
+        max_spatial_samples: PositiveInt | None = None  # most latent pixels of the content energy; null: all
+        swd_groups: Literal["style", "batch"] = "style"  # one distribution per style, or per batch (as published)
+        use_velocity_reg: bool = False  # penalize fast velocities at x_t, with a second forward pass
         velocity_weight: NonNegativeFloat = 0.01  # factor of the mean squared velocity, with use_velocity_reg
-        divergence_weight: NonNegativeFloat = 0.0  # factor of the velocity's divergence, with use_velocity_reg
+        divergence_weight: NonNegativeFloat = 0.0  # factor of the divergence of the velocity, with use_velocity_reg
         ode_integration_steps: PositiveInt = 5  # Euler steps from x_t to the end of the trajectory
-        ode_step: Literal["constant", "shrinking"] = "constant"  # Euler steps of one size, or (as published) shrinking
-        gradient_checkpointing: bool = False  # compute each Euler step twice, to hold only one in memory
-        label_drop_prob: Fraction = 0.1  # share of batches that learn the average style
-        epsilon: ProperFraction = 0.01  # smallest time t that is trained
-        epsilon_warmup_epochs: NonNegativeInt = 10  # epochs in which the smallest time grows from 0 to epsilon
+        ode_step: Literal["constant", "shrinking"] = "constant"  # length of Euler steps; shrinking: as published
+        gradient_checkpointing: bool = False  # recompute Euler steps for the gradient: less memory, more time
+        label_drop_prob: Fraction = 0.1  # fraction of the batches that train the average style
+        epsilon: ProperFraction = 0.01  # smallest trained time t
+        epsilon_warmup_epochs: NonNegativeInt = 10  # epochs over which the smallest time grows from 0 to epsilon
         G_optimizer_type: Literal["adam", "adamw"] = "adamw"
         G_optimizer_wd: NonNegativeFloat = 1e-5
         G_optimizer_clipgrad: PositiveFloat | None = 1.0
-        # Learning rate over time; CosineAnnealingLR moves once an epoch with total_epochs, else at each step.
+        # Schedule of the learning rate; CosineAnnealingLR moves each epoch with total_epochs, else each iteration.
         G_scheduler_type: Literal["CosineAnnealingLR", "MultiStepLR", "CosineAnnealingWarmRestarts",
                                   "constant"] = "CosineAnnealingLR"
         G_scheduler_eta_min: NonNegativeFloat = 1e-6
 
     @dataclass
     class ValOptions(ModelPlain.ValOptions):
-        save_img: bool = False  # write each source's row of the contact sheet as a picture, too
-        num_steps: PositiveInt = 15  # Euler steps of the inversion, and as many of the generation
+        """Declare the keys of the sampler."""
+
+        save_img: bool = False  # write a PNG of each row of the contact sheet, too
+        num_steps: PositiveInt = 15  # Euler steps of the inversion, and of the generation
         temperature_lambda: NonNegativeFloat = 0.1  # strength of the Langevin noise
         temperature_threshold: Fraction = 0.5  # time t from which Langevin noise is added
-        use_cfg: bool = True  # guide away from the average style
-        cfg_scale: NonNegativeFloat = 2.0  # strength of the guidance; 1: none
-        cfg_decay: bool = True  # let the guidance fall towards 1 on the way
+        use_cfg: bool = True  # apply guidance away from the average style
+        cfg_scale: NonNegativeFloat = 2.0  # strength of the guidance; 1: no guidance
+        cfg_decay: bool = True  # lower the guidance towards 1 along the trajectory
         sample_seed: Seed = 0  # seed of the Langevin noise
-        batch: PositiveInt = 8  # pictures that are generated at once
-        style: str | None = None  # style to translate to, for --test --input
-        source_style: str | None = None  # style to translate from, for --test --input; null: the average of all
+        batch: PositiveInt = 8  # number of pictures that are generated at once
+        style: str | None = None  # target style of --test --input
+        source_style: str | None = None  # style of the input of --test --input; null: the average style
 
     def __init__(self, opt: Mapping[str, Any]):
         data, net, where = opt["datasets"]["train"], opt["netG"], opt["opt_path"]
@@ -117,42 +119,19 @@ class ModelLGT(ModelPlain):
         if sum(section["phase"] == "test" for section in opt["datasets"].values()) > 1:
             raise ValueError(f"{where}: datasets: one test set at most; a second would replace the pictures of "
                              "the first")
-        t, v = opt["train"], opt["val"]
-        for name, value, least in (("train.ode_integration_steps", t["ode_integration_steps"], 1),
-                                   ("train.epsilon_warmup_epochs", t["epsilon_warmup_epochs"], 0),
-                                   ("train.accumulate", t["accumulate"], 1), ("val.num_steps", v["num_steps"], 1),
-                                   ("val.batch", v["batch"], 1),
-                                   ("val.temperature_lambda", v["temperature_lambda"], 0)):
-            if value < least:
-                raise ValueError(f"{where}: {name}: {value} must be at least {least}")
-        for name in ("label_drop_prob", "epsilon"):
-            if not 0 <= t[name] <= 1:
-                raise ValueError(f"{where}: train.{name}: {t[name]} must be from 0 to 1")
         super().__init__(opt)
         self.baseline_name = "source"
-        self.made: dict[str, Tensor] = {}  # of this evaluation: style -> its row of the sheet, (S,3,H,W)
-        self.measured: dict[tuple[str, str], dict[str, float]] = {}  # source, target -> metrics
-        self.using = False
-        self.epoch = 0  # the one in progress or just finished, from 1
-        self.sums: dict[str, Tensor] = {}  # of the epoch's losses
+        self.made: dict[str, Tensor] = {}  # rows of the contact sheet by source style, (S,3,H,W)
+        self.measured: dict[tuple[str, str], dict[str, float]] = {}  # metrics by (source style, target style)
+        self.inferring = False  # whether the model was loaded for inference on files
+        self.epoch = 0  # current or last epoch, from 1
+        self.sums: dict[str, Tensor] = {}  # of the losses of the epoch, by name
         self.count, self.began = 0, time.monotonic()
         self.launched = time.strftime("%Y%m%d_%H%M%S")
 
-    def define_loss(self) -> None:
-        keys = ("w_style", "w_content", "patch_size", "num_projections", "max_samples", "max_spatial_samples",
-                "velocity_weight", "divergence_weight")
-        section = Section({key: self.opt_train[key] for key in (*keys, "G_lossfn_type")})
-        section.where = f"{self.opt['opt_path']}: train"
-        self.G_lossfn = build(LOSSES, section, "G_lossfn_type").to(self.device)
-
     def define_scheduler(self) -> None:
-        t = self.opt_train
-        if t["G_scheduler_type"] == "CosineAnnealingLR":
-            periods = t["total_epochs"] or t["total_iter"]
-            by_period = schedules.cosine(periods, t["G_scheduler_eta_min"])
-            self.schedules["optimizerG"] = lambda base, step: by_period(base, step * periods // t["total_iter"])
-        else:
-            super().define_scheduler()
+        """Build the schedule of G; with total_epochs a cosine moves once per epoch, as published."""
+        self.schedules["optimizerG"] = build_schedule(self.opt_train, self.opt_train["total_epochs"])
 
     # ------------------------------------------------ state
 
@@ -171,21 +150,21 @@ class ModelLGT(ModelPlain):
         self.epoch, self.count, self.sums = kept["epoch"], kept["count"], dict(kept["sums"])
 
     def check_codec(self, state: Mapping[str, Any]) -> None:
-        """That latents mean what they meant in training."""
+        """Raise CheckpointError where a checkpoint was trained with another codec."""
         if state.get("codec", self.codec.fingerprint) != self.codec.fingerprint:
-            raise CheckpointError(f"{self.opt['opt_path']}: datasets.train.codec: is not the one that the checkpoint "
-                                  "was trained with, or has learnt more since; name that one")
+            raise CheckpointError(f"{self.opt['opt_path']}: datasets.train.codec: is not the codec that the "
+                                  "checkpoint was trained with, or was trained further since; give that codec")
 
     # ------------------------------------------------ training
 
     def feed_data(self, data: Mapping[str, Any], need_H: bool = True) -> None:
-        """Take a batch of `StyleDataset`, or the item of `StyleTestDataset`."""
+        """Move a batch of `StyleDataset`, or the sample of `StyleTestDataset`, to the device."""
         if "target_style" in data:
             epoch = int(data["epoch"].max()) + 1
             if epoch != self.epoch:
                 self.close_epoch(self.current_learning_rate())
                 self.epoch = epoch
-            self.target_style = data["target_style"]  # stays on the CPU, where groups are made
+            self.target_style = data["target_style"]  # stays on the CPU, where groups are formed
             self.source, self.reference = (data[k].to(self.device, non_blocking=True) for k in ("source", "reference"))
             return
         there = [name for (name,) in data["styles"]]
@@ -194,8 +173,8 @@ class ModelLGT(ModelPlain):
 
     def optimize_parameters(self, current_step: int) -> None:
         t = self.opt_train
-        generator = step_generator(t["manual_seed"], current_step)
-        count = len(self.source) * distributed.world_size()  # drawn for the whole batch
+        generator = cpu_generator(t["manual_seed"], 0, 0, current_step)
+        count = len(self.source) * distributed.world_size()  # draws cover the batch of all ranks
         x0 = distributed.local_rows(torch.randn((count, *self.source.shape[1:]), generator=generator)).to(self.device)
         least = t["epsilon"] * min(self.epoch / max(t["epsilon_warmup_epochs"], 1), 1)
         start = distributed.local_rows(torch.rand(count, generator=generator) * (1 - least) + least).to(self.device)
@@ -207,7 +186,7 @@ class ModelLGT(ModelPlain):
         parts = list(zip(*(tensor.chunk(t["accumulate"]) for tensor in (x_t, start, style))))
         if len(parts) == 1:
             x_1 = self.integrate(*parts[0], dropped)
-        else:  # the energy is of the whole batch: first its gradient where the ways end, then one way at a time
+        else:  # the energy needs the ends of the full batch: first the gradient there, then one trajectory at a time
             with torch.no_grad():
                 x_1 = torch.cat([self.integrate(*part, dropped) for part in parts])
         at_once = len(parts) == distributed.world_size() == 1
@@ -215,19 +194,19 @@ class ModelLGT(ModelPlain):
         ends = x_1 if at_once else gather(x_1.detach()).requires_grad_()
         styles = gather(self.target_style).tolist() if t["swd_groups"] == "style" and not dropped else None
         losses = self.G_lossfn(ends, gather(self.reference), gather(self.source), generator, styles)
-        if not self.unusable(losses["total"]):
+        if not self.must_skip(losses["total"]):
             if at_once:
                 self.backward(t["G_lossfn_weight"] * losses["total"])
             else:
-                (slope,) = torch.autograd.grad(losses["total"], ends)
-                # every process has the gradient of the whole, of which theirs will be averaged
-                pulls = (distributed.local_rows(slope) * distributed.world_size()).chunk(t["accumulate"])
-                for number, (part, pull) in enumerate(zip(parts, pulls), start=1):
+                (gradient,) = torch.autograd.grad(losses["total"], ends)
+                # each rank has the gradient of the full batch, and DistributedDataParallel averages over ranks
+                gradients = (distributed.local_rows(gradient) * distributed.world_size()).chunk(t["accumulate"])
+                for number, (part, gradient) in enumerate(zip(parts, gradients), start=1):
                     with distributed.no_sync(self.forward_G, last=number == len(parts)):
-                        way = x_1 if len(parts) == 1 else self.integrate(*part, dropped)
-                        self.backward(t["G_lossfn_weight"] * (way * pull).sum())
+                        trajectory_end = x_1 if len(parts) == 1 else self.integrate(*part, dropped)
+                        self.backward(t["G_lossfn_weight"] * (trajectory_end * gradient).sum())
             if t["use_velocity_reg"]:
-                losses["vel_reg"] = sum(self.regularise(part, len(x_t), dropped, last=part is parts[-1])
+                losses["vel_reg"] = sum(self.penalize(part, len(x_t), dropped, last=part is parts[-1])
                                         for part in parts)
                 losses["total"] = losses["total"] + losses["vel_reg"]
             if self.step(self.G_optimizer, t["G_optimizer_clipgrad"]):
@@ -243,7 +222,7 @@ class ModelLGT(ModelPlain):
             self.close_epoch(self.schedules["optimizerG"](group["initial_lr"], current_step))
 
     def velocity(self, network: nn.Module, style: Tensor, average: bool = False) -> Velocity:
-        """The network's velocity towards a style as a function of x and t, in float32."""
+        """Return the velocity towards a style as a function of x and t, in float32."""
         def field(x: Tensor, t: Tensor) -> Tensor:
             with self.autocast():
                 return network(x, t, style, average).float()
@@ -251,22 +230,25 @@ class ModelLGT(ModelPlain):
         return field
 
     def integrate(self, x: Tensor, t: Tensor, style: Tensor, average: bool) -> Tensor:
-        """x (B,c,h,w) at times t (B,) -> where its way ends."""
+        """Return the ends (B,c,h,w) of the trajectories from x at times t (B,)."""
         o = self.opt_train
         return euler(self.velocity(self.forward_G, style, average), x, t, o["ode_integration_steps"], o["ode_step"],
                      o["gradient_checkpointing"], lambda: distributed.no_sync(self.forward_G, last=False))[0]
 
-    def regularise(self, part: tuple[Tensor, Tensor, Tensor], whole: int, average: bool, last: bool = True) -> Tensor:
-        """Add the gradient of a part's share of the velocity's price; returns that share."""
+    def penalize(self, part: tuple[Tensor, Tensor, Tensor], batch: int, average: bool, last: bool = True) -> Tensor:
+        """Accumulate the gradient of the velocity penalty of a micro-batch, and return that penalty.
+
+        Args: part: x, t and style of the micro-batch. batch: number of images of all micro-batches.
+        """
         x, t, style = part
         with distributed.no_sync(self.forward_G, last):
             velocity = self.velocity(self.forward_G, style, average)(x, t)
-            price = len(x) / whole * self.G_lossfn.regularisation(velocity)
-            self.backward(self.opt_train["G_lossfn_weight"] * price)
-        return price.detach()
+            penalty = len(x) / batch * self.G_lossfn.velocity_penalty(velocity)
+            self.backward(self.opt_train["G_lossfn_weight"] * penalty)
+        return penalty.detach()
 
     def close_epoch(self, next_rate: float) -> None:
-        """Write the finished epoch's row into this launch's CSV. Its time is what this launch spent on it."""
+        """Append the row of the finished epoch to the CSV of this launch; the row's time excludes earlier launches."""
         if self.count and distributed.is_main():
             means = {f"loss_{name}": float(total) / self.count for name, total in self.sums.items()}
             row = [self.epoch, *(f"{means[name]:.6f}" for name in COLUMNS[1:4]),
@@ -282,15 +264,16 @@ class ModelLGT(ModelPlain):
     # ------------------------------------------------ testing
 
     def validate(self, sample: Any) -> dict[str, float]:
+        """Return the metrics of one source style; folders of other styles are ignored with a warning."""
         (name,) = sample["style"]
         if name in self.styles:
             return super().validate(sample)
-        warnings.warn(f"test folder {name!r} is no trained style and is passed over", stacklevel=2)
+        warnings.warn(f"test folder {name!r} is not a trained style and is ignored", stacklevel=2)
         self.shown = []
         return {}
 
     def test(self) -> None:
-        """Carry the source to all other styles and write the pictures."""
+        """Translate the source to all other styles and write the pictures."""
         v, source = self.opt["val"], self.styles.index(self.source_name)
         others = [style for style in range(len(self.styles)) if style != source]
         with self.testing() as network:
@@ -304,13 +287,13 @@ class ModelLGT(ModelPlain):
             self.write_pictures()
 
     def invert(self, network: nn.Module, x: Tensor, style: Tensor, average: bool = False) -> Tensor:
-        """Latents (B,c,h,w) of these styles -> the noise they come from."""
+        """Return the noise from which latents (B,c,h,w) of these styles arise."""
         return invert(self.velocity(network, style, average), x, self.opt["val"]["num_steps"])
 
     def generate(self, network: nn.Module, noise: Tensor, styles: list[int], seeds: list[tuple[int, ...]]) -> Tensor:
-        """Noise (B,c,h,w) -> latents of these styles; each image's Langevin noise has a generator of its own."""
+        """Return latents of these styles from noise (B,c,h,w); `seeds` seed the Langevin noise of each image."""
         v, style = self.opt["val"], torch.tensor(styles, device=self.device)
-        generators = [step_generator(*seed) for seed in seeds]
+        generators = [cpu_generator(seed, 0, 0, *stream) for seed, *stream in seeds]
         langevin = (torch.stack([torch.randn(noise.shape[1:], generator=g) for g in generators]).to(noise)
                     for _ in range(v["num_steps"]))
         unguided = self.velocity(network, style, average=True) if v["use_cfg"] else None
@@ -318,15 +301,16 @@ class ModelLGT(ModelPlain):
                         v["cfg_decay"], v["temperature_lambda"], v["temperature_threshold"], langevin)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B,c,h,w) -> pictures (B,3,H,W) in [0,1]."""
+        """Decode latents (B,c,h,w) to pictures (B,3,H,W) in [0,1]."""
         return (self.codec.decode(latents.float()).float() / 2 + 0.5).clamp(0, 1)
 
     @property
     def pictures_folder(self) -> Path:
-        return self.save_dir.parent / "inference" / ("use" if self.using else f"epoch_{self.epoch:04d}")
+        """The folder of the pictures of this test."""
+        return self.save_dir.parent / "inference" / ("use" if self.inferring else f"epoch_{self.epoch:04d}")
 
     def write_pictures(self) -> None:
-        """Each translation, whole or not at all."""
+        """Write the picture of each translation."""
         latents = torch.stack([self.ends.get(style, self.source[0]) for style in self.styles])
         row = torch.cat([self.decode(part) for part in latents.split(self.opt["val"]["batch"])]).cpu()
         with tolerated(self.pictures_folder, warnings.warn):
@@ -337,29 +321,33 @@ class ModelLGT(ModelPlain):
         self.made[self.source_name] = row
 
     def metrics(self) -> dict[str, float]:
-        """Of each pair: SWD to the target style's pictures (lower is better; `_source`: of the untranslated source),
-        SSM to the source."""
+        """Return for each pair of styles the distances to the target style (swd) and to the source (ssm).
+
+        `swd_source` is the distance of the untranslated source to the target style. Lower is better.
+        """
         t, row = self.opt_train, {}
         swd = PatchSlicedWassersteinLoss(t["patch_size"], t["num_projections"], max_samples=None)
         for target, end in self.ends.items():
             values = {"ssm": float(CosineSSMLoss()(end[None], self.source))}
             if (references := self.references.get(target)) is not None:
                 for key, latent in (("swd", end), ("swd_source", self.source[0])):
-                    generator = step_generator(self.opt["val"]["sample_seed"], 0)
+                    generator = cpu_generator(self.opt["val"]["sample_seed"], 0, 0, 0)
                     values[key] = float(swd(latent.expand_as(references), references, generator))
             self.measured[self.source_name, target] = values
             row |= {f"{key}_{self.source_name}_to_{target}": value for key, value in values.items()}
         return row
 
     def summarize(self, name: str, rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """Means over all pairs, then each pair's; writes the contact sheet: a row for each source, a column for each
-        style, on the diagonal what the codec makes of the source."""
+        """Write the contact sheet, and return means over all pairs of styles, then the metrics of each pair.
+
+        The sheet has a row for each source and a column for each style; the diagonal shows the decoded source.
+        """
         made, measured, self.made, self.measured = self.made, list(self.measured.values()), {}, {}
         if not made:
             raise OptionError(f"none of the test folders is a style of {', '.join(self.styles)}")
         for style in self.styles:
             if style not in made:
-                warnings.warn(f"style {style!r} has no picture in the test folder: nothing is made from it",
+                warnings.warn(f"style {style!r} has no picture in the test folder: it is not translated",
                               stacklevel=2)
         sheet = make_grid(torch.cat(list(made.values())), nrow=len(self.styles), padding=4, pad_value=1)
         with tolerated(self.pictures_folder, warnings.warn):
@@ -371,42 +359,44 @@ class ModelLGT(ModelPlain):
         return means | {key: value for row in rows for key, value in row.items()}
 
     def is_printed(self, metric: str) -> bool:
+        """Tell whether the log line shows a metric: the means, not single pairs."""
         return "_to_" not in metric
 
     def pictures(self) -> list[Tensor]:
-        """The source's row of the contact sheet."""
+        """Return the row of the source in the contact sheet."""
         return list(self.made[self.source_name])
 
     def current_visuals(self, need_H: bool = True) -> dict[str, Tensor]:
-        """KAIR's keys: L the source, E its first translation; (3,H,W) in [0, 1] on the CPU."""
+        """Return by KAIR's keys L, the source, and E, its first translation; (3,H,W) in [0, 1] on the CPU."""
         row, source = self.made[self.source_name], self.styles.index(self.source_name)
         return {"L": row[source], "E": row[int(source == 0)]}
 
-    # ------------------------------------------------ use
+    # ------------------------------------------------ inference
 
     @staticmethod
-    def prepare_use(opt: Mapping[str, Any]) -> None:
-        """A checkpoint says what its styles are; for bare weights `style_subdirs` has to."""
+    def prepare_inference(opt: Mapping[str, Any]) -> None:
+        """Let the checkpoint name the styles; bare weights need `style_subdirs`."""
         data = opt["datasets"]["train"]
         data["style_subdirs"] = data.get("style_subdirs") or [UNNAMED]
         opt["netG"].pop("num_styles", None)
 
-    def load_use(self, payload: Mapping[str, Any], source: str) -> str:
+    def load_for_inference(self, payload: Mapping[str, Any], source: str) -> str:
+        """Load weights and styles of a checkpoint."""
         state = (payload if "state" in payload else unpack(payload, source)).get("state") or {}
         self.check_codec(state)
-        self.using, self.styles = True, list(state.get("styles") or self.styles)
+        self.inferring, self.styles = True, list(state.get("styles") or self.styles)
         if self.styles == [UNNAMED]:
             raise CheckpointError(f"{source}: does not name the styles it was trained on; give them, in order, as "
                                   "datasets.train.style_subdirs")
         self.opt["netG"]["num_styles"] = len(self.styles)
         self.netG = self.define_network("G")
-        return super().load_use(payload, source)
+        return super().load_for_inference(payload, source)
 
-    def results(self, source: str, truth: str | None, wanted: Callable[[str], bool]) -> Iterator[Any]:
-        """Pictures in `val.style`, NAME_to_STYLE.png; see `ModelBase`. Noise depends on the name, not on the others."""
+    def infer(self, source: str, truth: str | None, wanted: Callable[[str], bool]) -> Iterator[Any]:
+        """Yield pictures in style `val.style`, NAME_to_STYLE.png; the noise of each depends on its name alone."""
         v = self.opt["val"]
         if truth:
-            raise ValueError("--truth: nobody knows what a translation should be; leave it out")
+            raise ValueError("--truth: a translation has no ground truth; omit it")
         for flag, style in (("style", v["style"] or ""), ("source_style", v["source_style"])):
             if style is not None and style not in self.styles:
                 raise ValueError(f"--{flag}: {f'{style!r} was not trained' if style else 'missing'}; valid: "
@@ -419,14 +409,14 @@ class ModelLGT(ModelPlain):
                 yield file, self.translate(picture, v["style"], v["source_style"], zlib.crc32(os.fsencode(name))), None
 
     def translate(self, picture: Tensor, target: str, source: str | None = None, seed: int = 0) -> Tensor:
-        """A picture in another style, at its own size.
+        """Translate a picture to another style, at its own size.
 
         Args:
-            picture: (3,H,W) in [0,1]. target: a trained style. source: the style it is in; None: the average one.
+            picture: (3,H,W) in [0,1].
+            target: name of a trained style.
+            source: style of the picture; None: the average style.
             seed: of the Langevin noise.
-
-        Returns:
-            (3,H,W) in [0,1].
+        Returns: (3,H,W) in [0,1].
         """
         height, width = picture.shape[1:]
         side = 4 * self.codec.factor
@@ -442,13 +432,12 @@ class ModelLGT(ModelPlain):
 
 def euler(velocity: Velocity, x: Tensor, t: Tensor, steps: int, kind: Literal["constant", "shrinking"] = "constant",
           recompute: bool = False, around: Callable[[], Any] = contextlib.nullcontext) -> tuple[Tensor, Tensor]:
-    """Follow the velocity from x (B,c,h,w) at times t (B,) towards 1.
+    """Integrate the velocity from x (B,c,h,w) at times t (B,) towards t = 1.
 
     Args:
-        kind: constant: each step a share of the way, so that it ends at 1. shrinking: each a share of what is left,
-            as published, so that it ends before.
-        recompute: hold only x of each step in memory and compute the rest again for the gradient, inside `around`.
-
+        kind: "constant": steps of equal length, which end at 1. "shrinking": each step covers an equal fraction of
+            the time that is left, as published, so that the last ends before 1.
+        recompute: keep only x of each step in memory and recompute the rest for the gradient, inside `around`.
     Returns: x and t at the end.
     """
     length = (1 - t) / steps
@@ -465,7 +454,7 @@ def euler(velocity: Velocity, x: Tensor, t: Tensor, steps: int, kind: Literal["c
 
 
 def invert(velocity: Velocity, x: Tensor, steps: int) -> Tensor:
-    """Follow the velocity back from 1, in Euler steps; it is never asked for at 0, as published."""
+    """Integrate the velocity backwards from t = 1 to 0 in Euler steps, as published."""
     for k in range(steps):
         x = x - velocity(x, x.new_full((len(x),), 1 - k / steps)) / steps
     return x
@@ -473,12 +462,13 @@ def invert(velocity: Velocity, x: Tensor, steps: int) -> Tensor:
 
 def generate(velocity: Velocity, average: Velocity | None, x: Tensor, steps: int, cfg_scale: float, cfg_decay: bool,
              temperature_lambda: float, temperature_threshold: float, noise: Iterable[Tensor]) -> Tensor:
-    """Follow the velocity from 0, guided away from the average style, with Langevin noise near the end.
+    """Integrate the velocity from t = 0 to 1, with guidance away from the average style and Langevin noise.
 
     Args:
         average: velocity of the average style; None: no guidance.
-        cfg_scale: 1 is no guidance. cfg_decay: let it fall towards 1 in equal steps.
-        temperature_lambda: strength of the noise from time temperature_threshold on; 0: none is taken from
+        cfg_scale: strength of the guidance; 1: no guidance.
+        cfg_decay: whether the guidance falls towards 1 in equal steps.
+        temperature_lambda: strength of the noise from time temperature_threshold on; 0: no noise.
         noise: tensors like x, one for each noisy step.
     """
     noise = iter(noise)
@@ -493,8 +483,3 @@ def generate(velocity: Velocity, average: Velocity | None, x: Tensor, steps: int
         if temperature_lambda > 0 and k / steps >= temperature_threshold:
             x = x + temperature_lambda / math.sqrt(steps) * next(noise)
     return x
-
-
-def step_generator(seed: int, *numbers: int) -> torch.Generator:
-    """A generator of the CPU that depends on these numbers (>= 0) alone."""
-    return torch.Generator().manual_seed(int(sample_rng(seed, 0, 0, *numbers).integers(2**63)))

@@ -1,4 +1,7 @@
-"""One network, one loss, an optional moving average: what most recipes need, and KAIR's `ModelPlain`."""
+"""The base of the recipes: one network, one loss, an optional moving average (EMA).
+
+Source: `ModelPlain` of cszn/KAIR.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import checkpoint
 from data.resize import imresize
@@ -23,35 +26,37 @@ from storage.foreign import extract_weights, unpack
 
 
 class ModelPlain(ModelBase):
-    """Restores a target from a degraded input: `netG(degraded)` against `target`."""
+    """Train `netG` to restore `target` from `degraded`."""
 
     @dataclass
     class StepOptions(ModelBase.TrainOptions):
-        """Without the loss, for recipes that have their own."""
+        """Declare the keys of optimizer and schedule, without the loss, for recipes with their own."""
 
-        E_decay: ProperFraction = 0.0  # share of the old moving average that a step keeps, usually 0.999; 0: no average
-        G_optimizer_type: Literal["adam", "adamw"] = "adam"  # optimizer of G: Adam, or with decoupled weight decay
+        E_decay: ProperFraction = 0.0  # share of the moving average (E) that a step keeps, usually 0.999; 0: no E
+        G_optimizer_type: Literal["adam", "adamw"] = "adam"  # optimizer of G; adamw decouples the weight decay
         G_optimizer_lr: NonNegativeFloat = 1e-4  # learning rate of G at the start of the schedule
-        # Shares of the gradient's first and second moment that a step keeps.
+        # Decay rates of the gradient's first and second moment.
         G_optimizer_betas: tuple[ProperFraction, ProperFraction] = (0.9, 0.999)
-        G_optimizer_wd: NonNegativeFloat = 0.0  # weight decay of G
-        G_optimizer_clipgrad: PositiveFloat | None = None  # largest norm of the whole gradient of G; null: no limit
-        # Learning rate over time: in steps, in cosines that start over, or constant.
+        G_optimizer_wd: NonNegativeFloat = 0.0  # weight decay of the optimizer of G
+        G_optimizer_clipgrad: PositiveFloat | None = None  # largest gradient norm of G; null: no clipping
+        # Schedule of the learning rate: steps at milestones, restarting cosines, or constant.
         G_scheduler_type: Literal["MultiStepLR", "CosineAnnealingWarmRestarts", "constant"] = "constant"
-        # Iterations after which MultiStepLR multiplies the learning rate by G_scheduler_gamma.
+        # Iterations at which MultiStepLR multiplies the learning rate by G_scheduler_gamma.
         G_scheduler_milestones: list[NonNegativeInt] = field(default_factory=list)
         G_scheduler_gamma: PositiveFloat = 0.1  # factor of the learning rate at each milestone
-        G_scheduler_periods: PositiveInt | None = None  # iterations of the first cosine; null: the whole run
-        G_scheduler_restart_weights: PositiveInt = 1  # factor from the length of a cosine to that of the next
+        G_scheduler_periods: PositiveInt | None = None  # iterations of the first cosine; null: total_iter
+        G_scheduler_restart_weights: PositiveInt = 1  # length of a cosine divided by that of the previous one
         G_scheduler_eta_min: NonNegativeFloat = 0.0  # lowest learning rate of a cosine
-        G_param_strict: bool = True  # refuse path.pretrained_netG, and shapes of path.init_from, that do not fit G
-        E_param_strict: bool = True  # refuse path.pretrained_netE where names or shapes do not fit E
+        G_param_strict: bool = True  # require that path.pretrained_netG or path.init_from fits G
+        E_param_strict: bool = True  # require that path.pretrained_netE fits E
 
     @dataclass
     class TrainOptions(StepOptions):
+        """Declare the keys of the loss of G."""
+
         G_lossfn_type: str = "l1"  # loss of G, a name of losses.LOSSES
         G_lossfn_weight: NonNegativeFloat = 1.0  # factor of the loss of G
-        G_charbonnier_eps: NonNegativeFloat = 1e-9  # constant below the root of the Charbonnier loss
+        G_charbonnier_eps: NonNegativeFloat = 1e-9  # constant under the square root of the Charbonnier loss
 
     def __init__(self, opt: Mapping[str, Any]):
         super().__init__(opt)
@@ -64,8 +69,8 @@ class ModelPlain(ModelBase):
     def init_train(self, parts: Mapping[str, Any] | None = None, source: str = "checkpoint") -> list[str]:
         reports = self.load(parts, source)
         self.netG.train()
-        shared = self.share(self.netG)
-        self.forward_G = torch.compile(shared) if self.opt_train["compile"] else shared
+        wrapped = self.distribute(self.netG)
+        self.forward_G = torch.compile(wrapped) if self.opt_train["compile"] else wrapped
         self.define_loss()
         self.define_optimizer()
         self.load_optimizers(parts, source)
@@ -75,7 +80,7 @@ class ModelPlain(ModelBase):
     # ------------------------------------------------ before training
 
     def load(self, parts: Mapping[str, Any] | None = None, source: str = "checkpoint") -> list[str]:
-        """Weights from a checkpoint's parts, or from `path.pretrained_*`. Returns a report line for each file."""
+        """Load weights from the parts of a checkpoint, or from `path.pretrained_*`. Returns report lines."""
         if parts:
             for label, network in self.networks.items():
                 if label in parts:
@@ -99,75 +104,88 @@ class ModelPlain(ModelBase):
         return reports
 
     def load_optimizers(self, parts: Mapping[str, Any] | None = None, source: str = "checkpoint") -> None:
+        """Load the states of all optimizers that a checkpoint has."""
         for label, optimizer in self.optimizers.items():
             if parts and label in parts:
                 self.load_optimizer_state(optimizer, parts[label], f"{source}: {label}")
 
+    def build_loss(self, options: Mapping[str, Any], type_key: str = "G_lossfn_type", section: str = "train",
+                   **more: Any) -> nn.Module:
+        """Build the loss that an option section names, on the device.
+
+        Args:
+            options: the section; keys that are no argument of the loss are ignored.
+            type_key: key whose value is a name of losses.LOSSES.
+            section: key path of the section, for messages.
+            more: further arguments, which override the section's.
+        Raises: OptionError: the name or a value is invalid.
+        """
+        options = Section({**options, **more})
+        options.where = f"{self.opt['opt_path']}: {section}"
+        return build(LOSSES, options, type_key).to(self.device)
+
     def define_loss(self) -> None:
-        section = Section(G_lossfn_type=self.opt_train["G_lossfn_type"])
-        section.where = f"{self.opt['opt_path']}: train"
-        self.G_lossfn = build(LOSSES, section, "G_lossfn_type",
-                              G_charbonnier_eps=self.opt_train["G_charbonnier_eps"]).to(self.device)
+        """Build the loss of G."""
+        self.G_lossfn = self.build_loss(self.opt_train)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What the optimizer is given; a group's lr overrides G_optimizer_lr."""
+        """Return the parameter groups of the optimizer; the lr of a group overrides G_optimizer_lr."""
         return [{"params": [p for p in self.netG.parameters() if p.requires_grad]}]
 
-    def define_optimizer(self) -> None:
+    def build_optimizer(self, parameters: Any, lr: float) -> torch.optim.Optimizer:
+        """Build an optimizer with the options of G and another learning rate."""
         t = self.opt_train
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[t["G_optimizer_type"]]
-        self.G_optimizer = kind(self.parameter_groups(), lr=t["G_optimizer_lr"], betas=tuple(t["G_optimizer_betas"]),
-                                weight_decay=t["G_optimizer_wd"], fused=True)
-        for group in self.G_optimizer.param_groups:
+        optimizer = kind(parameters, lr=lr, betas=tuple(t["G_optimizer_betas"]), weight_decay=t["G_optimizer_wd"],
+                         fused=True)
+        for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
+        return optimizer
+
+    def define_optimizer(self) -> None:
+        """Build the optimizer of G."""
+        self.G_optimizer = self.build_optimizer(self.parameter_groups(), self.opt_train["G_optimizer_lr"])
         self.optimizers["optimizerG"] = self.G_optimizer
 
     def define_scheduler(self) -> None:
-        t = self.opt_train
-        if t["G_scheduler_type"] == "MultiStepLR":
-            schedule = schedules.multi_step(t["G_scheduler_milestones"], t["G_scheduler_gamma"])
-        elif t["G_scheduler_type"] == "CosineAnnealingWarmRestarts":
-            periods = t["total_iter"] if t["G_scheduler_periods"] is None else t["G_scheduler_periods"]
-            schedule = schedules.cosine_warm_restarts(periods, t["G_scheduler_restart_weights"],
-                                                      t["G_scheduler_eta_min"])
-        else:
-            schedule = schedules.constant()
-        self.schedules["optimizerG"] = schedule
+        """Build the learning rate schedule of G."""
+        self.schedules["optimizerG"] = build_schedule(self.opt_train)
 
     # ------------------------------------------------ training
 
     def feed_data(self, data: Mapping[str, Any], need_H: bool = True) -> None:
-        """Take a batch: `L` degraded, `H` target, (B, ..., C, H, W) in [0, 1]."""
+        """Move a batch to the device: `L` degraded, `H` target, (B, ..., C, H, W) in [0, 1]."""
         self.degraded = data["L"].to(self.device, non_blocking=True)
         self.target = data["H"].to(self.device, non_blocking=True) if need_H and "H" in data else None
 
     def netG_forward(self) -> None:
+        """Run G on `degraded`, into `restored`."""
         self.restored = self.forward_G(self.degraded)
 
     def optimize_parameters(self, current_step: int) -> None:
-        t, whole = self.opt_train, (self.degraded, self.target)
+        t, batch = self.opt_train, (self.degraded, self.target)
         self.G_optimizer.zero_grad(set_to_none=True)
-        losses, parts = [], list(zip(*(tensor.chunk(t["accumulate"]) for tensor in whole)))
+        losses, parts = [], list(zip(*(tensor.chunk(t["accumulate"]) for tensor in batch)))
         for number, (self.degraded, self.target) in enumerate(parts, start=1):
             with distributed.no_sync(self.forward_G, last=number == len(parts)):
                 with self.autocast():
                     self.netG_forward()
-                share = len(self.degraded) / len(whole[0])
+                share = len(self.degraded) / len(batch[0])
                 loss = t["G_lossfn_weight"] * share * self.G_lossfn(self.restored.to(self.target.dtype), self.target)
                 losses.append(loss.detach())
-                if self.unusable(loss):
+                if self.must_skip(loss):
                     break
                 self.backward(loss)
         else:
             if self.step(self.G_optimizer, t["G_optimizer_clipgrad"]) and self.netE is not None:
                 self.update_E(t["E_decay"])
         self.log_dict["G_loss"] = sum(losses)
-        self.degraded, self.target = whole
+        self.degraded, self.target = batch
 
     # ------------------------------------------------ testing
 
-    def load_use(self, payload: Mapping[str, Any], source: str) -> str:
-        """The moving average if there is one, else G; of a single file, what is in it."""
+    def load_for_inference(self, payload: Mapping[str, Any], source: str) -> str:
+        """Load the moving average if there is one, else G; of a single file, its weights."""
         label = next((label for label in ("E", "G") if label in payload), None)
         unpacked = payload if label else unpack(payload, source)
         label = label or ("E" if "E" in unpacked else "G")
@@ -182,8 +200,8 @@ class ModelPlain(ModelBase):
             self.restored = self.restore(network, self.degraded)
 
     @contextlib.contextmanager
-    def testing(self) -> Iterator[torch.nn.Module]:
-        """The network that is tested, in evaluation mode and without gradients."""
+    def testing(self) -> Iterator[nn.Module]:
+        """Yield the network to test, E or G, in evaluation mode and without gradients."""
         network = self.netE if self.netE is not None else self.netG
         training = network.training
         network.eval()
@@ -193,19 +211,19 @@ class ModelPlain(ModelBase):
         finally:
             network.train(training)
 
-    def restore(self, network: torch.nn.Module, degraded: Tensor) -> Tensor:
-        """One forward pass; a recipe whose input can be too large for that overrides it."""
+    def restore(self, network: nn.Module, degraded: Tensor) -> Tensor:
+        """Restore in one forward pass; a recipe with larger inputs overrides it."""
         return network(degraded)
 
     def baseline(self) -> tuple[str, Tensor]:
-        """What restoring has to beat, by name: the input, upscaled by bicubic interpolation where it is smaller."""
+        """Return name and image of the baseline: the input, or its bicubic enlargement where it is smaller."""
         degraded = self.degraded[0, ..., : self.target.shape[-3], :, :]  # without a noise map
         if degraded.shape == self.target.shape[1:]:
             return "input", degraded
         return "bicubic", imresize(degraded, self.opt["scale"])
 
     def metrics(self) -> dict[str, float]:
-        """PSNR and SSIM of `restored`, and under `<name>_<baseline>` of the baseline, averaged over frames."""
+        """Return PSNR and SSIM of `restored`, and as `<name>_<baseline>` of the baseline, averaged over frames."""
         restored, target = self.restored[0], self.target[0]
         name, plain = self.baseline()
         self.baseline_name = name
@@ -213,12 +231,12 @@ class ModelPlain(ModelBase):
         return values | {f"{k}_{name}": v for k, v in video_metrics(_frames(plain), _frames(target)).items()}
 
     def pictures(self) -> list[Tensor]:
-        """Input | restored | target of the middle frame, each (C, H, W)."""
+        """Return baseline, restored and target of the middle frame, each (C, H, W)."""
         images = [self.baseline()[1], self.restored[0], self.target[0]]
         return [_frames(image)[len(_frames(image)) // 2] for image in images]
 
     def current_visuals(self, need_H: bool = True) -> dict[str, Tensor]:
-        """KAIR's keys: L degraded, E restored, H target; the first of the batch, float, on the CPU."""
+        """Return the first sample by KAIR's keys: L degraded, E restored, H target; float, on the CPU."""
         visuals = {"L": self.degraded[0], "E": self.restored[0]}
         if need_H and self.target is not None:
             visuals["H"] = self.target[0]
@@ -226,12 +244,35 @@ class ModelPlain(ModelBase):
 
 
 def _frames(image: Tensor) -> Tensor:
-    """(T, C, H, W) of a clip or of a single image (C, H, W)."""
+    """Return a clip as it is, a single image (C, H, W) as a clip of one frame."""
     return image.unsqueeze(0) if image.ndim == 3 else image
 
 
-def starts(length: int, size: int, overlap: int) -> list[int]:
-    """Where windows of `size` with an overlap begin so that they cover `length`; the last one ends with it."""
+def window_starts(length: int, size: int, overlap: int) -> list[int]:
+    """Return where overlapping windows of `size` begin so that they cover `length`; the last ends at `length`."""
     if not size or length <= size:
         return [0]
     return [*range(0, length - size, size - overlap), length - size]
+
+
+def build_schedule(t: Mapping[str, Any], periods: int | None = None) -> schedules.Schedule:
+    """Build the learning rate schedule that the options of training name.
+
+    Args:
+        t: the `train` section.
+        periods: equal parts of the run at whose ends CosineAnnealingLR moves; None: each iteration.
+    """
+    total, kind, lowest = t["total_iter"], t["G_scheduler_type"], t["G_scheduler_eta_min"]
+    if kind == "MultiStepLR":
+        return schedules.multi_step(t["G_scheduler_milestones"], t["G_scheduler_gamma"])
+    if kind == "CosineAnnealingWarmRestarts":
+        first = total if t["G_scheduler_periods"] is None else t["G_scheduler_periods"]
+        return schedules.cosine_warm_restarts(first, t["G_scheduler_restart_weights"], lowest)
+    if kind == "CosineAnnealingLR":
+        periods = periods or total
+        cosine = schedules.cosine(periods, lowest)
+        return lambda base, step: cosine(base, step * periods // total)
+    if kind == "OneCycleLR":
+        return schedules.one_cycle(total, t["G_scheduler_warmup"], t["G_scheduler_div_factor"],
+                                   t["G_scheduler_final_div_factor"])
+    return schedules.constant()

@@ -1,7 +1,7 @@
-"""Segmentation: class ids of every pixel, scored by counts that are summed before they are divided.
+"""The segmentation recipe: it predicts the class of every pixel; scores divide counts summed over a data set.
 
-Source: Diakogiannis et al. 2020, arXiv:1904.00592; the histories and their names are those that users of
-mischiefliao/ResUNeta-Torch find in their checkpoints.
+Source: Diakogiannis et al. 2020, arXiv:1904.00592; the histories and their names are those of
+mischiefliao/ResUNeta-Torch.
 Legend: B batch, K classes, C channels that the network returns, H W pixels.
 """
 
@@ -18,12 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.masks import ImageFolderDataset, by_stem, read_mask
-from losses import LOSSES
 from losses.tanimoto import activate
 from metrics.segmentation import confusion, segmentation_metrics
 from models import NETWORKS
-from models.model_plain import ModelPlain, starts
-from options import Section, build
+from models.model_plain import ModelPlain, window_starts
+from options import build
 from runtime import distributed
 from runtime.ranges import Fraction, NonNegativeInt
 
@@ -34,25 +33,29 @@ IGNORED = (0.5, 0.5, 0.5)
 
 
 class ModelSegmentation(ModelPlain):
-    """`degraded` (B,3,H,W) images, `target` (B,H,W) class ids, `restored` (B,C,H,W) logits.
+    """Train on images `degraded` (B,3,H,W) and class ids `target` (B,H,W); `restored` (B,C,H,W) are logits.
 
     With `netG.multitask`, `target` is (B,2K+4,H,W): ids, boundary, distance, and the image's hue, saturation, value.
     """
 
     @dataclass
     class TrainOptions(ModelPlain.TrainOptions):
+        """Declare the keys of the loss and of the schedule."""
+
         G_lossfn_type: Literal["tanimoto", "tanimoto_pooled", "dice", "bce"] = "tanimoto"
-        loss_complement: bool = True  # average both Tanimoto losses with those of 1 - p and 1 - l
-        loss_alpha: Fraction = 0.5  # share of the foreground in tanimoto_pooled
-        # Learning rate over time: in steps, in cosines that start over, lower without gain, or constant.
+        loss_complement: bool = True  # average Tanimoto losses of p, l with those of 1 - p, 1 - l
+        loss_alpha: Fraction = 0.5  # weight of the foreground in tanimoto_pooled; 1 - it: the background
+        # Schedule of the learning rate: steps at milestones, restarting cosines, lower after a plateau, or constant.
         G_scheduler_type: Literal["MultiStepLR", "CosineAnnealingWarmRestarts", "ReduceLROnPlateau",
                                   "constant"] = "constant"
-        G_scheduler_patience: NonNegativeInt = 5  # validations without gain that ReduceLROnPlateau waits for
+        G_scheduler_patience: NonNegativeInt = 5  # validations without gain before ReduceLROnPlateau lowers the rate
 
     @dataclass
     class ValOptions(ModelPlain.ValOptions):
-        tile: NonNegativeInt = 0  # side in pixels of prediction's tiles; 0: resize to image_size, as in training
-        tile_overlap: NonNegativeInt = 64  # pixels that neighbouring tiles share, where one fades into the other
+        """Declare the tiles of the prediction."""
+
+        tile: NonNegativeInt = 0  # side of the tiles of a prediction in pixels; 0: no tiles, resize to image_size
+        tile_overlap: NonNegativeInt = 64  # pixels that neighbouring tiles share and blend
 
     best_metric = "loss", "min"
 
@@ -73,11 +76,11 @@ class ModelSegmentation(ModelPlain):
             raise ValueError(f"{opt['opt_path']}: val.tile_overlap {v['tile_overlap']} must be below val.tile "
                              f"{v['tile']}")
         self.history: dict[str, list] = {name: [] for name in HISTORIES}
-        self.validated: list[str] = []  # stems of the validation set, for the record
+        self.validated: list[str] = []  # stems of the validation set
         self.begin_epoch(0, 0)
 
     def define_network(self, label: str) -> nn.Module:
-        """The network for the data's classes and size, unless its section says otherwise."""
+        """Build the network for the classes of the data and, unless its section has one, their image size."""
         section = self.opt[f"net{label}"]
         if section.get("num_classes", self.num_classes) != self.num_classes:
             raise ValueError(f"{self.opt['opt_path']}: netG.num_classes {section['num_classes']} must be that of "
@@ -86,13 +89,13 @@ class ModelSegmentation(ModelPlain):
         return build(NETWORKS, section, "net_type", num_classes=self.num_classes, image_size=size).to(self.device)
 
     def define_loss(self) -> None:
+        """Build the criterion."""
         t = self.opt_train
-        section = Section(G_lossfn_type=t["G_lossfn_type"])
-        section.where = f"{self.opt['opt_path']}: train"
-        self.criterion = build(LOSSES, section, "G_lossfn_type", complement=t["loss_complement"], alpha=t["loss_alpha"])
+        self.criterion = self.build_loss(t, complement=t["loss_complement"], alpha=t["loss_alpha"])
         self.G_lossfn = self.loss_and_counts
 
     def define_scheduler(self) -> None:
+        """Build the schedule of G; ReduceLROnPlateau follows from the history of validations."""
         t = self.opt_train
         if t["G_scheduler_type"] == "ReduceLROnPlateau":
             self.schedules["optimizerG"] = lambda initial, finished: max(
@@ -101,7 +104,7 @@ class ModelSegmentation(ModelPlain):
             super().define_scheduler()
 
     def plateaus(self) -> int:
-        """How often the validation loss stood still, from its history alone, as torch's ReduceLROnPlateau counts."""
+        """Count the plateaus in the history of validation losses, as torch's ReduceLROnPlateau does."""
         best, since, found = math.inf, 0, 0
         for loss in self.history["val_losses"]:
             best, since = (loss, 0) if loss < best * (1 - 1e-4) else (best, since + 1)
@@ -110,20 +113,21 @@ class ModelSegmentation(ModelPlain):
         return found
 
     def init_train(self, parts: Mapping[str, Any] | None = None, source: str = "checkpoint") -> list[str]:
+        """Prepare for training; report histories that a checkpoint lacks."""
         reports = super().init_train(parts, source)
         absent = [name for name in HISTORIES if parts and name not in parts.get("state", {})]
         if absent:
-            reports.append(f"{source}: holds no {', '.join(absent)}; they begin anew")
+            reports.append(f"{source}: holds no {', '.join(absent)}; they start over")
         return reports
 
     # ------------------------------------------------ training
 
     def feed_data(self, data: Mapping[str, Any], need_H: bool = True) -> None:
-        """Take a batch: `L` (B,3,H,W) in [0,1], `H` (B,H,W) class ids; a training batch says its `epoch`, too."""
+        """Move a batch to the device: `L` (B,3,H,W) in [0,1], `H` (B,H,W) class ids; in training with `epoch`."""
         super().feed_data(data, need_H)
         self.names = data["folder"]
         if self.target is not None:
-            self.target = self.target.float()  # the loss takes logits of the target's type
+            self.target = self.target.float()  # the loss converts logits to the type of the target
         if self.multitask and self.target is not None:
             maps = [data[name].to(self.device, non_blocking=True) for name in ("boundary", "distance")]
             self.target = torch.cat([self.target[:, None], *maps, hsv(self.degraded)], dim=1)
@@ -133,12 +137,13 @@ class ModelSegmentation(ModelPlain):
                 self.begin_epoch(*place)
 
     def begin_epoch(self, epoch: int, num_samples: int) -> None:
-        """Counts of a new epoch; they stay on the device until it ends."""
+        """Reset the sums of loss and counts, which stay on the device until the epoch ends."""
         self.epoch = {"place": (epoch, num_samples), "seen": 0,
                       "loss": torch.zeros((), dtype=torch.float64, device=self.device),
                       "counts": torch.zeros(max(2, self.num_classes), 3, dtype=torch.int64, device=self.device)}
 
     def optimize_parameters(self, current_step: int) -> None:
+        """Train on the batch and add its loss and counts to those of the epoch."""
         self.counts, skipped = [], self.skipped
         super().optimize_parameters(current_step)
         if self.skipped == skipped:
@@ -149,21 +154,22 @@ class ModelSegmentation(ModelPlain):
             self.end_epoch()
 
     def end_epoch(self) -> None:
-        """The epoch's means join the history; the device is waited for once."""
+        """Append the means of the epoch to the history. Waits for the device."""
         loss, counts = (distributed.all_reduce_sum(self.epoch[name]) for name in ("loss", "counts"))
         self.history["train_losses"].append(float(loss) / self.epoch["seen"])
         self.history["train_metrics_history"].append(segmentation_metrics(counts))
         self.begin_epoch(self.epoch["place"][0] + 1, self.epoch["place"][1])
 
     def loss_and_counts(self, restored: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of a micro-batch, and keep its counts."""
         self.counts.append(self.confusion(restored.detach(), target))
         return self.loss(restored, target)
 
     def loss(self, restored: Tensor, target: Tensor) -> Tensor:
-        """The criterion; of several tasks the mean of theirs."""
+        """Return the criterion, or its mean over several tasks."""
         k, ids = self.num_classes, self.ids(target).unsqueeze(1)  # (B,1,H,W)
         valid = None if self.ignore_index is None else (ids != self.ignore_index).float()
-        classes = torch.arange(max(2, k), device=ids.device)[-k:]  # of one class: the foreground
+        classes = torch.arange(max(2, k), device=ids.device)[-k:]  # with one class only the foreground
         losses = [self.criterion(restored[:, :k], (ids == classes.view(-1, 1, 1)).float(), valid)]
         if self.multitask:
             parts = zip(restored[:, k:].split([k, k, 3], 1), target[:, 1:].split([k, k, 3], 1),
@@ -172,26 +178,27 @@ class ModelSegmentation(ModelPlain):
         return sum(losses) / len(losses)
 
     def ids(self, target: Tensor) -> Tensor:
-        """(B,H,W) class ids."""
+        """Return the class ids (B,H,W) of a target."""
         return (target[:, 0] if self.multitask else target).long()
 
     def classes(self, restored: Tensor) -> Tensor:
-        """Logits (B,C,H,W), or probabilities where there are several classes -> (B,H,W) class ids."""
+        """Return the class ids (B,H,W) that logits (B,C,H,W) predict."""
         logits = restored[:, : self.num_classes]
         return (logits[:, 0] > 0).long() if self.num_classes == 1 else logits.argmax(1)
 
     def confusion(self, restored: Tensor, target: Tensor) -> Tensor:
+        """Return true positives, false positives and false negatives of each class."""
         return confusion(self.classes(restored), self.ids(target), max(2, self.num_classes), self.ignore_index)
 
     # ------------------------------------------------ testing
 
     def metrics(self) -> dict[str, Any]:
-        """Of one image: its name and loss, and the counts that `summarize` adds up, as `tp_<class>` and so on."""
+        """Return name and loss of one image, and the counts that `summarize` sums, as `tp_<class>` etc."""
         row = {"name": self.names[0], "loss": float(self.loss(self.restored.float(), self.target))}
         return row | by_name(self.confusion(self.restored, self.target))
 
     def summarize(self, name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Metrics of a whole test set from those of its images; the set called "test" makes the history."""
+        """Return the metrics of a test set; those of the set named "test" also extend the history."""
         loss, scores = sum(row["loss"] for row in rows) / len(rows), self.pooled(rows)
         if name == "test":
             self.history["val_losses"].append(loss)
@@ -200,21 +207,22 @@ class ModelSegmentation(ModelPlain):
         return {"loss": loss, **scores}
 
     def pooled(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-        """Metrics of several images: their counts are summed before anything is divided."""
+        """Return the metrics of several images together: their counts are summed before they are divided."""
         rows = list(rows)
         return segmentation_metrics(torch.tensor([[sum(row[f"{kind}_{c}"] for row in rows) for kind in COUNTS]
                                                   for c in range(max(2, self.num_classes))]))
 
-    def summarize_results(self, rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    def summarize_inference(self, rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """Return the metrics of all outputs together."""
         return self.pooled(rows.values())
 
     def pictures(self) -> list[Tensor]:
-        """Image | truth | prediction."""
+        """Return image, truth and prediction."""
         ids = self.ids(self.target)[0]
         return [self.degraded[0], self.colours(ids), self.colours(self.classes(self.restored)[0])]
 
     def colours(self, ids: Tensor) -> Tensor:
-        """(H,W) class ids -> (3,H,W) in [0,1]; what does not count is grey."""
+        """Colour class ids (H,W) as a picture (3,H,W) in [0,1]; ignored pixels are grey."""
         palette = torch.tensor(PALETTE, device=ids.device)
         shown = palette[ids % len(PALETTE)]
         if self.ignore_index is not None:
@@ -225,7 +233,7 @@ class ModelSegmentation(ModelPlain):
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
-        """Class ids (H,W) of an image (3,H,W) in [0,1] of any size, as `val.tile` says."""
+        """Predict class ids (H,W) of an image (3,H,W) in [0,1] of any size, in tiles of `val.tile`."""
         network = self.netE if self.netE is not None else self.netG
         network.eval()
         tile, overlap = self.opt["val"]["tile"], self.opt["val"]["tile_overlap"]
@@ -239,12 +247,13 @@ class ModelSegmentation(ModelPlain):
                               align_corners=False)
         return (p[0, 0] > 0.5).long() if self.num_classes == 1 else p[0].argmax(0)
 
-    def load_use(self, payload: Mapping[str, Any], source: str) -> str:
-        self.define_loss()  # of the metrics
-        return super().load_use(payload, source)
+    def load_for_inference(self, payload: Mapping[str, Any], source: str) -> str:
+        """Load weights, and build the loss, which is a metric."""
+        self.define_loss()
+        return super().load_for_inference(payload, source)
 
-    def results(self, source: str, truth: str | None, wanted: Callable[[str], bool]) -> Iterator[Any]:
-        """Of each image `{stem}_overlay.png`, then `{stem}_pred.png`, class ids or 0 and 255."""
+    def infer(self, source: str, truth: str | None, wanted: Callable[[str], bool]) -> Iterator[Any]:
+        """Yield of each image `{stem}_overlay.png`, then `{stem}_pred.png` with class ids, or 0 and 255."""
         images = ImageFolderDataset(source)
         masks = by_stem(Path(truth), "truth") if truth else {}
         yield 2 * len(images)
@@ -263,10 +272,11 @@ class ModelSegmentation(ModelPlain):
             yield mask, ids[None].float() / (1 if self.num_classes <= 2 else 255), metrics
 
     def probabilities(self, network: nn.Module, image: Tensor) -> Tensor:
+        """Return the probabilities (1,K,H,W) of the classes of an image (1,3,H,W)."""
         return activate(network(image)[:, : self.num_classes].float())
 
     def overlay(self, image: Tensor, ids: Tensor) -> Tensor:
-        """The image with what was found in colour: (3,H,W) in [0,1]."""
+        """Return the image (3,H,W) in [0,1] with the foreground coloured."""
         found = (ids > 0).to(image.device)
         shades = torch.tensor([(0, 0, 0), *PALETTE[2:]], device=image.device)
         colour = shades[ids.to(image.device) % len(shades)].movedim(-1, 0)
@@ -275,21 +285,24 @@ class ModelSegmentation(ModelPlain):
     # ------------------------------------------------ state
 
     def extra_state(self, finished: int) -> dict[str, Any]:
+        """Return the extra state with histories and the sums of the epoch."""
         losses = [loss for loss in self.history["val_losses"] if math.isfinite(loss)]
         return {**super().extra_state(finished), **{name: list(rows) for name, rows in self.history.items()},
                 "best_loss": min(losses, default=None), "validation_names": self.validated, **self.local_state()}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Restore histories and sums."""
         super().load_extra_state(state)
         self.history = {name: list(state.get(name, [])) for name in HISTORIES}
         self.validated = list(state.get("validation_names", []))
         self.load_local_state([state])
 
     def local_state(self) -> dict[str, Any]:
+        """Return the sums of the epoch on this rank."""
         return {"current_epoch": {**self.epoch, "place": list(self.epoch["place"])}}
 
     def load_local_state(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Each process goes on with its own counts; as many as there were before, else the first has them all."""
+        """Restore the sums of this rank; after a change of the world size rank 0 takes those of all ranks."""
         found = [state["current_epoch"] for state in states if "current_epoch" in state]
         if not found:
             return
@@ -303,20 +316,23 @@ class ModelSegmentation(ModelPlain):
 
 
 def by_name(counts: Tensor) -> dict[str, float]:
-    """The counts of `metrics.confusion` as a row: tp_0, fp_0, fn_0, tp_1, ..."""
+    """Return the counts of `confusion` by name: tp_0, fp_0, fn_0, tp_1, ..."""
     return {f"{kind}_{c}": float(n) for c, row in enumerate(counts.tolist()) for kind, n in zip(COUNTS, row)}
 
 
 def blended(predict, image: Tensor, tile: int, overlap: int) -> Tensor:
-    """`predict` of square tiles put together, each weighted by a ramp that falls towards its edges.
+    """Predict square tiles and blend them, weighted by ramps that fall towards their edges.
 
-    Args: predict: (1,3,h,w) -> (1,K,h,w). image: (1,3,H,W). tile, overlap: pixels.
-    Returns: (1,K,H,W)
+    Args:
+        predict: function of a tile (1,3,h,w) that returns (1,K,h,w).
+        image: (1,3,H,W).
+        tile, overlap: side and overlap of the tiles in pixels.
+    Returns: (1,K,H,W).
     """
     height, width = image.shape[-2:]
     total, weight = None, image.new_zeros(height, width)
-    for top in starts(height, tile, overlap):
-        for left in starts(width, tile, overlap):
+    for top in window_starts(height, tile, overlap):
+        for left in window_starts(width, tile, overlap):
             rows, columns = slice(top, top + tile), slice(left, left + tile)
             part = predict(image[..., rows, columns])
             ramp = torch.outer(*(fade(n, overlap).to(image) for n in part.shape[-2:]))
@@ -327,13 +343,13 @@ def blended(predict, image: Tensor, tile: int, overlap: int) -> Tensor:
 
 
 def fade(length: int, overlap: int) -> Tensor:
-    """1 inside, falling over `overlap` pixels towards both ends, never 0."""
+    """Return weights (length,) that are 1 inside and fall over `overlap` pixels towards both ends, never to 0."""
     from_edge = torch.minimum(torch.arange(1, length + 1), torch.arange(length, 0, -1))
     return (from_edge / (overlap + 1)).clamp(max=1)
 
 
 def hsv(image: Tensor) -> Tensor:
-    """RGB -> hue, saturation, value, (B,3,H,W), all in [0,1]."""
+    """Convert RGB (B,3,H,W) in [0,1] to hue, saturation and value in [0,1]."""
     r, g, b = image.unbind(1)
     value, low = image.amax(1), image.amin(1)
     chroma = value - low

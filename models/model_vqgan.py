@@ -1,7 +1,7 @@
-"""VQGAN, VQ-VAE and VQ-VAE-2: an autoencoder with codebooks, and a discriminator that joins in later.
+"""The recipe of VQGAN, VQ-VAE and VQ-VAE-2: an autoencoder with codebooks, later joined by a discriminator.
 
-Source: Esser, Rombach & Ommer 2021, arXiv:2012.09841; taming-transformers' training flow and seed 003's, of which
-one forward pass of the autoencoder serves both updates here. Images are in [-1, 1].
+Source: Esser, Rombach & Ommer 2021, arXiv:2012.09841; the training flow of CompVis/taming-transformers. Differs: one
+forward pass of the autoencoder serves both updates. Images are in [-1, 1].
 
 Legend: B batch, D pictures of a sample, C channels, H W pixels.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,41 +25,40 @@ from data import DATASETS
 from data.image_files import read_picture
 from data.images import images_by_name
 from data.synthetic import as_channels
-from losses import LOSSES
 from losses.calculator import LossCalculator
 from losses.lpips import LPIPS
 from losses.vqperceptual import VQLPIPSWithDiscriminator
 from metrics.vqgan import codebook_use, image_metrics
 from models import NETWORKS
 from models.model_plain import ModelPlain
-from models.network_vqgan import GumbelQuantize, Indices, VQModel, VQNetwork
-from options import OptionError, Section, build, check, resolve, schema_of
+from models.network_vqgan import DDConfig, GumbelQuantize, Indices, VQModel, VQNetwork
+from options import OptionError, check, resolve, schema_of
 from runtime import distributed
 from runtime.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, ProperFraction
-
-BESIDE = re.compile(r"(?:^|\.)(?:loss\.|colorize$)")  # in a file of taming's: what is not the autoencoder's
-CRITIC = "loss.discriminator."  # where such a file keeps the discriminator
+from storage.foreign import split_taming
 
 
 class ModelVQGAN(ModelPlain):
-    """G the autoencoder, D the discriminator, an optimizer for each; D is stepped every `disc_every` iterations.
+    """Train an autoencoder G and a discriminator D, each with its own optimizer; D steps every `disc_every` iterations.
 
-    Taming's models (VQModel, EMAVQ, GumbelVQ) compare pixels by absolute difference, the traditional ones (VqVae,
-    VQVAE2) by squared difference; `train.lossconfig.pixelloss` chooses either. Codebooks of moving averages are in no
-    optimizer; they move once an iteration.
+    VQModel, EMAVQ and GumbelVQ compare pixels by absolute difference, VqVae and VQVAE2 by squared difference;
+    `train.lossconfig.pixelloss` overrides it. A codebook of moving averages has no optimizer; it is updated once per
+    iteration.
     """
 
     @dataclass
     class TrainOptions(ModelPlain.StepOptions):
+        """Declare the keys of the loss and of the discriminator."""
+
         lossconfig: dict = field(default_factory=dict)  # keys of VQLPIPSWithDiscriminator; disc_start is needed
-        use_taming_loss: bool | None = None  # pixel differences, absolute (true) or squared; null: as the network's
-        disc_every: PositiveInt = 3  # iterations from one step of the discriminator to the next
-        temperature_end: PositiveFloat = 1.0  # temperature of GumbelVQ's noise at the end, from 1 by half a cosine
-        # Learning rate of G; taming's is 4.5e-6 times the pictures in a batch.
+        use_taming_loss: bool | None = None  # absolute (true) or squared pixel difference; null: by network
+        disc_every: PositiveInt = 3  # iterations between two steps of the discriminator
+        temperature_end: PositiveFloat = 1.0  # last temperature of GumbelVQ, reached from 1 by half a cosine
+        # Learning rate of G; taming's is 4.5e-6 times the number of images in a batch.
         G_optimizer_lr: NonNegativeFloat = 1e-4
         G_optimizer_betas: tuple[ProperFraction, ProperFraction] = (0.5, 0.9)
         D_optimizer_lr: NonNegativeFloat | None = None  # learning rate of the discriminator; null: that of G
-        D_optimizer_clipgrad: PositiveFloat | None = None  # largest norm of the discriminator's gradient; null: any
+        D_optimizer_clipgrad: PositiveFloat | None = None  # largest gradient norm of the discriminator; null: no clipping
 
     def __init__(self, opt: Mapping[str, Any]):
         check_codebook(opt)
@@ -72,32 +70,37 @@ class ModelVQGAN(ModelPlain):
                               "vqgan, emavq, gumbelvq, vqvae, vqvae2")
         self.taming = isinstance(bare, VQModel) if t["use_taming_loss"] is None else t["use_taming_loss"]
         self.books = [module for module in bare.modules() if isinstance(module, Indices)]
-        self.loss = self.build_loss().to(self.device)
+        self.loss = self.build_vq_loss()
         for network in (self.netG, self.netE, self.loss.discriminator):
-            if network is not None:  # a step takes 20 to 30 % less time so
+            if network is not None:  # a step takes 20 to 30 % less time
                 network.to(memory_format=torch.channels_last)
         self.netD = self.networks["D"] = self.loss.discriminator
         self.lpips: LPIPS | None = self.loss.perceptual_loss
         self.images = self.restored = None  # (B*D,C,H,W)
-        self.indices: list[Tensor] = []  # of each codebook
-        self.discriminator_log: dict[str, Tensor] = {}  # terms of its last step: they are shown until the next
+        self.indices: list[Tensor] = []  # indices of each codebook
+        self.discriminator_log: dict[str, Tensor] = {}  # terms of its last step, shown until the next
         self.check_sizes()
 
-    def build_loss(self) -> VQLPIPSWithDiscriminator:
-        """The loss of both players as `train.lossconfig` says. Raises OptionError, also where weights are missing."""
+    def build_vq_loss(self) -> VQLPIPSWithDiscriminator:
+        """Build the loss of both networks from `train.lossconfig`. Raises OptionError, also for missing weights."""
         where, given = f"{self.opt['opt_path']}: train.lossconfig", self.opt_train["lossconfig"]
         schema = schema_of(VQLPIPSWithDiscriminator)
         config = check(given, schema, "train.lossconfig", lambda _: self.opt["opt_path"], [])
         if config.get("disc_conditional"):
-            raise OptionError(f"{where}.disc_conditional: this recipe has no condition to show; leave it false")
+            raise OptionError(f"{where}.disc_conditional: this recipe has no condition; set it to false")
         usual = {"type": "vqperceptual", "disc_in_channels": self.get_bare_model(self.netG).in_channels,
                  "pixelloss": "l1" if self.taming else "l2"}
-        config = Section(usual | config)
-        config.where = where
-        return build(LOSSES, config, "type")
+        return self.build_loss(usual | config, "type", "train.lossconfig")
+
+    def define_network(self, label: str) -> nn.Module:
+        """Build network `label`, after a check of the keys of its `ddconfig`."""
+        section, where = self.opt[f"net{label}"], self.opt["opt_path"]
+        if "ddconfig" in section:
+            check(section["ddconfig"], schema_of(DDConfig), f"net{label}.ddconfig", lambda _: where, [])
+        return super().define_network(label)
 
     def check_sizes(self) -> None:
-        """That pictures have the channels and sides that both networks can take, where the options tell."""
+        """Raise OptionError where channels or sides of the images do not fit both networks."""
         where, bare = self.opt["opt_path"], self.get_bare_model(self.netG)
         channels = {"n_channels": self.opt["n_channels"], "train.lossconfig.disc_in_channels":
                     self.netD.main[0].in_channels}
@@ -114,29 +117,26 @@ class ModelVQGAN(ModelPlain):
                 self.check_side(side, f"{where}: datasets.{name}.size")
 
     def check_side(self, side: int, where: str) -> None:
+        """Raise OptionError where images of a side in pixels do not fit both networks."""
         factor, least = self.get_bare_model(self.netG).factor, self.loss.min_size if self.loss.disc_factor else 1
         if side % factor or side < least:
             raise OptionError(f"{where}: {side} must be a multiple of {factor} for this network, and at least {least} "
-                              "for the discriminator (fewer train.lossconfig.disc_num_layers, less)")
+                              "for the discriminator (less with fewer train.lossconfig.disc_num_layers)")
 
     # ------------------------------------------------ before training
 
     def init_train(self, parts: Mapping[str, Any] | None = None, source: str = "checkpoint") -> list[str]:
         reports = super().init_train(parts, source)
         self.loss.train()
-        self.loss.discriminator = self.share(self.netD)
-        self.find_lpips()
-        return reports
-
-    def find_lpips(self) -> None:
-        """LPIPS for validation where its files are there, whether or not the loss has it."""
+        self.loss.discriminator = self.distribute(self.netD)
         config = schema_of(VQLPIPSWithDiscriminator)
         files = [self.opt_train["lossconfig"].get(key, config[key][1]) for key in ("vgg_path", "lpips_path")]
         if self.lpips is None and self.opt["n_channels"] == 3 and all(Path(f).expanduser().is_file() for f in files):
-            self.lpips = LPIPS(*files).to(self.device)
+            self.lpips = LPIPS(*files).to(self.device)  # a metric, whether or not the loss has it
+        return reports
 
     def load(self, parts: Mapping[str, Any] | None = None, source: str = "checkpoint") -> list[str]:
-        """As ModelPlain; taming's files carry the discriminator among the weights of the autoencoder."""
+        """Load weights as ModelPlain does, and the discriminator that a file of taming's holds."""
         reports, path = super().load(parts, source), self.opt["path"]
         path = path["init_from"] if path["init_from"] not in (None, "none") else path["pretrained_netG"]
         weights = {}
@@ -144,47 +144,40 @@ class ModelVQGAN(ModelPlain):
             weights = parts["G"]
         elif not parts and path:
             (weights, _), source = checkpoint.read_weights(path), path
-        critic = {key.rpartition(CRITIC)[2]: value for key, value in weights.items() if CRITIC in key}
-        own = self.netD.state_dict()
-        if critic and {k: v.shape for k, v in critic.items()} == {k: v.shape for k, v in own.items()}:
-            reports.append(self.load_weights(self.netD, critic, True, f"{source}: {CRITIC}*"))
-        elif critic:
-            reports.append(f"{source}: {CRITIC}* is of another shape: the discriminator is begun anew")
+        _, found = split_taming(weights)
+        own, source = self.netD.state_dict(), f"{source}: loss.discriminator.*"
+        if found and {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in own.items()}:
+            reports.append(self.load_weights(self.netD, found, True, source))
+        elif found:
+            reports.append(f"{source} is of another shape: the discriminator starts over")
         return reports
 
     def load_weights(self, network: nn.Module, weights: Mapping[str, Tensor], strict: bool, source: str) -> str:
-        """As ModelBase; of a file of taming's, what belongs to its loss is passed over."""
-        own = {key: value for key, value in weights.items() if not BESIDE.search(key)}
-        return super().load_weights(network, own, strict, source)
+        """Load weights as ModelBase does, without the loss that a file of taming's holds."""
+        return super().load_weights(network, split_taming(weights)[0], strict, source)
 
     def define_loss(self) -> None:
-        """How the losses make steps; which they are is said at the start."""
+        """Build the optimizer of D, and the calculator that steps it."""
         t = self.opt_train
-        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[t["G_optimizer_type"]]
         rate = t["G_optimizer_lr"] if t["D_optimizer_lr"] is None else t["D_optimizer_lr"]
-        optimizer = kind(self.netD.parameters(), lr=rate, betas=tuple(t["G_optimizer_betas"]),
-                         weight_decay=t["G_optimizer_wd"], fused=True)
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-        try:
-            self.calculator = LossCalculator(
-                self.loss, optimizer, self.get_bare_model(self.netG).last_layer, t["disc_every"],
-                self.backward, lambda one: self.step(one, t["D_optimizer_clipgrad"]))
-        except ValueError as error:
-            raise OptionError(f"{self.opt['opt_path']}: train: {error}") from None
+        self.calculator = LossCalculator(
+            self.loss, self.build_optimizer(self.netD.parameters(), rate), self.get_bare_model(self.netG).last_layer,
+            t["disc_every"], self.backward, lambda one: self.step(one, t["D_optimizer_clipgrad"]))
 
     def define_optimizer(self) -> None:
+        """Build the optimizer of G; that of D is the calculator's."""
         super().define_optimizer()
         self.optimizers["optimizerD"] = self.calculator.optimizer
 
     def define_scheduler(self) -> None:
+        """Build the schedule that G and D share."""
         super().define_scheduler()
         self.schedules["optimizerD"] = self.schedules["optimizerG"]
 
     # ------------------------------------------------ training
 
     def feed_data(self, data: Mapping[str, Any], need_H: bool = True) -> None:
-        """Take a batch: pictures (B,[D,]H,W,C) uint8, or as other recipes have them (B,[D,]C,H,W) in [0,1]."""
+        """Move a batch to the device: pictures (B,[D,]H,W,C) uint8, or (B,[D,]C,H,W) in [0,1]."""
         pictures = data["H" if "H" in data else "L"].to(self.device, non_blocking=True)
         pictures = pictures.flatten(0, -4)  # (B,D,...) -> (B*D,...)
         if pictures.dtype == torch.uint8:
@@ -210,14 +203,14 @@ class ModelVQGAN(ModelPlain):
                 for name, value in {"G_loss": loss.detach(), **losses}.items():
                     terms[name] += share * value
                 found.append(as_levels(indices))
-                if self.unusable(loss):
+                if self.must_skip(loss):
                     break
                 self.backward(share * loss)
         else:
             self.step(self.G_optimizer, t["G_optimizer_clipgrad"])
-            if not self.unusable(terms["gan_loss"]):
+            if not self.must_skip(terms["gan_loss"]):
                 self.calculator.step_discriminator(terms["gan_loss"], current_step)
-        # also after a step left out: what was counted before that was noticed must not wait for the next one
+        # also after a skipped step: its counts must not reach the next update
         self.get_bare_model(self.netG).update_codebook(current_step, distributed.all_reduce_sum_,
                                                     distributed.gather_rows)
         if self.netE is not None:
@@ -225,6 +218,7 @@ class ModelVQGAN(ModelPlain):
         self.log_terms(terms, [torch.cat([index.flatten() for index in level]) for level in zip(*found)])
 
     def lower_temperature(self, step: int) -> None:
+        """Set the temperature of Gumbel codebooks for a step."""
         done = min(step / self.opt_train["total_iter"], 1.0)
         for book in self.books:
             if isinstance(book, GumbelQuantize):
@@ -232,12 +226,13 @@ class ModelVQGAN(ModelPlain):
                 book.temperature = end + (1 - end) * (1 + math.cos(math.pi * done)) / 2
 
     def log_terms(self, terms: dict[str, Tensor], indices: list[Tensor]) -> None:
-        del terms["gan_loss"]  # D_loss where it counts
+        """Keep loss terms and codebook use for the log; terms of D stay until its next step."""
+        del terms["gan_loss"]  # equal to D_loss
         self.discriminator_log |= {name: terms.pop(name) for name in list(terms) if name.startswith("D_")}
-        self.log_dict = {**terms, **self.use(indices), **self.discriminator_log}
+        self.log_dict = {**terms, **self.codebook_use(indices), **self.discriminator_log}
 
-    def use(self, indices: list[Tensor]) -> dict[str, Tensor]:
-        """Share of the codes in use and perplexity, a mean over codebooks."""
+    def codebook_use(self, indices: list[Tensor]) -> dict[str, Tensor]:
+        """Return the fraction of codes in use and the perplexity, means over codebooks."""
         uses = [codebook_use(index, book.n_embed if book.used is None else len(book.used))
                 for index, book in zip(indices, self.books)]
         return {name: sum(use[name] for use in uses) / len(uses) for name in uses[0]}
@@ -260,12 +255,10 @@ class ModelVQGAN(ModelPlain):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """What is left of images that pass the codebook, by the moving average of G if there is one.
+        """Encode and decode images, with the moving average of G if there is one.
 
-        Args:
-            images: (B,C,H,W) in [-1, 1], of any size: borders are repeated up to what the network takes.
-        Returns:
-            images (B,C,H,W) in [-1, 1]; indices of each codebook, as the network gives them.
+        Args: images: (B,C,H,W) in [-1, 1], of any size; borders are repeated up to a size that the network takes.
+        Returns: reconstructions (B,C,H,W) in [-1, 1]; indices of each codebook.
         """
         network = self.get_bare_model(self.netE if self.netE is not None else self.netG)
         training, (height, width) = network.training, images.shape[-2:]
@@ -274,10 +267,10 @@ class ModelVQGAN(ModelPlain):
         network.train(training)
         return restored[..., :height, :width].clamp(-1, 1), as_levels(indices)
 
-    def results(self, source: str, truth: str | None, wanted: Callable[[str], bool]) -> Iterator[Any]:
-        """Reconstructions of pictures at their own sizes, NAME.png, and their codes, NAME.npz; see `ModelBase`."""
+    def infer(self, source: str, truth: str | None, wanted: Callable[[str], bool]) -> Iterator[Any]:
+        """Yield the reconstruction of each picture, NAME.png, at its own size, and its codes, NAME.npz."""
         if truth:
-            raise ValueError("--truth: a reconstruction is compared with its input; leave it out")
+            raise ValueError("--truth: a reconstruction is compared with its input; omit it")
         paths = images_by_name(source)
         yield 2 * len(paths)
         for name, path in paths.items():
@@ -289,7 +282,7 @@ class ModelVQGAN(ModelPlain):
                 yield f"{name}.npz", self.codes(), None
 
     def codes(self) -> dict[str, Tensor]:
-        """The indices of the picture tested last, (h,w) each: "codes", or "codes_0", ... of several codebooks."""
+        """Return the indices (h,w) of the last picture: "codes", or "codes_0", "codes_1", ... of several codebooks."""
         factor = self.get_bare_model(self.netG).factor
         height, width = (-(-side // factor) * factor for side in self.images.shape[-2:])
         shaped = []
@@ -299,33 +292,34 @@ class ModelVQGAN(ModelPlain):
         return {"codes": shaped[0]} if len(shaped) == 1 else {f"codes_{i}": index for i, index in enumerate(shaped)}
 
     def test(self) -> None:
+        """Reconstruct the batch."""
         self.restored, self.indices = self.reconstruct(self.images)
 
     def metrics(self) -> dict[str, float]:
-        """PSNR, also of pictures of one colour, codebook use, and LPIPS where its weights are."""
+        """Return PSNR, also of the baseline of one colour, codebook use, and LPIPS where its weights exist."""
         values = image_metrics((self.restored + 1) / 2, (self.images + 1) / 2)
         if self.lpips is not None:
             with torch.no_grad():
                 values["lpips"] = self.lpips(self.restored, self.images).mean().item()
-        return values | {name: float(value) for name, value in self.use(self.indices).items()}
+        return values | {name: float(value) for name, value in self.codebook_use(self.indices).items()}
 
     def pictures(self) -> list[Tensor]:
-        """Each picture over its reconstruction, (C,2H,W)."""
+        """Return each picture above its reconstruction, (C,2H,W)."""
         return [(torch.cat(pair, dim=-2) + 1) / 2 for pair in zip(self.images, self.restored)]
 
     def current_visuals(self, need_H: bool = True) -> dict[str, Tensor]:
-        """KAIR's keys: L input, E reconstruction; the first of the batch, [0, 1], float, on the CPU."""
+        """Return the first sample by KAIR's keys: L input, E reconstruction; float in [0, 1], on the CPU."""
         return {key: ((images[0] + 1) / 2).detach().float().cpu()
                 for key, images in (("L", self.images), ("E", self.restored))}
 
 
 def as_levels(indices: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    """Indices of one codebook or of several, always as a list."""
+    """Return the indices of one codebook or of several as a list."""
     return [indices] if isinstance(indices, Tensor) else list(indices)
 
 
 def check_codebook(opt: Mapping[str, Any]) -> None:
-    """That the codebook fits into memory with its gradient and two moments. Raises OptionError."""
+    """Raise OptionError where the codebook with its gradient and two moments exceeds the memory."""
     defaults = schema_of(resolve(NETWORKS, opt["netG"]["net_type"], f"{opt['opt_path']}: netG.net_type"))
     count, width = (opt["netG"].get(key, defaults.get(key, (None, 0))[1]) for key in ("n_embed", "embed_dim"))
     device = distributed.device_for(opt)

@@ -1,7 +1,7 @@
-"""VRT training and testing: frozen flow at the start, long clips in overlapping windows.
+"""The VRT recipe: training with a flow that is frozen at first, inference in overlapping windows and tiles.
 
-Legend: B batch, T frames, C channels, h w input pixels, H W output pixels. Source: VRT, Liang et al. 2022
-(arXiv:2201.12288); facts of cszn/KAIR models/model_vrt.py.
+Source: VRT, Liang et al. 2022, arXiv:2201.12288; cszn/KAIR models/model_vrt.py.
+Legend: B batch, T frames, C channels, h w input pixels, H W output pixels.
 """
 
 from __future__ import annotations
@@ -17,33 +17,37 @@ from torch import Tensor, nn
 
 from data.video import FrameFolder
 from models.model_base import mean_of
-from models.model_plain import ModelPlain, starts
+from models.model_plain import ModelPlain, window_starts
 from runtime.ranges import NonNegativeFloat, NonNegativeInt, Range
 
-TILE_OVERLAP = 20  # input pixels that neighbouring tiles share, as KAIR
-TILE_TRIM = 10  # output pixels dropped on a tile's inner edges, as KAIR: they know least of their surroundings
+TILE_OVERLAP = 20  # input pixels that neighbouring tiles share, as in KAIR
+TILE_TRIM = 10  # output pixels dropped on inner edges of a tile, as in KAIR: they have the least context
 
 
 class ModelVRT(ModelPlain):
-    """`ModelPlain` for clips: `degraded` (B, T, C, h, w) -> `restored` (B, T, C, H, W)."""
+    """Train VRT to restore clips: `degraded` (B, T, C, h, w) -> `restored` (B, T, C, H, W)."""
 
     @dataclass
     class TrainOptions(ModelPlain.TrainOptions):
-        # First iterations, in which the parameters that fix_keys names do not learn; 0 and (in KAIR's files) -1: none.
+        """Declare the keys of parameters that are frozen at first."""
+
+        # Number of first iterations that freeze the parameters named by fix_keys; 0 or -1: none.
         fix_iter: Annotated[int, Range(ge=-1)] = 0
-        fix_keys: list[str] = field(default_factory=list)  # parts of parameter names, e.g. "spynet", "deform"
+        fix_keys: list[str] = field(default_factory=list)  # parts of names of parameters, e.g. "spynet", "deform"
         fix_lr_mul: NonNegativeFloat = 1.0  # factor of G_optimizer_lr for the parameters named by fix_keys
 
     @dataclass
     class ValOptions(ModelPlain.ValOptions):
-        num_frame_testing: NonNegativeInt = 0  # frames that are restored at once; 0: the whole clip
-        num_frame_overlapping: NonNegativeInt = 2  # frames that successive windows in time share
-        size_patch_testing: NonNegativeInt = 0  # side in input pixels of tiles restored at once; 0: the whole frame
-        # Input pixels that neighbouring tiles share; above the default, a quarter is dropped on each inner edge.
+        """Declare windows and tiles of the inference."""
+
+        num_frame_testing: NonNegativeInt = 0  # frames restored at once; 0: all of a clip
+        num_frame_overlapping: NonNegativeInt = 2  # frames that successive windows share
+        size_patch_testing: NonNegativeInt = 0  # side of tiles in input pixels; 0: full frames
+        # Input pixels that neighbouring tiles share; other values than 20 drop a quarter on each inner edge.
         size_patch_overlapping: NonNegativeInt = TILE_OVERLAP
         pad_seq: bool = False  # repeat the last frame once before restoring
-        flip_seq: bool = False  # average the result with that of the clip played backwards
-        center_frame_only: bool = False  # measure the middle frame of each clip only
+        flip_seq: bool = False  # average the result with that of the reversed clip
+        center_frame_only: bool = False  # compute metrics of the middle frame of each clip only
 
     def __init__(self, opt: Mapping[str, Any]):
         super().__init__(opt)
@@ -61,7 +65,7 @@ class ModelVRT(ModelPlain):
         self.fixed = [p for name, p in self.netG.named_parameters() if any(key in name for key in fixed)]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """KAIR's order: the others, then the fixed ones at their own rate; one group where that is the same."""
+        """Return KAIR's groups: first other parameters, then frozen ones; one group where their rates are equal."""
         t = self.opt_train
         if not self.fixed or t["fix_lr_mul"] == 1:
             return super().parameter_groups()
@@ -70,18 +74,20 @@ class ModelVRT(ModelPlain):
                 {"params": self.fixed, "lr": t["G_optimizer_lr"] * t["fix_lr_mul"]}]
 
     def optimize_parameters(self, current_step: int) -> None:
-        for parameter in self.fixed:  # a function of the step alone, so a resumed run agrees
+        """Train on the batch, with parameters frozen in the first iterations."""
+        for parameter in self.fixed:  # a function of the step, so that a resume is exact
             parameter.requires_grad_(current_step >= self.opt_train["fix_iter"])
         super().optimize_parameters(current_step)
 
     # ------------------------------------------------ testing
 
     def feed_data(self, data: Mapping[str, Any], need_H: bool = True) -> None:
-        """Takes also `target_frame`: which frame of L the only frame of H is, where there is but one."""
+        """Move a batch to the device; `target_frame` is the index in L of the only frame of H, where H has one."""
         super().feed_data(data, need_H)
         self.target_frame = int(data["target_frame"]) if "target_frame" in data else -1
 
     def test(self) -> None:
+        """Restore the clip, and keep only the frames to compare."""
         super().test()
         frames, shown = self.degraded.shape[1], self.restored.shape[1]
         if self.target is not None and self.target.shape[1] < shown and self.target_frame >= 0:
@@ -94,7 +100,7 @@ class ModelVRT(ModelPlain):
         self.degraded, self.restored = self.degraded[:, kept], self.restored[:, kept]
 
     def validate(self, sample: Any) -> dict[str, float]:
-        """A clip that is read piece by piece is also tested so: memory is that of a window, whatever its length."""
+        """Return the metrics of a clip; a `LazyClip` is read and tested window by window."""
         if isinstance(sample, Mapping):
             return super().validate(sample)
         rows, frames = [], range(len(sample.frames))
@@ -111,26 +117,27 @@ class ModelVRT(ModelPlain):
         return mean_of(rows)
 
     def baseline(self) -> tuple[str, Tensor]:
-        """Of interpolated frames: the mean of their neighbours."""
+        """Return name and frames of the baseline: for interpolation the mean of the two neighbours."""
         if self.degraded.shape[1] == self.target.shape[1]:
             return super().baseline()
         after = self.degraded.shape[1] // 2
         return "average", self.degraded[0, after - 1 : after + 1, :3].mean(0, keepdim=True)
 
     @staticmethod
-    def prepare_use(opt: Mapping[str, Any]) -> None:
-        opt["netG"]["spynet_path"] = None  # trained weights have the flow's in them
+    def prepare_inference(opt: Mapping[str, Any]) -> None:
+        """Remove the file of flow weights, which trained weights contain."""
+        opt["netG"]["spynet_path"] = None
 
-    def results(self, source: str, truth: str | None, wanted: Callable[[str], bool]) -> Iterator[Any]:
-        """Restored frames of a clip or of a folder of clips, under their own names; see `ModelBase.results`."""
+    def infer(self, source: str, truth: str | None, wanted: Callable[[str], bool]) -> Iterator[Any]:
+        """Yield the restored frames of a clip or of a folder of clips, under the names of the input."""
         if not self.netG.pa_frames:
-            raise ValueError("frame interpolation is tested on its own sets; leave --input out")
+            raise ValueError("frame interpolation does not support --input; omit it")
         level = next((section["sigma"] for section in self.opt["datasets"].values() if section.get("sigma")), None)
         folder = FrameFolder(source, truth, scale=self.opt["scale"],
                              sigma=level if self.opt["netG"].get("nonblind_denoising") else None)
         clips = [folder.clip(index) for index in range(len(folder))]
-        single = len(clips) == 1 and Path(clips[0].paths[0]).parent == Path(source)  # no folder of clips, but one
-        clips[0].read(0, 1)  # what does not fit shows before anything is made
+        single = len(clips) == 1 and Path(clips[0].paths[0]).parent == Path(source)  # the source is one clip
+        clips[0].read(0, 1)  # errors of the input show before any output
         yield sum(len(clip.frames) for clip in clips)
         with self.testing() as network:
             for clip in clips:
@@ -144,15 +151,15 @@ class ModelVRT(ModelPlain):
                         metrics = self.metrics()
                     yield names[t], restored[0], metrics
 
-    def summarize_results(self, rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        """The mean over clips of each clip's mean over frames, as of a test set and as KAIR."""
+    def summarize_inference(self, rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """Return the mean over clips of each clip's mean over frames, as KAIR does."""
         clips: dict[str, list[Mapping[str, float]]] = {}
         for name, row in rows.items():
             clips.setdefault(os.path.dirname(name), []).append(row)
         return mean_of([mean_of(clip) for clip in clips.values()])
 
     def restore(self, network: nn.Module, degraded: Tensor) -> Tensor:
-        """A clip of any length and size, (1, T, C, h, w) -> (1, T, C, H, W); interpolated frames where T is fewer."""
+        """Restore a clip (1, T, C, h, w) of any length and size to (1, T, C, H, W), or interpolate its frames."""
         if not self.get_bare_model(network).pa_frames:
             return self.restore_tiles(network, degraded)
 
@@ -163,21 +170,22 @@ class ModelVRT(ModelPlain):
 
     def restore_frames(self, network: nn.Module, read: Callable[[int, int], dict[str, Tensor]], frames: int,
                        wanted: Collection[int] | None = None) -> Iterator[tuple[int, dict[str, Tensor], Tensor]]:
-        """Frames in order, each as soon as no window of frames has more to say about it; overlaps are averaged.
+        """Restore a clip in overlapping windows, which are averaged, and yield each frame when it is complete.
 
         Args:
-            read: of frames start..stop-1 -> {"L": (t, C, h, w), ...}. frames: how many there are.
-            wanted: which to restore, e.g. those that an interrupted run left; None: all.
-        Yields: index, what `read` gave of the frame, and the frame (1, C, H, W).
+            read: function of (start, stop) that returns {"L": (t, C, h, w), ...} of these frames.
+            frames: number of frames of the clip.
+            wanted: indices of the frames to restore; None: all.
+        Yields: index, data of `read`, and restored frame (1, C, H, W).
         """
         val, wanted = self.opt["val"], range(frames) if wanted is None else wanted
-        length = frames + val["pad_seq"]  # the last frame once more
+        length = frames + val["pad_seq"]  # pad_seq repeats the last frame
         size = min(val["num_frame_testing"] or length, length)
-        ways = (False, True) if val["flip_seq"] else (False,)
-        windows = sorted((length - start - size if backwards else start, backwards) for backwards in ways
-                         for start in starts(length, size, val["num_frame_overlapping"]))
+        directions = (False, True) if val["flip_seq"] else (False,)  # whether backwards
+        windows = sorted((length - start - size if backwards else start, backwards) for backwards in directions
+                         for start in window_starts(length, size, val["num_frame_overlapping"]))
         held: dict[int, dict[str, Tensor]] = {}
-        sums: dict[tuple[int, bool], tuple[Tensor, int]] = {}  # (frame, way) -> sum and number of windows
+        sums: dict[tuple[int, bool], tuple[Tensor, int]] = {}  # (frame, backwards) -> sum, number of windows
         for at, (start, backwards) in enumerate(windows):
             if any(t in wanted for t in range(start, start + size)):
                 data = read(start, min(start + size, frames))
@@ -191,13 +199,14 @@ class ModelVRT(ModelPlain):
                     sums[start + i, backwards] = total + frame, count + 1
             finished = windows[at + 1][0] if at + 1 < len(windows) else length
             for t in sorted(t for t in held if t < finished):
-                means = [total / count for total, count in (sums.pop((t, way)) for way in ways if (t, way) in sums)]
+                found = [sums.pop((t, backwards)) for backwards in directions if (t, backwards) in sums]
+                means = [total / count for total, count in found]
                 data = held.pop(t)
                 if t in wanted:
                     yield t, data, sum(means) / len(means)
 
     def restore_tiles(self, network: nn.Module, degraded: Tensor) -> Tensor:
-        """Tiles of each frame, averaged where they overlap, their inner edges left out."""
+        """Restore tiles of each frame and average their overlaps, without their inner edges."""
         size, scale = self.opt["val"]["size_patch_testing"], self.opt["scale"]
         overlap = self.opt["val"]["size_patch_overlapping"]
         trim = TILE_TRIM if overlap == TILE_OVERLAP else overlap * scale // 4
@@ -205,8 +214,8 @@ class ModelVRT(ModelPlain):
         if not size or (height <= size and width <= size):
             return network(degraded)
         total, weight = None, degraded.new_zeros(height * scale, width * scale)
-        for top in starts(height, size, overlap):
-            for left in starts(width, size, overlap):
+        for top in window_starts(height, size, overlap):
+            for left in window_starts(width, size, overlap):
                 part = network(degraded[..., top : top + size, left : left + size])  # (B, T, C, tile H, tile W)
                 total = part.new_zeros(*part.shape[:-2], *weight.shape) if total is None else total
                 rows, part_rows = inner(top * scale, part.shape[-2], height * scale, trim)
@@ -217,7 +226,7 @@ class ModelVRT(ModelPlain):
 
 
 def inner(start: int, size: int, length: int, trim: int) -> tuple[slice, slice]:
-    """A tile without `trim` pixels of its inner edges: where it goes in the whole, and that part of the tile."""
+    """Trim the inner edges of a tile on one axis: return its slice in the frame and the slice in the tile."""
     first = trim if start > 0 else 0
     last = size - (trim if start + size < length else 0)
     return slice(start + first, start + last), slice(first, last)

@@ -5,8 +5,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from numbers import Real
+from typing import Annotated, Any, Literal
 
 
 @dataclass(frozen=True)
@@ -36,3 +42,40 @@ NonNegativeFloat = Annotated[float, Range(ge=0)]
 Fraction = Annotated[float, Range(ge=0, le=1)]
 ProperFraction = Annotated[float, Range(ge=0, lt=1)]
 Seed = Annotated[int, Range(ge=0, le=2**63 - 1)]
+
+
+def checked(init: Callable) -> Callable:
+    """Make a constructor raise ValueError for an argument outside the range or choice of its annotation."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def checking(*args: Any, **kwargs: Any) -> None:
+        kinds = typing.get_type_hints(init, include_extras=True)
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            if name in kinds and not _fits(value, kinds[name]):
+                raise ValueError(f"{name} {value!r} must be {' or '.join(_valid(kinds[name]))}")
+        init(*args, **kwargs)
+
+    return checking
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Tell whether a value is in the range or choice of an annotation; types without either take any value."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return isinstance(value, Real) and value in args[1]
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in args)
+    if origin in (list, tuple, Sequence):
+        return isinstance(value, list | tuple) and all(_fits(each, args[0]) for each in value)
+    return value in args if origin is Literal else kind is not types.NoneType or value is None
+
+
+def _valid(kind: Any) -> list[str]:
+    """Return the ranges and choices of an annotation in words."""
+    if typing.get_origin(kind) is Annotated:
+        return [str(typing.get_args(kind)[1])]
+    if typing.get_origin(kind) is Literal:
+        return [f"one of {', '.join(map(str, typing.get_args(kind)))}"]
+    found = [words for one in typing.get_args(kind) for words in _valid(one)]
+    return list(dict.fromkeys(found))

@@ -17,9 +17,9 @@ from torchvision.io import decode_image, write_png
 import checkpoint
 import options
 from data import DATASETS
-from data.styles import StyleDataset, StyleTestDataset, shared_codec
+from data.styles import StyleDataset, StyleTestDataset, build_codec, shared_codec
 from models import MODELS, NETWORKS
-from models.codecs import PixelCodec, build_codec
+from models.codecs import PixelCodec
 from models.model_lgt import ModelLGT
 from models.network_vqgan import VQModel
 from storage import files
@@ -309,7 +309,7 @@ def test_evaluation_goes_on_without_a_style_and_says_which(tmp_path, vqgan, caps
     with pytest.warns(UserWarning) as said:
         assert run("-opt", path) == 0
     said = " | ".join(str(w.message) for w in said)
-    assert "'b' has no picture in the test folder" in said and "'d' is no trained style" in said
+    assert "'b' has no picture in the test folder" in said and "'d' is not a trained style" in said
     made = {p.name for p in (tmp_path / "one/inference/epoch_0001").iterdir()}
     assert made == {"a_to_b.jpg", "a_to_c.jpg", "c_to_a.jpg", "c_to_b.jpg", "sheet.jpg"}
     (row,) = csv.DictReader((tmp_path / "one/log/test.csv").open())

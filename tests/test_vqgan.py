@@ -176,7 +176,7 @@ def test_the_calculator_answers_as_the_seed_asks():
         assert due != all(torch.equal(a, b) for a, b in zip(before, loss.discriminator.parameters()))
     gan = calculator.compute_total_loss(images, last(images), torch.ones(1), 3, optimizer_idx=1)
     assert gan["total_loss"] is gan["gan_loss"] and last.weight.grad is None
-    with pytest.raises(ValueError, match="disc_every must be 1 or more"):
+    with pytest.raises(ValueError, match="disc_every 0 must be >= 1"):
         LossCalculator(loss, optimizer, last.weight, disc_every=0)
 
 

@@ -57,7 +57,7 @@ def windows_of_kair(network, clip, size, overlap, flip):
     """Overlapping windows held in one piece and averaged, as the original does it."""
     def once(x):
         total, weight = torch.zeros_like(x[:, :, :3]), torch.zeros(x.shape[1])
-        for start in model_vrt.starts(x.shape[1], size, overlap):
+        for start in model_vrt.window_starts(x.shape[1], size, overlap):
             total[:, start : start + size] += network(x[:, start : start + size])
             weight[start : start + size] += 1
         return total / weight[:, None, None, None]
