@@ -328,8 +328,8 @@ class ModelBase:
     def step(self, optimizer: torch.optim.Optimizer, clip: float | None = None) -> bool:
         """Make one optimizer step, unless its gradient is not finite.
 
-        A non-finite gradient would spoil weights and moments for good. `must_skip` says where it is checked; elsewhere the
-        loop checks the norms before the next checkpoint. With fp16 the scaler skips such steps.
+        A non-finite gradient would spoil weights and moments for good. `must_skip` says where it is checked; elsewhere
+        the loop checks the norms before the next checkpoint. With fp16 the scaler skips such steps.
 
         Args: clip: largest norm of all gradients of the optimizer together; None: no limit.
         Returns: whether the step was made.

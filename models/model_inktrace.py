@@ -41,7 +41,7 @@ class ModelInkTrace(ModelPlain):
         keypoints_weight: NonNegativeFloat | None = None  # factor of the keypoint loss, dense only; null: 5
         width_weight: NonNegativeFloat | None = None  # factor of the stroke width loss, dense only; null: 1
         offset_weight: NonNegativeFloat | None = None  # factor of the offset loss, dense only; null: 1
-        keypoint_sigma: NonNegativeFloat = 0.0  # standard deviation of keypoint targets in pixels, dense only; 0: a pixel
+        keypoint_sigma: NonNegativeFloat = 0.0  # sigma of keypoint targets in pixels, dense only; 0: one pixel
         mask_ratio: ProperFraction = 0.6  # fraction of hidden blocks of an image, structural only
         mask_block: PositiveInt = 8  # side of a hidden block in pixels, a divisor of 64; structural only
         G_optimizer_type: Literal["adam", "adamw"] = "adamw"
@@ -77,8 +77,8 @@ class ModelInkTrace(ModelPlain):
             raise ValueError(f"{opt['opt_path']}: train.mask_block: {t['mask_block']} must divide {SIZE}")
         batch = opt["datasets"]["train"]["dataloader_batch_size"] // distributed.world_size()
         if full and min(len(part) for part in torch.empty(batch).chunk(t["accumulate"])) < 2:
-            raise ValueError(f"{opt['opt_path']}: a batch of {batch} in {t['accumulate']} micro-batches leaves a single "
-                             "image in one, too few for the batch norm of full_heads; use a larger dataloader_batch_size")
+            raise ValueError(f"{opt['opt_path']}: a batch of {batch} in {t['accumulate']} micro-batches leaves a "
+                             "single image in one, too few for full_heads; use a larger dataloader_batch_size")
         super().__init__(opt)
         self.terms: list[tuple[int, dict[str, Tensor]]] = []  # of each micro-batch: number of images, loss terms
 

@@ -152,7 +152,7 @@ class ModelLGT(ModelPlain):
     def check_codec(self, state: Mapping[str, Any]) -> None:
         """Raise CheckpointError where a checkpoint was trained with another codec."""
         if state.get("codec", self.codec.fingerprint) != self.codec.fingerprint:
-            raise CheckpointError(f"{self.opt['opt_path']}: datasets.train.codec: is not the codec that the "
+            raise CheckpointError(f"{self.opt['opt_path']}: datasets.train.codec: is not the one that the "
                                   "checkpoint was trained with, or was trained further since; give that codec")
 
     # ------------------------------------------------ training

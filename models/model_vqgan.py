@@ -58,7 +58,7 @@ class ModelVQGAN(ModelPlain):
         G_optimizer_lr: NonNegativeFloat = 1e-4
         G_optimizer_betas: tuple[ProperFraction, ProperFraction] = (0.5, 0.9)
         D_optimizer_lr: NonNegativeFloat | None = None  # learning rate of the discriminator; null: that of G
-        D_optimizer_clipgrad: PositiveFloat | None = None  # largest gradient norm of the discriminator; null: no clipping
+        D_optimizer_clipgrad: PositiveFloat | None = None  # largest gradient norm of D; null: no clipping
 
     def __init__(self, opt: Mapping[str, Any]):
         check_codebook(opt)

@@ -198,7 +198,8 @@ def test_pictures_show_hue_for_direction(tested):
 
 @pytest.mark.parametrize("over, message", [
     ({"train": {"G_lossfn_type": "dense"}}, "netG.full_heads: must be true"),
-    ({"train": {"mask_block": 7}}, "mask_block: 7 must divide 64"), ({"train": {"mask_ratio": 1.0}}, "mask_ratio: 1.0 is not"),
+    ({"train": {"mask_block": 7}}, "mask_block: 7 must divide 64"),
+    ({"train": {"mask_ratio": 1.0}}, "mask_ratio: 1.0 is not"),
     ({"netG": {"full_heads": True}, "train": {"accumulate": 2}}, "leaves a single image"),
     ({"train": {"skeleton_weight": -1}}, "train.skeleton_weight: -1 is not a number >= 0"),
     ({"train": {"total_iter": 1}}, "one cycle of 1 steps")])
