@@ -1,4 +1,4 @@
-"""LPIPS: how different two images look, as a distance of VGG16's features.
+"""LPIPS: the perceptual distance of two images, computed from features of VGG16.
 
 Source: Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric",
 arXiv:1801.03924; weights of richzhang/PerceptualSimilarity, version 0.1. Key names follow
@@ -23,7 +23,7 @@ WIDTHS = (64, 128, 256, 512, 512)
 
 
 class ScalingLayer(nn.Module):
-    """[-1, 1] to the mean and deviation that VGG16 was trained with."""
+    """Normalise images in [-1, 1] by the mean and standard deviation of the training of VGG16."""
 
     def __init__(self):
         super().__init__()
@@ -35,11 +35,11 @@ class ScalingLayer(nn.Module):
 
 
 class VGGFeatures(nn.Module):
-    """What VGG16 sees after relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3; keys keep torchvision's numbers."""
+    """Compute the features of VGG16 after relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, with torchvision's keys."""
 
     def __init__(self, state: dict[str, Tensor], path: str):
         super().__init__()
-        with torch.device("meta"):  # nothing is drawn, and no memory goes to the classifier
+        with torch.device("meta"):  # no random draws, and no memory for the classifier
             features = vgg16(weights=None).features
         try:
             features.load_state_dict({k.removeprefix("features."): v.float() for k, v in state.items()
@@ -59,7 +59,7 @@ class VGGFeatures(nn.Module):
 
 
 class Linear(nn.Module):
-    """A weight for each channel, (B, C, H, W) -> (B, 1, H, W)."""
+    """Sum weighted channels: (B, C, H, W) -> (B, 1, H, W)."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -71,19 +71,19 @@ class Linear(nn.Module):
 
 
 class LPIPS(nn.Module):
-    """Perceptual distance; frozen, gradients flow to the images.
+    """Compute the perceptual distance of images; weights are frozen, images get gradients.
 
     Args:
-        vgg_path: file of VGG16's weights, as torchvision publishes it.
-        lpips_path: file of the five linear layers' weights.
-        dropout: let dropout act in training mode, as it does in taming by mistake.
+        vgg_path: file of VGG16 weights, as published by torchvision.
+        lpips_path: file of the weights of the five linear layers.
+        dropout: apply dropout in training mode, an error of taming.
 
     Raises:
-        FileNotFoundError: a file is missing; says where to get it.
-        ValueError: a file is damaged or holds something else.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged or holds other weights.
 
-    Source: LPIPS of taming; the same numbers. What differs: dropout is off; where all features are zero the
-    gradient is zero, not NaN.
+    Source: LPIPS of taming, with equal numbers. Differs: dropout is off; where all features are zero the gradient is
+    zero, not NaN.
     """
 
     def __init__(self, vgg_path: str = "weights/vgg16-397923af.pth", lpips_path: str = "weights/lpips_vgg.pth",
@@ -103,10 +103,11 @@ class LPIPS(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "LPIPS":
+        """Stay in evaluation mode unless dropout is on."""
         return super().train(mode and self.dropout)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distance of each pair.
+        """Return the distance of each pair of images.
 
         Args:
             x, y: (B, 3, H, W), RGB in [-1, 1], 16 x 16 pixels or more.
@@ -117,18 +118,19 @@ class LPIPS(nn.Module):
         return sum(self.distances(self.net(self.scaling_layer(x)), self.net(self.scaling_layer(y))))
 
     def distances(self, x: list[Tensor], y: list[Tensor]) -> list[Tensor]:
-        """The five layers' shares, (B, 1, 1, 1) each, from the features of both images."""
+        """Return the distances (B, 1, 1, 1) of the five layers, from the features of both images."""
         layers = [getattr(self, f"lin{n}") for n in range(len(WIDTHS))]
         return [layer((_unit(a) - _unit(b)).square()).mean(dim=(2, 3), keepdim=True)
                 for layer, a, b in zip(layers, x, y)]
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Features of length 1 at every pixel; vector_norm has a zero gradient at zero, sqrt an infinite one."""
+    """Normalise features at every pixel; at zero the gradient of vector_norm is zero, that of sqrt infinite."""
     return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
 
 
 def _read(name: str, path: str, url: str) -> dict[str, Tensor]:
+    """Read the file of an option `name`."""
     if not Path(path).expanduser().is_file():
         raise FileNotFoundError(f"{name}: {path} does not exist; download {url} to there, or set perceptual_weight "
                                 "to 0 to train without a perceptual loss")

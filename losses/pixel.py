@@ -1,7 +1,7 @@
-"""Pixel losses of KAIR's image and video recipes.
+"""Pixel losses of the image and video recipes.
 
-Legend: B batch, T frames (optional), C channels, H W pixels. Every loss takes `(restored, target)` of equal shape
-(..., C, H, W) with values around [0, 1] and returns a scalar. Facts: cszn/KAIR models/loss.py, loss_ssim.py.
+Source: cszn/KAIR models/loss.py, loss_ssim.py. Every loss takes `(restored, target)` of equal shape (..., C, H, W) with
+values around [0, 1] and returns a scalar. Legend: B batch, T frames (optional), C channels, H W pixels.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from runtime.ranges import NonNegativeFloat
 
 
 class L1Loss(nn.Module):
-    """Mean absolute difference."""
+    """Compute the mean absolute difference."""
 
     def forward(self, restored: Tensor, target: Tensor) -> Tensor:
         return F.l1_loss(restored, target)
 
 
 class L2Loss(nn.Module):
-    """Mean squared difference."""
+    """Compute the mean squared difference."""
 
     def forward(self, restored: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(restored, target)
 
 
 class L2SumLoss(nn.Module):
-    """Sum of squared differences."""
+    """Compute the sum of squared differences."""
 
     def forward(self, restored: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(restored, target, reduction="sum")
 
 
 class CharbonnierLoss(nn.Module):
-    """Mean of sqrt(d^2 + eps): the L1 loss with a rounded corner.
+    """Compute the mean of sqrt(difference**2 + eps), a smooth L1 loss.
 
-    Args: G_charbonnier_eps: constant inside the root; the loss of a perfect result is its square root.
+    Args: G_charbonnier_eps: constant under the root; the loss of equal images is its square root.
     """
 
     def __init__(self, G_charbonnier_eps: NonNegativeFloat = 1e-9):
@@ -49,10 +49,9 @@ class CharbonnierLoss(nn.Module):
 
 
 class SSIMLoss(nn.Module):
-    """1 - mean SSIM, over 11 x 11 Gaussian windows (sigma 1.5, zero padding), data range 1.
+    """Compute 1 - mean SSIM over 11 x 11 Gaussian windows (sigma 1.5, zero padding), data range 1.
 
-    Source: Wang et al. 2004, equation 13. Differs from KAIR, which minimises the similarity itself (a bug),
-    and takes 4-D input only.
+    Source: Wang et al. 2004, equation 13. Differs: KAIR minimises the similarity itself (a bug) and takes 4-D input.
     """
 
     def __init__(self):
@@ -63,7 +62,7 @@ class SSIMLoss(nn.Module):
         self.register_buffer("window", (line[:, None] * line)[None, None], persistent=False)  # (1, 1, 11, 11)
 
     def similarity(self, restored: Tensor, target: Tensor) -> Tensor:
-        """SSIM per image, (B,) for (B, C, H, W)."""
+        """Return the SSIM (B,) of each image of (B, C, H, W)."""
         channels = restored.shape[-3]
         window = self.window.to(restored).expand(channels, 1, -1, -1)
 

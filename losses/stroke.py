@@ -1,8 +1,8 @@
-"""Losses of stroke maps: masked structural pretraining, and dense prediction of skeleton, keypoints and geometry.
+"""Losses of stroke maps, for structural pretraining and for dense prediction.
 
-Source: Fuwaki/InkTrace at a474eeb, losses.py; the keypoints' focal loss is CornerNet's, Law & Deng 2018, equation 1.
-Legend: B images, C channels, H W pixels. Maps come by name as in models.network_inktrace, predicted and true ones of
-equal shape (B, C, H, W); every loss returns its weighted terms, scalars, and their sum under "total".
+Source: Fuwaki/InkTrace at a474eeb, losses.py; the focal loss of keypoints is that of CornerNet, Law & Deng 2018,
+equation 1. Maps are given by name as in models.network_inktrace, predicted and true ones of equal shape (B, C, H, W);
+every loss returns its weighted terms, scalars, and their sum as "total". Legend: B images, C channels, H W pixels.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime.distributed import all_reduce_mean, world_size
-from runtime.ranges import NonNegativeFloat
+from runtime.ranges import NonNegativeFloat, checked
 
-EPSILON = 1e-6  # how close to 0 and 1 a probability may come
+EPSILON = 1e-6  # least distance of a probability from 0 and 1
 Maps = Mapping[str, Tensor]
 
 
 class StructuralPretrainLoss(nn.Module):
-    """Skeleton and tangent of the whole strokes, also where the ink is hidden.
+    """Compute the loss of skeleton and tangent, also where ink is hidden.
 
     Args:
-        skeleton_weight: factor of the skeleton's term.
-        tangent_weight: factor of the tangent's term.
-    Raises: ValueError: a negative weight.
+        skeleton_weight: factor of the skeleton term.
+        tangent_weight: factor of the tangent term.
     """
 
+    @checked
     def __init__(self, *, skeleton_weight: NonNegativeFloat = 1.0, tangent_weight: NonNegativeFloat = 1.0):
         super().__init__()
-        self.weights = checked({"loss_skeleton": skeleton_weight, "loss_tangent": tangent_weight})
+        self.weights = {"loss_skeleton": skeleton_weight, "loss_tangent": tangent_weight}
 
     def forward(self, predicted: Maps, true: Maps) -> dict[str, Tensor]:
         return weighted(self.weights, {"loss_skeleton": skeleton_loss(predicted["skeleton"], true["skeleton"]),
@@ -39,31 +39,28 @@ class StructuralPretrainLoss(nn.Module):
 
 
 class DenseLoss(nn.Module):
-    """All five maps.
+    """Compute the loss of all five maps.
 
     Args:
-        skeleton_weight: factor of the skeleton's term.
-        keypoints_weight: factor of the keypoints' term.
-        tangent_weight: factor of the tangent's term.
-        width_weight: factor of the stroke width's term.
-        offset_weight: factor of the offset's term.
-        keypoint_sigma: pixels over which a keypoint's target falls off, e.g. 1.5; 0: it is one pixel.
+        skeleton_weight: factor of the skeleton term.
+        keypoints_weight: factor of the keypoint term.
+        tangent_weight: factor of the tangent term.
+        width_weight: factor of the stroke width term.
+        offset_weight: factor of the offset term.
+        keypoint_sigma: standard deviation of keypoint targets in pixels, e.g. 1.5; 0: one pixel.
 
-    Raises: ValueError: a negative weight or sigma.
-
-    Source: as the module. Differs in the mask of tangent and offset, which is each sample's own; the original's gained
-    an axis, so that every sample's error counted under every sample's skeleton.
+    Source: as the module. Differs: tangent and offset of a sample are masked by its own skeleton; a broadcast in the
+    original masks every sample by the skeletons of all samples.
     """
 
+    @checked
     def __init__(self, *, skeleton_weight: NonNegativeFloat = 10.0, keypoints_weight: NonNegativeFloat = 5.0,
                  tangent_weight: NonNegativeFloat = 1.0, width_weight: NonNegativeFloat = 1.0,
                  offset_weight: NonNegativeFloat = 1.0, keypoint_sigma: NonNegativeFloat = 0.0):
         super().__init__()
-        if keypoint_sigma < 0:
-            raise ValueError(f"keypoint_sigma {keypoint_sigma} must be >= 0")
         self.keypoint_sigma = keypoint_sigma
-        self.weights = checked({"loss_skel": skeleton_weight, "loss_keys": keypoints_weight,
-                                "loss_tan": tangent_weight, "loss_width": width_weight, "loss_off": offset_weight})
+        self.weights = {"loss_skel": skeleton_weight, "loss_keys": keypoints_weight, "loss_tan": tangent_weight,
+                        "loss_width": width_weight, "loss_off": offset_weight}
 
     def forward(self, predicted: Maps, true: Maps) -> dict[str, Tensor]:
         keypoints = true["keypoints"]
@@ -76,60 +73,53 @@ class DenseLoss(nn.Module):
                                        "loss_off": on_skeleton("offset", predicted, true, torch.abs)})
 
 
-def checked(weights: dict[str, float]) -> dict[str, float]:
-    for name, weight in weights.items():
-        if weight < 0:
-            raise ValueError(f"the weight of {name} must not be negative, got {weight}")
-    return weights
-
-
 def weighted(weights: Mapping[str, float], terms: Maps) -> dict[str, Tensor]:
-    """Terms times their weights, and "total"."""
+    """Return weighted terms and their sum as "total"."""
     terms = {name: weights[name] * term for name, term in terms.items()}
     return terms | {"total": sum(terms.values())}
 
 
 def skeleton_loss(predicted: Tensor, true: Tensor) -> Tensor:
-    """Cross entropy plus Dice of probabilities."""
+    """Return cross-entropy plus Dice loss of probabilities."""
     logits = torch.logit(predicted, EPSILON)
     return F.binary_cross_entropy_with_logits(logits, true) + dice_loss(predicted, true)
 
 
 def dice_loss(predicted: Tensor, true: Tensor) -> Tensor:
-    """1 - overlap of each map with the true one, averaged. Source: Milletari et al. 2016, equation 2, smoothed by 1."""
+    """Return the mean Dice loss of maps, smoothed by 1. Source: Milletari et al. 2016, equation 2."""
     both = (predicted * true).sum((2, 3))
     return (1 - (2 * both + 1) / (predicted.sum((2, 3)) + true.sum((2, 3)) + 1)).mean()
 
 
 def on_skeleton(name: str, predicted: Maps, true: Maps, measure) -> Tensor:
-    """The mean error of a map on the true skeleton: everywhere else it means nothing."""
+    """Return the mean error of a map on the true skeleton; elsewhere the map is undefined."""
     mask = (true["skeleton"] > 0.5).to(predicted[name])  # (B, 1, H, W)
     error = measure(predicted[name] - true[name]) * mask
     return error.sum() / count_at_least_1(mask) / error.shape[1]
 
 
 def focal_loss(predicted: Tensor, true: Tensor) -> Tensor:
-    """Keypoints are where the target is exactly 1; near one, a false alarm costs less."""
+    """Return the focal loss of keypoints, which are pixels of target 1; the target lowers false positives nearby."""
     predicted = predicted.clamp(EPSILON, 1 - EPSILON)
-    found = (1 - predicted).square() * predicted.log()
-    silent = (1 - true).pow(4) * predicted.square() * (1 - predicted).log()
+    positive_loss = (1 - predicted).square() * predicted.log()
+    negative_loss = (1 - true).pow(4) * predicted.square() * (1 - predicted).log()
     positive = true == 1
-    return -torch.where(positive, found, silent).sum() / count_at_least_1(positive)
+    return -torch.where(positive, positive_loss, negative_loss).sum() / count_at_least_1(positive)
 
 
 def count_at_least_1(mask: Tensor) -> Tensor:
-    """How many are 1 in the batch, a mean over the processes that share it."""
+    """Return the number of ones in the batch of all ranks divided by the world size, at least 1 / world size."""
     return all_reduce_mean(mask.sum().float()).clamp(min=1 / world_size())
 
 
 def gaussian_heatmap(points: Tensor, sigma: float = 1.5, radius: int = 5) -> Tensor:
-    """Single pixels of 1 spread to bells of height 1; where bells meet, the higher one counts.
+    """Replace pixels of 1 by Gaussians of height 1; where they overlap, the maximum counts.
 
-    Args: points: (B, C, H, W), 0 or 1. sigma, radius: of a bell, in pixels.
-    Differs from the original, whose sum of tails can reach 1 where there is no keypoint.
+    Args: points: (B, C, H, W), 0 or 1. sigma, radius: of a Gaussian, in pixels.
+    Differs from the original, whose sums can reach 1 where there is no keypoint.
     """
     offsets = torch.arange(-radius, radius + 1, dtype=points.dtype, device=points.device)
     line = torch.exp(-offsets.square() / (2 * sigma**2))
     padded = F.pad(points, (radius,) * 4)
-    rows = (padded.unfold(2, 2 * radius + 1, 1) * line).amax(-1)  # a bell is a product of two lines, and so its maximum
+    rows = (padded.unfold(2, 2 * radius + 1, 1) * line).amax(-1)  # a Gaussian is a product of two lines
     return (rows.unfold(3, 2 * radius + 1, 1) * line).amax(-1)

@@ -1,9 +1,9 @@
 """Losses of segmentation: Tanimoto with complement in two forms, Dice, and cross-entropy.
 
-Source: Diakogiannis et al. 2020, arXiv:1904.00592, section 2.4, with facts of feevos/resuneta (nn/loss/loss.py) and,
-for the pooled form, of mischiefliao/ResUNeta-Torch (loss.py).
-Legend: B batch, K classes, H W pixels. Every loss takes logits and labels (B,K,H,W), labels in [0,1], one-hot or soft,
-and `valid` (B,1,H,W), 1 where a pixel counts. `activation` None: a sigmoid for one class, a softmax for more.
+Source: Diakogiannis et al. 2020, arXiv:1904.00592, section 2.4; feevos/resuneta (nn/loss/loss.py); for the pooled form
+mischiefliao/ResUNeta-Torch (loss.py). Every loss takes logits and labels (B,K,H,W), labels in [0,1], one-hot or soft,
+and `valid` (B,1,H,W), 0 for ignored pixels. `activation` None: a sigmoid for one class, a softmax for more.
+Legend: B batch, K classes, H W pixels.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime.distributed import all_reduce_mean, all_reduce_sum, world_size
-from runtime.ranges import Fraction, PositiveFloat
+from runtime.ranges import Fraction, PositiveFloat, checked
 
 
 class TanimotoLoss(nn.Module):
-    """The authors' form: squares, each image by itself, classes weighted by their volume in the batch.
+    """Compute the published form: squares, per image, classes weighted by their volume in the batch.
 
     T = (sum_c w_c N_c + s) / (sum_c w_c D_c + s) with N = sum pl, D = sum p^2 + sum l^2 - sum pl, w = 1 / V^2;
     the loss is 1 - T, averaged over images and, with complement, over T(p, l) and T(1 - p, 1 - l).
 
     Args:
-        complement: average with the same of 1 - p and 1 - l, which has a gradient where a class is absent.
-        smooth: constant s that avoids 0 / 0; not being small beside 1 / V, it has an effect on large images.
-    Source: equations 5 and 6; the authors' class returns the similarity, this the loss.
+        complement: average with the loss of 1 - p and 1 - l, which has a gradient where a class is absent.
+        smooth: constant s that avoids 0 / 0; it affects large images, where 1 / V is small.
+    Source: equations 5 and 6; the class of feevos/resuneta returns the similarity.
     """
 
     def __init__(self, complement: bool = True, smooth: PositiveFloat = 1e-5):
@@ -37,7 +37,7 @@ class TanimotoLoss(nn.Module):
         return 1 - self.similarity(activate(logits, activation), labels, valid).mean()
 
     def similarity(self, p: Tensor, labels: Tensor, valid: Tensor | None = None) -> Tensor:
-        """T of each image, (B,), from probabilities."""
+        """Return T (B,) of each image from probabilities."""
         valid = 1 if valid is None else valid
         likeness = self._tanimoto(p * valid, labels * valid)
         if not self.complement:
@@ -50,27 +50,26 @@ class TanimotoLoss(nn.Module):
         volume = all_reduce_mean(labels.sum((2, 3)).mean(0))  # (K,)
         present = volume > 0
         weight = torch.where(present, volume, 1).pow(-2) * present
-        weight = torch.where(present, weight, weight.max())  # an absent class weighs as the rarest; all absent: 0
+        weight = torch.where(present, weight, weight.max())  # absent classes: as the rarest; all absent: 0
         return ((weight * both).sum(1) + self.smooth) / ((weight * either).sum(1) + self.smooth)
 
 
 class PooledTanimotoLoss(nn.Module):
-    """The PyTorch port's form: plain sums over all pixels of the batch, foreground only.
+    """Compute the form of the PyTorch port: sums over all pixels of the batch, foreground only.
 
     T = (sum pl + s) / (sum p + sum l - sum pl + s); loss = a (1 - T(p, l)) + (1 - a) (1 - T(1 - p, 1 - l)).
 
     Args:
-        complement: whether there is the second term; False leaves out a, too.
-        alpha: share a of the foreground's term.
+        complement: whether to add the second term; without it alpha has no effect.
+        alpha: weight a of the foreground term.
         smooth: constant s that avoids 0 / 0.
-    Source: mischiefliao/ResUNeta-Torch. Differs where there are more than two classes: their losses are averaged, where
-        the port takes the largest, which has no gradient.
+    Source: mischiefliao/ResUNeta-Torch. Differs with more than two classes: their losses are averaged; the port takes
+        the largest class instead, which has no gradient.
     """
 
+    @checked
     def __init__(self, complement: bool = True, alpha: Fraction = 0.5, smooth: PositiveFloat = 1e-6):
         super().__init__()
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha {alpha} must be in 0..1: the share of the loss that the foreground has")
         self.complement, self.alpha, self.smooth = complement, alpha, smooth
 
     def forward(self, logits: Tensor, labels: Tensor, valid: Tensor | None = None,
@@ -89,7 +88,7 @@ class PooledTanimotoLoss(nn.Module):
 
 
 class DiceLoss(nn.Module):
-    """1 - (2 sum pl + s) / (sum p + sum l + s), over all pixels of the batch, foreground only, mean over classes.
+    """Compute the mean over classes of 1 - (2 sum pl + s) / (sum p + sum l + s), sums over the batch, foreground only.
 
     Args: smooth: constant s that avoids 0 / 0.
     """
@@ -107,9 +106,9 @@ class DiceLoss(nn.Module):
 
 
 class CrossEntropyLoss(nn.Module):
-    """Binary cross-entropy, its mean over the pixels that count; over a softmax its form for many classes.
+    """Compute the cross-entropy, a mean over valid pixels: binary for a sigmoid, else over classes.
 
-    For two channels both are the same number: the logit is then the channels' difference.
+    For two channels both are equal: the binary logit is then the difference of the channels.
     """
 
     def forward(self, logits: Tensor, labels: Tensor, valid: Tensor | None = None,
@@ -124,14 +123,15 @@ class CrossEntropyLoss(nn.Module):
 
 
 def activation_of(logits: Tensor, activation: str | None = None) -> str:
+    """Return the activation: "sigmoid" or "softmax"."""
     return activation or ("sigmoid" if logits.shape[1] == 1 else "softmax")
 
 
 def activate(logits: Tensor, activation: str | None = None) -> Tensor:
-    """Probabilities (B,K,H,W)."""
+    """Return probabilities (B,K,H,W) of logits."""
     return logits.sigmoid() if activation_of(logits, activation) == "sigmoid" else logits.softmax(1)
 
 
 def foreground(x: Tensor) -> Tensor:
-    """All classes but 0, where there is more than one channel."""
+    """Return all classes but 0, or the only channel."""
     return x[:, 1:] if x.shape[1] > 1 else x

@@ -1,9 +1,8 @@
-"""How close pictures are: PSNR and SSIM, on RGB or on luma (Y of BT.601), as KAIR and BasicSR report them; how much of
-a segmentation is right.
+"""PSNR and SSIM of images, on RGB or on luma (Y of BT.601), as KAIR and BasicSR report them.
 
 Source: Wang et al., Image Quality Assessment: From Error Visibility to Structural Similarity, 2004; MATLAB's
-rgb2ycbcr. Same numbers as KAIR's utils_image, without its side effects: no argument is ever changed, and an
-unsupported shape is an error. Legend: T frames, C channels, H W pixels; values 0..255 unless it says otherwise.
+rgb2ycbcr. Equals KAIR's utils_image, but changes no argument and raises an error for unsupported shapes.
+Legend: T frames, C channels, H W pixels; values are 0..255 unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -22,47 +21,47 @@ YCBCR_OFFSET = (16.0, 128.0, 128.0)
 
 
 def calculate_psnr(img1: Image, img2: Image, border: int = 0) -> float:
-    """Peak signal-to-noise ratio.
+    """Return the peak signal-to-noise ratio of two images.
 
     Args:
         img1, img2: (H,W) or (H,W,C), C = 1 or 3, uint8 or float, 0..255.
-        border: pixels to leave out on each side.
+        border: pixels to crop on each side.
     Returns:
         decibels; inf for identical images.
     Raises:
-        ValueError: shapes that differ or don't fit.
+        ValueError: the shapes differ or are not those of images.
     """
     return psnr(*_planes(img1, img2, border)).item()
 
 
 def calculate_ssim(img1: Image, img2: Image, border: int = 0) -> float:
-    """Structural similarity: Gaussian window of 11 x 11, sigma 1.5, valid region; mean over channels and pixels.
+    """Return the structural similarity of two images: Gaussian window 11 x 11, sigma 1.5, valid region, mean.
 
-    Args, Raises: as calculate_psnr; what is left after the border needs 11 x 11 pixels.
+    Args, Raises: as calculate_psnr; without their borders images need at least 11 x 11 pixels.
     Returns: similarity, 1 for identical images.
     """
     return ssim(*_planes(img1, img2, border)).item()
 
 
 def rgb2ycbcr(img: Image, only_y: bool = True) -> Image:
-    """RGB -> YCbCr, or Y alone.
+    """Convert RGB to YCbCr, or to Y alone.
 
     Args:
         img: (...,3) uint8 in 0..255 or float in [0,1].
         only_y: return Y (...) instead of (...,3).
     Returns:
-        the same kind and dtype: uint8 rounded, in 16..235 (Cb, Cr 16..240), or float, that divided by 255.
+        an image of equal kind and dtype: uint8 in 16..235 (Cb, Cr 16..240), or float, divided by 255.
     """
     return _ycbcr(img, YCBCR, only_y)
 
 
 def bgr2ycbcr(img: Image, only_y: bool = True) -> Image:
-    """BGR -> YCbCr, or Y alone; otherwise as rgb2ycbcr."""
+    """Convert BGR to YCbCr, or to Y alone, as rgb2ycbcr does for RGB."""
     return _ycbcr(img, tuple(row[::-1] for row in YCBCR), only_y)
 
 
 def _planes(img1: Image, img2: Image, border: int) -> list[Tensor]:
-    """Two (H,W) or (H,W,C) images -> two (1,C,H,W) float64 without their borders."""
+    """Convert two images (H,W) or (H,W,C) to float64 (1,C,H,W) without their borders."""
     planes = []
     for img in (img1, img2):
         img = _tensor(img)
@@ -79,13 +78,13 @@ def _planes(img1: Image, img2: Image, border: int) -> list[Tensor]:
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """(T,C,H,W) twice -> (T,) decibels."""
+    """Return the PSNR (T,) in decibels of each frame of (T,C,H,W)."""
     error = (a.double() - b.double()).square().flatten(1).mean(1)
     return 20 * torch.log10(255 / error.sqrt())
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """(T,C,H,W) twice -> (T,). One frame at a time: its five moment maps stay in the processor's cache."""
+    """Return the SSIM (T,) of each frame of (T,C,H,W), one at a time: its five moment maps fit into the cache."""
     if min(a.shape[-2:]) < 11:
         raise ValueError(f"SSIM's window is 11 x 11; {a.shape[-2]} x {a.shape[-1]} pixels are too few")
     return torch.stack([_frame_ssim(x.double(), y.double()) for x, y in zip(a, b, strict=True)])
@@ -101,9 +100,9 @@ def _frame_ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _gaussian_window(x: Tensor) -> Tensor:
-    """(...,H,W) -> (...,H-10,W-10): weighted means over 11 x 11 pixels, one axis after the other."""
+    """Return weighted means (...,H-10,W-10) over 11 x 11 pixels of (...,H,W), one axis after the other."""
     weights = [math.exp(-0.5 * (offset / 1.5) ** 2) for offset in range(-5, 6)]
-    for axis in (-2, -1):  # sums of shifted views: in float64 many times as fast as a convolution
+    for axis in (-2, -1):  # in float64 sums of shifted views are much faster than a convolution
         shifted = [x.narrow(axis, start, x.shape[axis] - 10) for start in range(11)]
         x = shifted[0] * (weights[0] / sum(weights))
         for view, weight in zip(shifted[1:], weights[1:]):
@@ -125,4 +124,4 @@ def _ycbcr(img: Image, matrix: tuple, only_y: bool) -> Image:
 
 
 def _tensor(img: Image) -> Tensor:
-    return img if isinstance(img, Tensor) else torch.from_numpy(np.ascontiguousarray(img))  # BGR views run backwards
+    return img if isinstance(img, Tensor) else torch.from_numpy(np.ascontiguousarray(img))  # no negative strides

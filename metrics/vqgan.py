@@ -1,4 +1,4 @@
-"""How close decoded pictures are to their originals, and how much of a codebook is in use."""
+"""Metrics of autoencoders with codebooks: PSNR of reconstructions, and use of the codebook."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from metrics.psnr_ssim import psnr
 
 
 def image_metrics(restored: Tensor, target: Tensor) -> dict[str, float]:
-    """PSNR over all channels, a mean over images, on what an 8-bit file would hold; and what one colour would get.
+    """Return the mean PSNR of images rounded to 8 bits, and that of a baseline of one colour.
 
     Args:
-        restored, target: (B,C,H,W) in [0,1]; what lies outside is clamped.
+        restored, target: (B,C,H,W) in [0,1]; other values are clamped.
     Returns:
-        {"psnr", "psnr_mean_colour"}: the latter of pictures that are nothing but their own mean colour.
+        {"psnr", "psnr_mean_colour"} in decibels; the baseline is the mean colour of each target.
+    Raises:
+        ValueError: the shapes differ or are not (B,C,H,W).
     """
     if restored.shape != target.shape or restored.ndim != 4:
         raise ValueError(f"images of shape {tuple(restored.shape)} and {tuple(target.shape)}; both must be (B,C,H,W)")
@@ -24,15 +26,20 @@ def image_metrics(restored: Tensor, target: Tensor) -> dict[str, float]:
 
 
 def codebook_use(indices: Tensor, num_codes: int) -> dict[str, Tensor]:
-    """How much of a codebook is in use.
+    """Return the use of a codebook.
 
     Args:
         indices: of any shape, 0..num_codes - 1.
     Returns:
-        {"codes_used": share of the codes that occur, 0..1, "perplexity": exp of the entropy of the indices,
-        1..num_codes}, scalars on the indices' device.
+        {"codes_used": fraction of the codes that occur, "perplexity": exp of the entropy of the indices,
+        1..num_codes}, scalars on the device of the indices.
     """
-    hits = torch.zeros(num_codes, device=indices.device)
+    hits = torch.zeros(num_codes, device=indices.device)  # bincount would wait for the GPU
     hits.index_add_(0, indices.flatten(), torch.ones_like(indices.flatten(), dtype=hits.dtype))
-    share = hits / indices.numel()
-    return {"codes_used": (hits > 0).float().mean(), "perplexity": torch.special.entr(share).sum().exp()}
+    frequencies = hits / indices.numel()
+    return {"codes_used": (hits > 0).float().mean(), "perplexity": torch.special.entr(frequencies).sum().exp()}
+
+
+def perplexity(indices: Tensor, num_codes: int) -> Tensor:
+    """Return the perplexity of `codebook_use`."""
+    return codebook_use(indices, num_codes)["perplexity"]

@@ -1,7 +1,7 @@
-"""UnifiedModel: from ink to the lines that were drawn, by a RepViT stem, a small transformer and a decoder.
+"""UnifiedModel: it predicts strokes from ink, by a RepViT stem, a small transformer and a decoder.
 
-The decoder has two paths. Without skips only the transformer's tokens reach it, so that it has to understand strokes
-(structural pretraining); with skips, fine features are admitted as far as the decoder asks for them (dense).
+The decoder has two paths: without skips it sees the tokens of the transformer only (structural pretraining); with
+skips it attends to fine features, too (dense prediction).
 Source: Fuwaki/InkTrace at a474eeb (encoder.py, decoder.py, dense_heads.py); RepViT, Wang et al. 2023, section 3.
 
 Legend: B images, C channels, H W pixels (64), h w pixels of a feature map, E embedding, N tokens (64), D width of a
@@ -18,20 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime.ranges import PositiveInt, ProperFraction
+from runtime.ranges import PositiveInt, ProperFraction, checked
 
 SIZE = 64  # side of the images: the position embedding is fixed
 MAPS = {"skeleton": 1, "tangent": 2, "width": 1, "offset": 2, "keypoints": 2}  # name -> channels; structural: two
-RARE = math.log(0.01 / 0.99)  # bias that starts a sigmoid at 1 %, as the pixels of a line are few
+RARE = math.log(0.01 / 0.99)  # bias of a sigmoid that starts at 1 %, since few pixels belong to lines
 
 
 def pack(maps: Mapping[str, Tensor]) -> Tensor:
-    """Maps by name, (..., C, H, W) each -> (..., sum of C, H, W) in the order of MAPS."""
+    """Concatenate maps (..., C, H, W) along C in the order of MAPS."""
     return torch.cat([maps[name] for name in MAPS if name in maps], dim=-3)
 
 
 def unpack(packed: Tensor) -> dict[str, Tensor]:
-    """The reverse, for as many maps as there are channels: 3 (structural) or 8."""
+    """Invert `pack`, for 3 channels (structural) or 8."""
     maps, first = {}, 0
     for name, channels in MAPS.items():
         if first < packed.shape[-3]:
@@ -41,13 +41,13 @@ def unpack(packed: Tensor) -> dict[str, Tensor]:
 
 
 def keypoint_nms(heatmap: Tensor, threshold: float = 0.1) -> Tensor:
-    """A heatmap (B, C, H, W) in [0, 1] with only its 3x3 maxima above the threshold left, all else 0."""
+    """Set a heatmap (B, C, H, W) in [0, 1] to 0 except at 3x3 maxima above the threshold."""
     peak = heatmap == F.max_pool2d(heatmap, 3, stride=1, padding=1)
     return heatmap * (peak & (heatmap > threshold))
 
 
 def extract_keypoints(heatmap: Tensor, threshold: float = 0.1, most: int = 100) -> list[Tensor]:
-    """The peaks of each channel of one heatmap (C, H, W), best first: rows y, x, score; at most `most`."""
+    """Return up to `most` peaks of each channel of a heatmap (C, H, W), best first, as rows (y, x, score)."""
     points = []
     for channel in keypoint_nms(heatmap[None], threshold)[0]:
         scores, places = channel.flatten().topk(min(most, channel.numel()))
@@ -61,19 +61,19 @@ def extract_keypoints(heatmap: Tensor, threshold: float = 0.1, most: int = 100) 
 
 
 def conv_bn(c_in: int, c_out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """Convolution `c` without bias and its BatchNorm `bn`; the size stays but for the stride."""
+    """Build a convolution `c` without bias and its batch norm `bn`, with padding that preserves the size."""
     conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
     return nn.Sequential(OrderedDict(c=conv, bn=nn.BatchNorm2d(c_out)))
 
 
 def coordinates(x: Tensor) -> Tensor:
-    """(B, 2, H, W) of the size of x: columns, then rows, each from -1 to 1."""
+    """Return coordinates (B, 2, H, W) of the pixels of x: columns, then rows, each from -1 to 1."""
     rows, columns = (torch.linspace(-1, 1, side, dtype=x.dtype, device=x.device) for side in x.shape[-2:])
     return torch.stack(torch.meshgrid(columns, rows, indexing="xy")).expand(len(x), -1, -1, -1)
 
 
 class SqueezeExcite(nn.Module):
-    """Each channel weighted by what the whole picture shows."""
+    """Weight each channel by a function of the means of all channels."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -86,7 +86,7 @@ class SqueezeExcite(nn.Module):
 
 
 class RepVGGDW(nn.Module):
-    """Depthwise 3x3, 1x1 and identity, summed: one convolution, easier to train."""
+    """Sum a depthwise 3x3 and a 1x1 convolution and the identity: a convolution that trains more easily."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -99,7 +99,7 @@ class RepVGGDW(nn.Module):
 
 
 class Residual(nn.Module):
-    """x + m(x)."""
+    """Compute x + m(x)."""
 
     def __init__(self, m: nn.Module):
         super().__init__()
@@ -110,7 +110,7 @@ class Residual(nn.Module):
 
 
 class RepViTBlock(nn.Module):
-    """Mix neighbours, then channels. Source: RepViT, figure 4."""
+    """Mix pixels, then channels. Source: RepViT, figure 4."""
 
     def __init__(self, width: int, stride: int, squeeze: bool):
         super().__init__()
@@ -128,7 +128,7 @@ class RepViTBlock(nn.Module):
 
 
 class NeXtBlock(nn.Module):
-    """x + (depthwise 7x7, 1x1 to twice the width, GELU, 1x1 back). Source: ConvNeXt, figure 4, with BatchNorm."""
+    """Add to x: depthwise 7x7, 1x1 to twice the width, GELU, 1x1. Source: ConvNeXt, figure 4, with batch norm."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -141,7 +141,7 @@ class NeXtBlock(nn.Module):
 
 
 class GroundingBlock(nn.Module):
-    """Fine features as the coarse ones ask for them: attention over all pixels, both of its gates closed at first."""
+    """Let coarse features query fine ones by attention over all pixels; both gates start at 0."""
 
     def __init__(self, high: int, low: int, num_heads: int = 4):
         super().__init__()
@@ -159,20 +159,21 @@ class GroundingBlock(nn.Module):
         self.norm_ffn = nn.GroupNorm(1, low)
 
     def heads(self, x: Tensor) -> Tensor:
-        x = x.unflatten(1, (self.num_heads, -1)).flatten(3).transpose(2, 3)  # (B, heads, h*w, D)
-        return x.contiguous()  # else the attention is computed the slow way, with all of its h*w x h*w weights
+        """Split channels into heads: (B, C, h, w) -> (B, heads, h*w, D)."""
+        x = x.unflatten(1, (self.num_heads, -1)).flatten(3).transpose(2, 3)
+        return x.contiguous()  # otherwise attention takes the slow path, which stores h*w x h*w weights
 
     def forward(self, high: Tensor, low: Tensor) -> Tensor:
-        """(B, high, h, w), (B, low, h, w) -> (B, low, h, w)"""
-        asked, known = self.norm_high(high), self.norm_low(low)
-        q, k, v = self.heads(self.to_q(asked)), self.heads(self.to_k(known)), self.heads(self.to_v(known))
+        """Return (B, low, h, w) from coarse features (B, high, h, w) and fine ones (B, low, h, w)."""
+        coarse, fine = self.norm_high(high), self.norm_low(low)
+        q, k, v = self.heads(self.to_q(coarse)), self.heads(self.to_k(fine)), self.heads(self.to_v(fine))
         seen = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(low.shape)
         low = low + self.gamma_attn * self.proj(seen)
         return low + self.gamma_ffn * self.ffn(self.norm_ffn(low))
 
 
 class ASPP(nn.Module):
-    """Surroundings of several sizes up to the whole picture. Source: DeepLabv3, Chen et al. 2017, section 3.3."""
+    """Combine context of several sizes and of the full image. Source: DeepLabv3, Chen et al. 2017, section 3.3."""
 
     def __init__(self, c_in: int, width: int):
         super().__init__()
@@ -186,15 +187,15 @@ class ASPP(nn.Module):
         self.fusion = branch(5 * width)
 
     def forward(self, x: Tensor) -> Tensor:
-        whole = self.branch5_conv(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:])
-        return self.fusion(torch.cat([self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x), whole], 1))
+        image = self.branch5_conv(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:])
+        return self.fusion(torch.cat([self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x), image], 1))
 
 
 # ---------------------------------------------------------------- encoder, decoder, heads
 
 
 class StrokeEncoder(nn.Module):
-    """Ink -> features of three sizes and the tokens."""
+    """Encode ink to features of three sizes and tokens."""
 
     def __init__(self, in_channels: int, embed_dim: int, num_heads: int, num_layers: int, dropout: float):
         super().__init__()
@@ -207,11 +208,11 @@ class StrokeEncoder(nn.Module):
         self.transformer = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
         for weight in self.transformer.parameters():
             if weight.ndim > 1:
-                nn.init.xavier_uniform_(weight)  # else the layers would start as copies of the first
+                nn.init.xavier_uniform_(weight)  # TransformerEncoder copies the first layer
         self.norm = nn.LayerNorm(embed_dim)
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """(B, C, 64, 64) -> [(B, 32, 32, 32), (B, 128, 16, 16), (B, E, 8, 8)], tokens (B, N, E)."""
+        """Return features [(B, 32, 32, 32), (B, 128, 16, 16), (B, E, 8, 8)] and tokens (B, N, E) of (B, C, 64, 64)."""
         f1 = self.stem1(torch.cat([x, coordinates(x)], dim=1))
         f2 = self.stem2(f1)
         f3 = self.features(f2)  # (B, 128, 8, 8)
@@ -221,7 +222,7 @@ class StrokeEncoder(nn.Module):
 
 
 class DenseHeads(nn.Module):
-    """Features (B, 64, H, W) -> maps by name; `full`: width, offset and keypoints as well."""
+    """Predict maps from features (B, 64, H, W): with `full` also width, offset and keypoints."""
 
     def __init__(self, full: bool):
         super().__init__()
@@ -241,14 +242,14 @@ class DenseHeads(nn.Module):
         shared = self.shared_conv(x)
         maps = {"skeleton": self.skeleton(shared), "tangent": self.tangent(shared)}
         if self.full:
-            surroundings = self.geo_aspp(torch.cat([x, coordinates(x)], dim=1))  # (B, 32, H, W)
+            context = self.geo_aspp(torch.cat([x, coordinates(x)], dim=1))  # (B, 32, H, W)
             maps |= {"width": self.width(shared), "offset": 0.5 * self.offset_conv(shared).tanh(),
-                     "keypoints": self.keypoints(surroundings)}
+                     "keypoints": self.keypoints(context)}
         return maps
 
 
 class UniversalDecoder(nn.Module):
-    """Features -> maps at full size, with or without the finer two."""
+    """Decode features to maps of full size, with or without the finer two features."""
 
     def __init__(self, embed_dim: int, full_heads: bool):
         super().__init__()
@@ -278,45 +279,46 @@ class UniversalDecoder(nn.Module):
 
 
 def double(x: Tensor) -> Tensor:
+    """Double the size by bilinear interpolation."""
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 class UnifiedModel(nn.Module):
-    """Ink -> skeleton, tangent and, with full heads, width, offset and keypoints of the strokes.
+    """Predict skeleton, tangent and, with full heads, width, offset and keypoints of strokes from ink.
 
     Args:
         in_channels: channels of the images.
         embed_dim: width E of the tokens; a multiple of num_heads.
         num_heads: attention heads of the transformer.
         num_layers: layers of the transformer.
-        dropout: share of values that the transformer drops in training.
-        full_heads: heads for width, offset and keypoints, too; training them takes two images or more at a time.
+        dropout: fraction of values that the transformer drops in training.
+        full_heads: predict width, offset and keypoints, too; training needs micro-batches of two images or more.
 
     Raises:
-        ValueError: a size that fits no network, in one line.
+        ValueError: a size out of range, or embed_dim is not a multiple of num_heads.
 
-    Source: models.py and factory of the original, whose defaults these are. Differs in that the transformer's layers
-    do not start as copies of one another.
+    Source: models.py and factory of the original, with its defaults. Differs: the layers of the transformer do not
+    start as copies of one another.
     """
 
+    @checked
     def __init__(self, in_channels: PositiveInt = 1, embed_dim: PositiveInt = 128, num_heads: PositiveInt = 4,
                  num_layers: PositiveInt = 4, dropout: ProperFraction = 0.1, full_heads: bool = True):
         super().__init__()
-        if min(in_channels, embed_dim, num_heads, num_layers) < 1 or embed_dim % num_heads:
-            raise ValueError(f"in_channels {in_channels}, embed_dim {embed_dim}, num_heads {num_heads} and num_layers "
-                             f"{num_layers} must be >= 1, and embed_dim a multiple of num_heads")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout {dropout} must lie in [0, 1)")
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} must be a multiple of num_heads {num_heads}")
         self.encoder = StrokeEncoder(in_channels, embed_dim, num_heads, num_layers, dropout)
         self.decoder = UniversalDecoder(embed_dim, full_heads)
 
     def forward(self, x: Tensor, use_skips: bool = True) -> dict[str, Tensor]:
-        """See the strokes in ink.
+        """Predict the maps of strokes.
 
-        Args: x: (B, C, 64, 64) in [0, 1]. use_skips: let the decoder see fine features.
+        Args:
+            x: (B, C, 64, 64) in [0, 1].
+            use_skips: whether the decoder sees fine features.
         Returns: maps (B, C, 64, 64): skeleton (1) and keypoints (2) in [0, 1], tangent (2) as cos and sin of twice the
             angle, width (1) in units of 10 pixels, offset (2) in pixels.
-        Raises: ValueError: images of another size.
+        Raises: ValueError: the images have another size.
         """
         if x.ndim != 4 or x.shape[2:] != (SIZE, SIZE):
             raise ValueError(f"images of shape {tuple(x.shape)}; (B, C, {SIZE}, {SIZE}) is needed")

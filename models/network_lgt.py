@@ -1,6 +1,6 @@
-"""LGT's velocity field: a U-Net over latents whose decoder is steered by a style.
+"""The velocity field of LGT: a U-Net on latents with a style-conditioned decoder.
 
-Source: KiritoFD/VAE_ca_proj, LGT/model.py; same keys and numbers. Class StyleEmbedding says what differs.
+Source: KiritoFD/VAE_ca_proj, LGT/model.py; same keys and numbers. StyleEmbedding describes what differs.
 
 Legend: B images, c latent channels, h w latent pixels, C base width, S width of style and condition, T of time.
 """
@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime.ranges import PositiveInt
+from runtime.ranges import PositiveInt, checked
 
 GROUPS = 32
 
 
 class TimeEmbedding(nn.Module):
-    """Times (B,) in [0, 1] -> (B, T). The time is not scaled, so most of the frequencies hardly move."""
+    """Embed times (B,) in [0, 1] as (B, T). Times are not scaled, so most frequencies are almost constant."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -34,11 +34,11 @@ class TimeEmbedding(nn.Module):
 
 
 class StyleEmbedding(nn.Module):
-    """A learned vector for each style, and their mean, which stands for no style in particular.
+    """Embed each style as a learned vector, and the average style as the mean of these vectors.
 
-    The mean is of the rows as they are at every use, so that guidance subtracts exactly the embedding that dropped
-    labels are trained with. The original computes it once from untrained rows. It hands no gradient to the rows, as
-    published. The buffer is for readers of checkpoints: `refresh` after every step brings it up to date.
+    The mean is computed at every use, so that guidance subtracts the embedding that dropped labels are trained with.
+    The original computes it once from untrained vectors. It passes no gradient to them, as published. The buffer is for
+    readers of checkpoints; call `refresh` after every step.
     """
 
     def __init__(self, num_styles: int, width: int):
@@ -48,9 +48,11 @@ class StyleEmbedding(nn.Module):
         self.refresh()
 
     def average(self) -> Tensor:
+        """Return the mean vector, without gradient."""
         return self.embeddings.weight.detach().mean(dim=0)
 
     def refresh(self) -> None:
+        """Copy the mean vector into the buffer."""
         self.avg_embedding.copy_(self.average())
 
     def forward(self, style_id: Tensor, use_avg_style: bool) -> Tensor:
@@ -58,7 +60,7 @@ class StyleEmbedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """SiLU(x + norm(conv(SiLU(norm(conv x))))) of one width."""
+    """Compute SiLU(x + norm(conv(SiLU(norm(conv x))))) at constant width."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -70,9 +72,9 @@ class ResidualBlock(nn.Module):
 
 
 class StyleDynamicConv(nn.Module):
-    """A depthwise 3x3 convolution whose kernels, one per image and channel, come from the condition.
+    """Apply a depthwise 3x3 convolution with kernels, one per image and channel, computed from the condition.
 
-    It starts at zero: the kernel is nothing, not the identity.
+    The kernels start at zero.
     """
 
     def __init__(self, width: int, condition_width: int):
@@ -83,12 +85,12 @@ class StyleDynamicConv(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         kernels = self.hypernet(condition).reshape(-1, 1, 3, 3)  # (B*C, 1, 3, 3)
-        images = x.reshape(1, -1, *x.shape[2:])  # (1, B*C, h, w): each image's channels are groups of their own
+        images = x.reshape(1, -1, *x.shape[2:])  # (1, B*C, h, w): one group per image and channel
         return F.conv2d(images, kernels, padding=1, groups=len(kernels)).reshape(x.shape)
 
 
 class StyleBlock(nn.Module):
-    """SiLU(x + conv1x1(SiLU(norm(dynamic convolution of x))))."""
+    """Compute SiLU(x + conv1x1(SiLU(norm(dynamic convolution of x))))."""
 
     def __init__(self, width: int, condition_width: int):
         super().__init__()
@@ -101,33 +103,28 @@ class StyleBlock(nn.Module):
 
 
 class LGTUNet(nn.Module):
-    """Velocity of a latent at a time on its way to a style. It starts as the velocity zero.
+    """Predict the velocity of a latent at a time towards a style; it starts at zero.
 
     Args:
         latent_channels: channels c of the latent codec.
         base_channels: width C of the first level, a multiple of 32; the levels are C, 2C and 4C wide.
-        style_dim: width S of a style's embedding.
-        time_dim: width T of the time's embedding, even.
-        num_styles: number of styles, one row each in the table of styles.
-        num_encoder_blocks: residual and style blocks at each of the encoder's upper two levels.
-        num_decoder_blocks: residual and style blocks at each of the decoder's upper two levels.
+        style_dim: width S of the style embedding.
+        time_dim: width T of the time embedding, even.
+        num_styles: number of styles.
+        num_encoder_blocks: number of residual blocks at each of the upper two levels of the encoder.
+        num_decoder_blocks: number of style blocks at each of the upper two levels of the decoder.
 
     Raises:
-        ValueError: numbers that make no network, in one line.
+        ValueError: a number out of range, or base_channels or time_dim is not a multiple as stated.
 
-    Source: LGTUNet of LGT/model.py; what differs is the average style, see StyleEmbedding.
+    Source: LGTUNet of LGT/model.py. Differs in the average style, see StyleEmbedding.
     """
 
+    @checked
     def __init__(self, latent_channels: PositiveInt = 4, base_channels: PositiveInt = 128,
                  style_dim: PositiveInt = 256, time_dim: PositiveInt = 256, num_styles: PositiveInt = 2,
                  num_encoder_blocks: PositiveInt = 2, num_decoder_blocks: PositiveInt = 3):
         super().__init__()
-        counts = {"latent_channels": latent_channels, "base_channels": base_channels, "style_dim": style_dim,
-                  "time_dim": time_dim, "num_styles": num_styles, "num_encoder_blocks": num_encoder_blocks,
-                  "num_decoder_blocks": num_decoder_blocks}
-        for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
         if base_channels % GROUPS or time_dim % 2:
             raise ValueError(f"base_channels must be a multiple of {GROUPS} and time_dim even, "
                              f"got {base_channels} and {time_dim}")
@@ -153,19 +150,19 @@ class LGTUNet(nn.Module):
         nn.init.zeros_(self.output_proj[2].bias)
 
     def forward(self, x: Tensor, t: Tensor, style_id: Tensor, use_avg_style: bool = False) -> Tensor:
-        """The velocity dx/dt.
+        """Return the velocity dx/dt.
 
         Args:
             x: (B, c, h, w), h and w multiples of 4.
-            t: (B,) in [0, 1]: 0 is noise, 1 an image of the style.
-            style_id: (B,) rows of the table of styles.
-            use_avg_style: the mean of all styles instead, for the whole batch.
+            t: (B,) in [0, 1]: 0 is noise, 1 an image.
+            style_id: (B,) numbers of the styles.
+            use_avg_style: use the average style instead, for all images.
 
         Returns:
             (B, c, h, w).
 
         Raises:
-            ValueError: a latent of another shape.
+            ValueError: the latents have another shape.
         """
         if x.ndim != 4 or x.shape[1] != self.latent_channels or x.shape[2] % 4 or x.shape[3] % 4:
             raise ValueError(f"latents must be (batch, {self.latent_channels}, height, width), both sides multiples "

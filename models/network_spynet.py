@@ -1,7 +1,7 @@
-"""Optical flow for video restoration: SPyNet, a pyramid of small networks, and what samples along its flow.
+"""Optical flow for video restoration: SPyNet, and warping and deformable convolution along a flow.
 
 Source: Ranjan & Black 2017, "Optical Flow Estimation using a Spatial Pyramid Network", arXiv:1611.00850.
-Key names, buffers and scales of the result follow KAIR, so its weights and BasicSR's load strictly.
+Key names, buffers and scales of the result follow KAIR, so that weights of KAIR and BasicSR load strictly.
 
 Legend: N pairs of frames, B batch, D frames, C channels, H W pixels. A flow is in pixels: channel 0 is dx
 (right), channel 1 is dy (down).
@@ -21,21 +21,21 @@ from storage.sealed import CheckpointError, load_file
 NUM_LEVELS = 6  # basic_module[0] works at 1/32 of the size, basic_module[5] at full size
 STRIDE = 2 ** (NUM_LEVELS - 1)
 REMEDY = (
-    "take spynet_sintel_final-3d2a1287.pth from the model_zoo of KAIR's release v1.0 (see KAIR's README) and "
-    "put it there, or set spynet_path to null to train the flow from zero"
+    "copy spynet_sintel_final-3d2a1287.pth from the model_zoo of KAIR's release v1.0 (see KAIR's README) to there, "
+    "or set spynet_path to null to train the flow from zero"
 )
 
 
 def flow_warp(x: Tensor, flow: Tensor, interpolation: str = "bilinear", padding_mode: str = "zeros",
               align_corners: bool = True) -> Tensor:
-    """Pull x along a flow: pixel p of the result is x at p + flow(p).
+    """Warp x along a flow: pixel p of the result is x at p + flow(p).
 
     Args:
-        x: (N, C, H, W), what is sampled.
+        x: (N, C, H, W), is sampled.
         flow: (N, H, W, 2), pixels, (dx, dy).
         interpolation: "bilinear", "nearest", or "nearest4": the four pixels around the point, unweighted, as
-            4*C channels: left top, left bottom, right top, right bottom; no gradient for the flow.
-        padding_mode: what lies outside of x: "zeros", "border" or "reflection".
+            4*C channels: left top, left bottom, right top, right bottom; the flow gets no gradient.
+        padding_mode: values outside of x: "zeros", "border" or "reflection".
         align_corners: as in torch.nn.functional.grid_sample.
 
     Returns:
@@ -44,7 +44,7 @@ def flow_warp(x: Tensor, flow: Tensor, interpolation: str = "bilinear", padding_
     Raises:
         ValueError: sizes of flow and x differ, or interpolation or padding_mode is unknown.
 
-    Source: flow_warp of KAIR and BasicSR; the same numbers.
+    Source: flow_warp of KAIR and BasicSR, with equal numbers.
     """
     height, width = x.shape[-2:]
     if flow.shape[1:] != (height, width, 2):
@@ -60,23 +60,23 @@ def flow_warp(x: Tensor, flow: Tensor, interpolation: str = "bilinear", padding_
 
 def sample(x: Tensor, columns: Tensor, rows: Tensor, mode: str = "bilinear", padding_mode: str = "zeros",
            align_corners: bool = True) -> Tensor:
-    """x (N, C, H, W) at points (N, h, w) given in pixels -> (N, C, h, w)."""
+    """Sample x (N, C, H, W) at points (N, h, w) in pixels, as (N, C, h, w)."""
     height, width = x.shape[-2:]
-    if exact(x) and align_corners and padding_mode != "reflection":
+    if needs_fixed_order(x) and align_corners and padding_mode != "reflection":
         return sample_by_gather(x, columns, rows, mode, padding_mode)
     grid = (2 * columns / max(width - 1, 1) - 1, 2 * rows / max(height - 1, 1) - 1)  # pixels to [-1, 1]
     return F.grid_sample(x, torch.stack(grid, dim=-1), mode, padding_mode, align_corners)
 
 
-def exact(x: Tensor) -> bool:
-    """Whether kernels that add in any order are to be left alone; grid_sample and deform_conv2d have such on CUDA."""
+def needs_fixed_order(x: Tensor) -> bool:
+    """Tell whether to avoid kernels that add in any order, as those of grid_sample and deform_conv2d on CUDA."""
     return (x.is_cuda and torch.are_deterministic_algorithms_enabled()
-            and not torch.is_deterministic_algorithms_warn_only_enabled())  # which is to name them
+            and not torch.is_deterministic_algorithms_warn_only_enabled())  # warnings are to name these kernels
 
 
 def sample_by_gather(x: Tensor, columns: Tensor, rows: Tensor, mode: str = "bilinear",
                      padding_mode: str = "zeros") -> Tensor:
-    """`sample` of operations whose gradients add in a fixed order when deterministic algorithms are asked for."""
+    """Sample as `sample` does, by operations whose gradients add in a fixed order in deterministic mode."""
     height, width = x.shape[-2:]
     if padding_mode == "border":
         columns, rows = columns.clamp(0, width - 1), rows.clamp(0, height - 1)
@@ -87,7 +87,7 @@ def sample_by_gather(x: Tensor, columns: Tensor, rows: Tensor, mode: str = "bili
     for column, across in ((left, 1 - (columns - left)), (left + 1, columns - left)):
         for row, down in ((top, 1 - (rows - top)), (top + 1, rows - top)):
             inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            # a NaN would be no index at all, which ends the process on CUDA; as a factor it is still NaN below
+            # a NaN index would abort the process on CUDA; as a factor below it stays NaN
             line, at = (t.clamp(0, size - 1).nan_to_num().long() for t, size in ((row, height), (column, width)))
             index = (line * width + at).flatten(1)[:, None].expand(-1, x.shape[1], -1)  # (N, C, h*w)
             value = x.flatten(2).gather(2, index).unflatten(2, columns.shape[1:])
@@ -96,7 +96,7 @@ def sample_by_gather(x: Tensor, columns: Tensor, rows: Tensor, mode: str = "bili
 
 
 def resize_flow(flow: Tensor, height: int, width: int) -> Tensor:
-    """Resize a flow (N, 2, H, W) and its vectors with it: the result is in pixels of the new size."""
+    """Resize a flow (N, 2, H, W) and scale its vectors to pixels of the new size."""
     old_height, old_width = flow.shape[-2:]
     if (old_height, old_width) == (height, width):
         return flow
@@ -105,13 +105,13 @@ def resize_flow(flow: Tensor, height: int, width: int) -> Tensor:
 
 
 def warp_frames(x: Tensor, flow: Tensor, interpolation: str = "bilinear") -> Tensor:
-    """flow_warp for x (B, D, C, H, W) and flow (B, D, 2, H, W)."""
+    """Warp x (B, D, C, H, W) along flow (B, D, 2, H, W)."""
     warped = flow_warp(x.flatten(0, 1), flow.flatten(0, 1).permute(0, 2, 3, 1), interpolation)
     return warped.unflatten(0, x.shape[:2])
 
 
 def chain_flows(flow: Tensor, steps: int) -> list[Tensor]:
-    """Flow (B, D-1, 2, H, W) of frame t+1 onto t -> for n = 1..steps (B, D-n, 2, H, W), frame t+n onto t."""
+    """Chain a flow (B, D-1, 2, H, W) of frame t+1 onto t to flows (B, D-n, 2, H, W) of frame t+n, n = 1..steps."""
     flows = [flow]
     for n in range(1, steps):
         near, far = flows[-1][:, :-1], flow[:, n:]  # t+n onto t, and t+n+1 onto t+n
@@ -120,23 +120,22 @@ def chain_flows(flow: Tensor, steps: int) -> list[Tensor]:
 
 
 def deform_conv(x: Tensor, offset: Tensor, modulation: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Modulated deformable 3x3 convolution, stride 1, padding 1.
+    """Compute a modulated deformable 3x3 convolution, stride 1, padding 1.
 
-    On CUDA this is torchvision's kernel, unless the gradient has to be the same each time. Elsewhere grid_sample
-    reads the taps: the same numbers, 5 to 10 times faster than torchvision's CPU kernel, which is serial and took
-    over half of a training step.
+    On CUDA this is torchvision's kernel, except in deterministic mode. On CPU grid_sample reads the taps: equal
+    numbers, 5 to 10 times faster than torchvision's CPU kernel, which is serial and took over half of a training step.
 
     Args:
         x: (N, C_in, H, W).
         offset: (N, g*9*2, H, W), pixels, (dy, dx) for each of g groups of channels and each tap.
         modulation: (N, g*9, H, W), a factor for each tap.
-        weight: (C_out, C_in / G, 3, 3) for G groups of its own.
+        weight: (C_out, C_in / G, 3, 3) for G groups of the convolution.
         bias: (C_out,).
 
     Returns:
         (N, C_out, H, W).
     """
-    if exact(x):
+    if needs_fixed_order(x):
         return deform_conv_by_gather(x, offset, modulation, weight, bias)
     if x.is_cuda:
         return deform_conv2d(x, offset, weight, bias, padding=1, mask=modulation)
@@ -148,7 +147,7 @@ def deform_conv(x: Tensor, offset: Tensor, modulation: Tensor, weight: Tensor, b
 
 
 def deform_conv_by_gather(x: Tensor, offset: Tensor, modulation: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`deform_conv` of operations whose gradients add in a fixed order when deterministic algorithms are asked for."""
+    """Compute `deform_conv` by operations whose gradients add in a fixed order in deterministic mode."""
     n, c, h, w = x.shape
     groups, weight_groups = modulation.shape[1] // 9, c // weight.shape[1]
     x, offset, weight, bias = (tensor.float() for tensor in (x, offset, weight, bias))
@@ -163,17 +162,17 @@ def deform_conv_by_gather(x: Tensor, offset: Tensor, modulation: Tensor, weight:
 
 
 class TapSum(torch.autograd.Function):
-    """What deform_conv reads at its taps, times modulation, times weight.
+    """Multiply the taps of deform_conv by modulation and weight.
 
-    All taps are 9 times as large as x, and autograd would keep them in several versions. Here the gradient reads
-    them once more, and both handle one sample at a time, which stays in the cache.
+    All taps are 9 times as large as x, and autograd would store them several times. Here the backward pass reads them
+    again, and both passes handle one sample at a time, which fits into the cache.
 
     x (N, g, C_in / g, H, W), offset (N, g, 9, 2, H*W), modulation (N, g, 1, 9, H*W),
     weight (G, C_out / G, C_in / G * 9) -> (N, G, C_out / G, H*W).
     """
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # half precision would blur coordinates
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # half precision is too coarse for coordinates
     def forward(ctx, x: Tensor, offset: Tensor, modulation: Tensor, weight: Tensor) -> Tensor:
         h, w = x.shape[-2:]
         tap, row, column = torch.arange(9)[:, None, None], torch.arange(h)[:, None], torch.arange(w)
@@ -205,12 +204,12 @@ class TapSum(torch.autograd.Function):
 
 
 def taps(x: Tensor, grid: Tensor) -> Tensor:
-    """x (g, C, W, H) at grid (g, 9, H*W, 2) -> (g, C, 9, H*W)."""
+    """Sample x (g, C, W, H) at grid (g, 9, H*W, 2), as (g, C, 9, H*W)."""
     return F.grid_sample(x, grid, align_corners=True)
 
 
 class BasicModule(nn.Module):
-    """One level: target, warped source, flow so far (N, 3 + 3 + 2, H, W) -> correction of it (N, 2, H, W)."""
+    """Predict the correction (N, 2, H, W) of one level from target, warped source and flow (N, 3 + 3 + 2, H, W)."""
 
     def __init__(self):
         super().__init__()
@@ -225,18 +224,18 @@ class BasicModule(nn.Module):
 
 
 class SpyNet(nn.Module):
-    """Optical flow between two frames, at four scales.
+    """Estimate the optical flow between two frames at four scales.
 
     Args:
-        load_path: file of pretrained weights, KAIR's or BasicSR's, bare or under "params". None or "": the
-            last layer of each level starts at zero, so training starts from zero flow and learns it.
+        load_path: file of pretrained weights of KAIR or BasicSR, bare or under "params". None or "": the last layer of
+            each level starts at zero, so that training starts from zero flow.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or holds something else.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or holds other weights.
 
-    Source: SpyNet of KAIR. What differs: without a file KAIR starts from random flow, and a missing file it
-    downloads; frames of up to 32 pixels, whose first flow has no pixels there, work here.
+    Source: SpyNet of KAIR. Differs: without a file KAIR starts from a random flow, and it downloads a missing file;
+    frames of 32 pixels or less work here.
     """
 
     def __init__(self, load_path: str | None = None):
@@ -252,7 +251,7 @@ class SpyNet(nn.Module):
             nn.init.zeros_(level.basic_module[-1].bias)
 
     def _read(self, path: Path) -> dict[str, Tensor]:
-        """Weights of a file, checked here so that whatever is wrong with it fits in one line."""
+        """Read the weights of a file. Raises FileNotFoundError or ValueError of one line."""
         if not path.is_file():
             raise FileNotFoundError(f"spynet_path: {path} does not exist; {REMEDY}")
         try:
@@ -266,14 +265,14 @@ class SpyNet(nn.Module):
         raise ValueError(f"spynet_path: {path} does not hold SPyNet's weights, basic_module.*; {REMEDY}")
 
     def forward(self, ref: Tensor, supp: Tensor) -> list[Tensor]:
-        """Flow on the grid of ref that pulls supp onto ref when it is given to flow_warp.
+        """Return the flow on the grid of ref with which flow_warp warps supp onto ref.
 
         Args:
             ref: (N, 3, H, W), RGB in [0, 1].
             supp: (N, 3, H, W), RGB in [0, 1].
 
         Returns:
-            Four flows (N, 2, H // s, W // s) for s = 1, 2, 4, 8, each in its own pixels.
+            Flows (N, 2, H // s, W // s) for s = 1, 2, 4, 8, each in pixels of its scale.
         """
         height, width = ref.shape[-2:]
         ref, supp = self._pyramid(ref), self._pyramid(supp)
@@ -287,7 +286,7 @@ class SpyNet(nn.Module):
         return [resize_flow(flow, height // 2**i, width // 2**i) for i, flow in enumerate(flows[:1:-1])]
 
     def _pyramid(self, x: Tensor) -> list[Tensor]:
-        """Normalised frames, coarsest first: 1/32, ... 1/2, 1 of the next size that 32 divides."""
+        """Return normalised frames at 1/32, ..., 1/2, 1 of the next size that 32 divides."""
         height, width = x.shape[-2:]
         size = (height + -height % STRIDE, width + -width % STRIDE)
         if size != (height, width):

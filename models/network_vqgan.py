@@ -2,7 +2,7 @@
 
 Source: Esser, Rombach & Ommer 2021, "Taming Transformers for High-Resolution Image Synthesis", arXiv:2012.09841;
 codebooks by moving averages: van den Oord et al. 2017, arXiv:1711.00937, appendix A.1. Arguments, key names and
-numbers follow CompVis/taming-transformers, whose weights load strictly; class VQModel says what differs.
+numbers follow CompVis/taming-transformers, whose weights load strictly; VQModel describes what differs.
 
 Legend: B images, C channels, H W pixels, h w latent pixels (H / f, W / f), N = B*h*w, K codes.
 """
@@ -16,17 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from options import check, schema_of
-from runtime.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, ProperFraction
+from metrics.vqgan import perplexity
+from runtime.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, ProperFraction, checked
+from storage.foreign import TAMING_LOSS
 
 GROUPS = 32
-MAX_DISTANCES = 2**24  # distances held at once in a lookup, 64 MiB
+MAX_DISTANCES = 2**24  # distances in memory during a lookup, 64 MiB
 Encoded = tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]
-Reduce = Callable[[Tensor], object]  # sums a tensor over all processes, in place
-Join = Callable[[Tensor], Tensor]  # the rows of all processes
+Reduce = Callable[[Tensor], object]  # sums a tensor over all ranks, in place
+Join = Callable[[Tensor], Tensor]  # concatenates the rows of all ranks
 
 
 def require(condition: bool, message: str) -> None:
+    """Raise ValueError unless a condition holds."""
     if not condition:
         raise ValueError(message)
 
@@ -36,21 +38,20 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass
 class DDConfig:
-    """Shape of an encoder and its decoder: the keys of `ddconfig`.
+    """Hold the shape of an encoder and its decoder: the keys of `ddconfig`.
 
     Args:
         ch: width at full resolution, a multiple of 32.
-        in_channels: channels of the images that come in.
-        out_ch: channels of the images that go out.
-        resolution: side of a training image in pixels. It only places the attention; other sizes work as well.
+        in_channels: channels of the input images.
+        out_ch: channels of the output images.
+        resolution: side of a training image in pixels; it only places the attention, other sizes work as well.
         z_channels: channels of the latent image.
-        num_res_blocks: residual blocks of a level in the encoder, one less than in the decoder.
-        attn_resolutions: sides in pixels at which every residual block is followed by attention.
-        ch_mult: width of each level relative to ch; each level but the last halves the size.
-        dropout: share of values that residual blocks drop in training.
-        resamp_with_conv: whether a convolution goes with each change of size.
-        double_z: let the encoder make mean and variance, for models without a codebook. Taming's files say true,
-            which none of its codebook models can use.
+        num_res_blocks: number of residual blocks per level of the encoder; the decoder has one more.
+        attn_resolutions: sides of feature maps in pixels at which attention follows every residual block.
+        ch_mult: width of each level divided by ch; each level but the last halves the size.
+        dropout: fraction of values that residual blocks drop in training.
+        resamp_with_conv: whether each change of size has a convolution.
+        double_z: let the encoder return mean and variance; must be false with a codebook.
     """
 
     ch: PositiveInt
@@ -66,8 +67,7 @@ class DDConfig:
     double_z: bool = False
 
     def __post_init__(self):
-        require(len(self.ch_mult) > 0 and min(self.ch, *self.ch_mult, self.num_res_blocks, self.z_channels) > 0,
-                "ddconfig: ch, ch_mult, num_res_blocks and z_channels must be positive")
+        require(len(self.ch_mult) > 0, "ddconfig: ch_mult must have an entry for each level")
         wrong = [width for width in self.widths if width % GROUPS]
         require(not wrong, f"ddconfig: ch times each entry of ch_mult must be a multiple of {GROUPS}, got {wrong}")
         require(self.resolution % self.factor == 0,
@@ -75,28 +75,38 @@ class DDConfig:
                 f"got {self.resolution}")
 
     @classmethod
-    def read(cls, ddconfig: dict, owner: str) -> "DDConfig":
-        """The checked keys of an option section. Raises ValueError, one line, with the closest valid key."""
-        return cls(**check(ddconfig, schema_of(cls), "ddconfig", lambda key: owner, []))
+    def read(cls, ddconfig: dict) -> "DDConfig":
+        """Return the keys of an option section. Raises ValueError where they are not those of the class."""
+        try:
+            return cls(**ddconfig)
+        except TypeError as error:
+            raise ValueError(f"ddconfig: {str(error).removeprefix('DDConfig.__init__() ')}") from None
 
     @property
     def widths(self) -> list[int]:
+        """Width of each level."""
         return [self.ch * m for m in self.ch_mult]
 
     @property
     def factor(self) -> int:
+        """Image pixels per latent pixel on each side."""
         return 2 ** (len(self.ch_mult) - 1)
 
     def attends(self, level: int) -> bool:
+        """Tell whether a level has attention."""
         return self.resolution // 2**level in self.attn_resolutions
 
 
+DDConfig.__init__ = checked(DDConfig.__init__)
+
+
 def norm(width: int) -> nn.GroupNorm:
+    """Build a group norm of 32 groups."""
     return nn.GroupNorm(GROUPS, width, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
-    """x + two times (norm, swish, 3x3 convolution); where the width changes, x passes a 1x1 convolution."""
+    """Add to x twice norm, swish, 3x3 convolution; x passes a 1x1 convolution where the width changes."""
 
     def __init__(self, c_in: int, c_out: int, dropout: float):
         super().__init__()
@@ -115,7 +125,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """x + attention of every latent pixel to every other, with one head."""
+    """Add to x single-head attention among all latent pixels."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -130,7 +140,7 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size."""
+    """Halve the size."""
 
     def __init__(self, width: int, with_conv: bool):
         super().__init__()
@@ -144,7 +154,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size."""
+    """Double the size."""
 
     def __init__(self, width: int, with_conv: bool):
         super().__init__()
@@ -157,7 +167,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution: each residual block with the attention that may follow it."""
+    """Apply the blocks of one resolution: residual blocks, each with optional attention."""
 
     def __init__(self, c_in: int, c_out: int, num_blocks: int, attends: bool, dropout: float):
         super().__init__()
@@ -175,7 +185,7 @@ class Level(nn.Module):
 
 
 def middle(width: int, dropout: float) -> nn.Module:
-    """What stands at the lowest resolution of both encoder and decoder."""
+    """Build the blocks at the lowest resolution of encoder and decoder."""
     mid = nn.Sequential()
     mid.add_module("block_1", ResnetBlock(width, width, dropout))
     mid.add_module("attn_1", AttnBlock(width))
@@ -184,7 +194,7 @@ def middle(width: int, dropout: float) -> nn.Module:
 
 
 class Encoder(nn.Module):
-    """Images (B, in_channels, H, W) -> (B, z_channels, h, w)."""
+    """Encode images (B, in_channels, H, W) to (B, z_channels, h, w)."""
 
     def __init__(self, config: DDConfig):
         super().__init__()
@@ -208,9 +218,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, z_channels, h, w) -> images (B, out_ch, H, W), not clipped.
+    """Decode latents (B, z_channels, h, w) to images (B, out_ch, H, W), not clipped.
 
-    With give_pre_end the features before the last norm are returned instead, (B, ch * ch_mult[0], H, W).
+    With give_pre_end it returns the features before the last norm, (B, ch * ch_mult[0], H, W).
     """
 
     def __init__(self, config: DDConfig, give_pre_end: bool = False):
@@ -219,7 +229,7 @@ class Decoder(nn.Module):
         widths = config.widths
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
         self.mid = middle(widths[-1], config.dropout)
-        self.up = nn.ModuleList()  # index 0 is full resolution, which comes last
+        self.up = nn.ModuleList()  # index 0 is full resolution, which runs last
         for i, (c_out, c_in) in enumerate(zip(widths, [*widths[1:], widths[-1]])):
             level = Level(c_in, c_out, config.num_res_blocks + 1, config.attends(i), config.dropout)
             if i:
@@ -240,36 +250,26 @@ class Decoder(nn.Module):
 
 @torch.no_grad()
 def nearest(z: Tensor, codes: Tensor) -> Tensor:
-    """The index of the closest code to each vector: (N, C), (K, C) -> (N,)."""
+    """Return the index (N,) of the code (K, C) that is closest to each vector (N, C)."""
     norms = codes.square().sum(dim=1)
-    # |z|^2 is the same for every code; distances of a chunk are dropped before the next
+    # |z|^2 is equal for all codes; chunks bound the memory
     chunks = z.split(max(MAX_DISTANCES // len(codes), 1))
     return torch.cat([torch.addmm(norms, part, codes.T, alpha=-2).argmin(dim=1) for part in chunks])
 
 
-@torch.no_grad()
-def perplexity(indices: Tensor, n_embed: int) -> Tensor:
-    """How many codes are in use, weighed by how often: exp of the entropy of a batch's indices; scalar."""
-    indices = indices.flatten()
-    hits = torch.zeros(n_embed, device=indices.device)  # bincount would wait for the GPU
-    share = hits.index_add_(0, indices, torch.ones_like(indices, dtype=hits.dtype)) / len(indices)
-    return torch.exp(-(share * (share + 1e-10).log()).sum())
-
-
 class Indices(nn.Module):
-    """How a codebook names its codes to the outside.
+    """Convert between the codes of a codebook and the indices that its callers see.
 
     Args:
-        n_embed, embed_dim: number and width of the codes.
-        remap: .npy file with the codes in use; indices count along it, and one that is not in it becomes a
-            random one, as published. None: all codes.
-        sane_index_shape: indices as (B, h, w) instead of (N,), or (N, 1) with remap.
+        n_embed: number of codes.
+        embed_dim: width of a code.
+        remap: .npy file of the codes in use; indices count along it, and other codes become random indices, as
+            published. None: all codes.
+        sane_index_shape: return indices as (B, h, w) instead of (N,), or (N, 1) with remap.
     """
 
     def __init__(self, n_embed: int, embed_dim: int, remap: str | None, sane_index_shape: bool):
         super().__init__()
-        require(min(n_embed, embed_dim) > 0,
-                f"n_embed and embed_dim must be positive, got {n_embed} and {embed_dim}")
         self.n_embed, self.sane_index_shape = n_embed, sane_index_shape
         self.register_buffer("used", self._read(remap) if remap else None)
 
@@ -277,13 +277,13 @@ class Indices(nn.Module):
         try:
             used = torch.from_numpy(np.load(Path(path).expanduser(), allow_pickle=False)).long()
         except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"remap: {path} is no .npy file of code numbers ({type(error).__name__})") from error
+            raise ValueError(f"remap: {path} is not a .npy file of code numbers ({type(error).__name__})") from error
         require(used.ndim == 1 and len(used) > 0 and 0 <= used.min() and used.max() < self.n_embed,
                 f"remap: {path} must hold a list of numbers from 0 to {self.n_embed - 1}")
         return used
 
     def outward(self, indices: Tensor, size: tuple[int, int, int]) -> Tensor:
-        """Codes (N,) as callers see them; size is (B, h, w)."""
+        """Return the indices of codes (N,), where size is (B, h, w)."""
         if self.used is not None:
             place = torch.full((self.n_embed,), -1, device=indices.device)
             place[self.used] = torch.arange(len(self.used), device=indices.device)
@@ -292,7 +292,7 @@ class Indices(nn.Module):
         return indices.view(size) if self.sane_index_shape else indices
 
     def inward(self, indices: Tensor, shape: tuple[int, ...] | None) -> Tensor:
-        """What callers give, with its shape (B, h, w[, C]) if it is flat -> codes (B, h, w)."""
+        """Return the codes (B, h, w) of indices, flat ones with their shape (B, h, w[, C])."""
         if shape is not None:
             require(indices.numel() == shape[0] * shape[1] * shape[2],
                     f"{indices.numel()} codes are not of shape (batch, rows, columns) = {tuple(shape[:3])}")
@@ -303,13 +303,12 @@ class Indices(nn.Module):
 
 
 class VectorQuantizer(Indices):
-    """A codebook that learns by the gradient of the distance between latents and their codes.
+    """Quantize latents with a codebook that learns by the gradient of the distance to its codes.
 
     Args:
-        n_embed, embed_dim: number and width of the codes.
-        beta: weight of the commitment of latents to their codes; the codes' own term has weight 1.
-        remap, sane_index_shape: as in Indices.
-        legacy: put beta on the codes' term instead, as taming does. The loss has the same value.
+        n_embed, embed_dim, remap, sane_index_shape: as in Indices.
+        beta: factor of the commitment loss; the codebook loss has factor 1.
+        legacy: apply beta to the codebook loss instead, as taming does. The loss has the same value.
 
     Source: van den Oord et al. 2017, equation 3; VectorQuantizer2 of taming.
     """
@@ -321,6 +320,7 @@ class VectorQuantizer(Indices):
         self.embedding = self._codes(n_embed, embed_dim)
 
     def _codes(self, n_embed: int, embed_dim: int) -> nn.Module:
+        """Build the module that holds the codes."""
         codes = nn.Embedding(n_embed, embed_dim)
         nn.init.uniform_(codes.weight, -1 / n_embed, 1 / n_embed)
         return codes
@@ -332,8 +332,8 @@ class VectorQuantizer(Indices):
             z: (B, C, h, w).
 
         Returns:
-            codes (B, C, h, w), whose gradient is handed on to z; loss, scalar; (perplexity, None, indices).
-            Always in float32: half precision would confuse codes that lie close together.
+            codes (B, C, h, w), whose gradient passes to z; loss, scalar; (perplexity, None, indices). All in float32:
+            half precision would confuse codes that lie close together.
         """
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
@@ -347,7 +347,7 @@ class VectorQuantizer(Indices):
             return output, self._loss(codes, z), info
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """(B, h, w) -> (B, C, h, w)."""
+        """Return the vectors (B, C, h, w) of codes (B, h, w)."""
         return F.embedding(codes, self.embedding.weight).permute(0, 3, 1, 2)
 
     def _loss(self, codes: Tensor, z: Tensor) -> Tensor:
@@ -355,54 +355,53 @@ class VectorQuantizer(Indices):
         return commitment + self.beta * codebook if self.legacy else self.beta * commitment + codebook
 
     def _observe(self, output: Tensor, flat: Tensor, indices: Tensor) -> None:
-        """For codebooks that learn from what they see."""
+        """Observe a batch, for codebooks of moving averages."""
 
 
 class AveragedCodes(nn.Module):
-    """Codes and their running averages, as buffers: no optimizer ever holds them, every checkpoint does."""
+    """Hold codes and their moving averages as buffers, which no optimizer changes and every checkpoint contains."""
 
     def __init__(self, n_embed: int, embed_dim: int):
         super().__init__()
         self.register_buffer("weight", torch.randn(n_embed, embed_dim))
-        # taming starts at 0: after one step a code without hits is divided by eps and lies 1e5 away
+        # taming starts at 0, so that a code without hits is divided by eps and ends 1e5 away
         self.register_buffer("cluster_size", torch.ones(n_embed))
         self.register_buffer("embed_avg", self.weight.clone())
         self.register_load_state_dict_pre_hook(self._complete)
 
     @staticmethod
     def _complete(module: nn.Module, state: dict, prefix: str, *_) -> None:
-        """Codes of a model without averages become their own; those of this fresh one would replace them."""
+        """Derive the averages of weights that have none from their codes, so that an update keeps the codes."""
         if f"{prefix}weight" in state and not {f"{prefix}cluster_size", f"{prefix}embed_avg"} & state.keys():
             state[f"{prefix}cluster_size"] = torch.ones_like(module.cluster_size)
             state[f"{prefix}embed_avg"] = state[f"{prefix}weight"].clone()
 
 
 class EMAVectorQuantizer(VectorQuantizer):
-    """A codebook whose codes are moving averages of the latents that chose them.
+    """Quantize latents with a codebook whose codes are moving averages of the latents that they represent.
 
-    A forward pass in training counts once its gradient comes back, and only `update` moves the codes. So an
-    iteration has one update, whatever it accumulates, computes twice (gradient checkpointing) or looks up
-    besides (a second pass without gradient), and a step left out for its loss leaves the codes alone.
+    A forward pass in training counts when its backward pass runs, and only `update` moves the codes. So an iteration
+    has one update, with gradient accumulation, gradient checkpointing and further passes without gradient, and a
+    skipped step leaves the codes unchanged. `frozen = True` stops updates.
 
     Args:
         n_embed, embed_dim, beta, remap, sane_index_shape: as in VectorQuantizer.
-        decay: share of the old average that an update keeps.
-        eps: added to every code's count, so that none is divided by zero.
-        restart_below: a code used less than this share of what even use would give it becomes a latent of the
-            batch, with an even share to its name; 0: never. 0.1 keeps a codebook from collapsing at the start.
+        decay: fraction of the moving average that an update keeps.
+        eps: constant added to the count of every code, which avoids a division by zero.
+        restart_below: a code used less than this fraction of uniform use is replaced by a latent of the batch, with the
+            count of uniform use; 0: never. 0.1 avoids a collapse of the codebook at the start.
 
-    `frozen = True` stops updates.
-    Source: van den Oord et al. 2017, appendix A.1; EMAVectorQuantizer of taming, whose constructor fails and
-    whose empty codes run away.
+    Source: van den Oord et al. 2017, appendix A.1; EMAVectorQuantizer of taming, whose constructor fails and whose
+    unused codes diverge.
     """
 
-    def __init__(self, n_embed: int, embed_dim: int, beta: float = 0.25, decay: float = 0.99, eps: float = 1e-5,
-                 restart_below: float = 0.0, remap: str | None = None, sane_index_shape: bool = False):
+    @checked
+    def __init__(self, n_embed: int, embed_dim: int, beta: float = 0.25, decay: ProperFraction = 0.99,
+                 eps: float = 1e-5, restart_below: ProperFraction = 0.0, remap: str | None = None,
+                 sane_index_shape: bool = False):
         super().__init__(n_embed, embed_dim, beta, remap, sane_index_shape)
-        require(0 <= decay < 1, f"decay must be from 0 to below 1, got {decay}")
-        require(0 <= restart_below < 1, f"restart_below must be from 0 to below 1, got {restart_below}")
         self.decay, self.eps, self.restart_below, self.frozen = decay, eps, restart_below, False
-        self._seen = self._latest = None  # between a backward pass and its update only
+        self._seen = self._latest = None  # set between a backward pass and the update
 
     def _codes(self, n_embed: int, embed_dim: int) -> nn.Module:
         return AveragedCodes(n_embed, embed_dim)
@@ -414,23 +413,23 @@ class EMAVectorQuantizer(VectorQuantizer):
         if not self.training or self.frozen or not output.requires_grad:
             return
         batch = [(flat.view(len(output), -1, flat.shape[1]), indices)]
-        output.register_hook(lambda _: self._count(*batch.pop()) if batch else None)  # once, if ever
+        output.register_hook(lambda _: self._count(*batch.pop()) if batch else None)  # at most once
 
     @torch.no_grad()
     def _count(self, flat: Tensor, indices: Tensor) -> None:
         if self._seen is None:
-            self._seen = flat.new_zeros(self.n_embed, 1 + flat.shape[2])  # hits | sum of latents, of each code
+            self._seen = flat.new_zeros(self.n_embed, 1 + flat.shape[2])  # of each code: hits, sum of latents
         self._seen.index_add_(0, indices, F.pad(flat.flatten(0, 1), (1, 0), value=1.0))
         self._latest = flat
 
     @torch.no_grad()
     def update(self, step: int = 0, reduce: Reduce | None = None, join: Join | None = None) -> None:
-        """Move the codes by all that was counted since the last update; nothing counted, nothing moved.
+        """Move the codes by the counts since the last update; without counts do nothing.
 
         Args:
-            step: iteration, which decides where in the batch restarted codes come from.
-            reduce, join: of several processes, so that all have the same codes; join, of latents by image (B, h*w, C),
-                is called with restart_below only.
+            step: iteration, the seed of the latents that replace restarted codes.
+            reduce: sums counts over ranks.
+            join: concatenates latents by image (B, h*w, C) over ranks; only called with restart_below.
         """
         if self._seen is None:
             return
@@ -444,7 +443,7 @@ class EMAVectorQuantizer(VectorQuantizer):
             flat = (flat if join is None else join(flat)).flatten(0, 1)
             even = book.cluster_size.mean()
             dead = book.cluster_size < self.restart_below * even
-            generator = torch.Generator().manual_seed(step)  # of its own: nothing to restore
+            generator = torch.Generator().manual_seed(step)  # no state to restore
             draw = torch.randperm(max(self.n_embed, len(flat)), generator=generator)[: self.n_embed] % len(flat)
             restarted = flat[draw.to(flat.device)] * even
             book.embed_avg.copy_(torch.where(dead[:, None], restarted, book.embed_avg))
@@ -455,17 +454,16 @@ class EMAVectorQuantizer(VectorQuantizer):
 
 
 class GumbelQuantize(Indices):
-    """A codebook chosen from by learned probabilities, sampled with Gumbel noise in training.
+    """Quantize latents with codes drawn from predicted probabilities, with Gumbel noise in training.
 
     Args:
         num_hiddens: channels of the latents.
-        n_embed, embed_dim: number and width of the codes.
-        kl_weight: weight of the divergence of the probabilities from uniform ones.
-        straight_through: one code a latent pixel also in training, else their mixture.
-        remap, sane_index_shape: as in Indices.
+        n_embed, embed_dim, remap, sane_index_shape: as in Indices.
+        kl_weight: factor of the divergence of the probabilities from uniform ones.
+        straight_through: use one code per latent pixel in training, too, instead of a mixture.
 
-    `temperature` may be lowered as training goes on.
-    Source: GumbelQuantize of taming. What differs: in evaluation the most probable code, without noise.
+    The recipe lowers `temperature` in training.
+    Source: GumbelQuantize of taming. Differs: evaluation takes the most probable code, without noise.
     """
 
     def __init__(self, num_hiddens: int, n_embed: int, embed_dim: int, kl_weight: float = 5e-4,
@@ -476,7 +474,7 @@ class GumbelQuantize(Indices):
         self.embed = nn.Embedding(n_embed, embed_dim)
 
     def forward(self, z: Tensor) -> Encoded:
-        """As VectorQuantizer.forward."""
+        """Quantize latents, see VectorQuantizer.forward."""
         with torch.autocast(z.device.type, enabled=False):
             logits = self.proj(z.float())  # (B, K, h, w)
             share = logits.softmax(dim=1)
@@ -492,7 +490,7 @@ class GumbelQuantize(Indices):
             return output, loss, info
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """(B, h, w) -> (B, C, h, w)."""
+        """Return the vectors (B, C, h, w) of codes (B, h, w)."""
         return self.embed(codes).permute(0, 3, 1, 2)
 
 
@@ -500,10 +498,11 @@ class GumbelQuantize(Indices):
 
 
 class VQNetwork(nn.Module):
-    """What every autoencoder with codebooks answers. A subclass has encode, decode, decode_code and these:
+    """The interface of autoencoders with codebooks; a subclass adds encode, decode and decode_code.
 
-    in_channels, factor: images are (B, in_channels, H, W), H and W multiples of factor.
-    last_layer: the weight that makes the pixels, for the adaptive weight of a discriminator.
+    Attributes:
+        in_channels, factor: images are (B, in_channels, H, W), H and W multiples of factor.
+        last_layer: weight of the last layer, for the adaptive weight of a discriminator.
     """
 
     in_channels: int
@@ -517,34 +516,29 @@ class VQNetwork(nn.Module):
             images: (B, C, H, W) in [-1, 1].
 
         Returns:
-            loss of the codebook, scalar; images reconstructed, of the input's size, not clipped; perplexity,
-            scalar: how many codes are in use; their indices.
+            loss of the codebook, scalar; reconstructed images, not clipped; perplexity, scalar; indices.
 
         Raises:
-            ValueError: a shape that the network can't give back.
+            ValueError: sides of the images are not multiples of factor.
         """
         codes, loss, (usage, _, indices) = self.encode(images)
         return loss, self.decode(codes), usage, indices
 
     def check_images(self, images: Tensor) -> None:
+        """Raise ValueError for images of a shape that the network does not take."""
         ok = images.ndim == 4 and images.shape[1] == self.in_channels and not any(
             side % self.factor for side in images.shape[2:])
         require(ok, f"images must be (batch, {self.in_channels}, height, width), both sides multiples of "
                     f"{self.factor}, got {tuple(images.shape)}")
 
     def update_codebook(self, step: int = 0, reduce: Reduce | None = None, join: Join | None = None) -> None:
-        """Once an iteration, after the optimizer's step: let codebooks that average catch up.
+        """Update codebooks of moving averages, once per iteration, after the optimizer step.
 
-        Args: as EMAVectorQuantizer.update. Without such a codebook nothing happens.
+        Args: as EMAVectorQuantizer.update.
         """
         for module in self.modules():
             if isinstance(module, EMAVectorQuantizer):
                 module.update(step, reduce, join)
-
-
-def autoencoder_weights(state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """A published checkpoint's weights without what it carries besides: its loss's networks, its palette."""
-    return {k: v for k, v in state.items() if not k.startswith((f"{prefix}loss.", f"{prefix}colorize"))}
 
 
 class VQModel(VQNetwork):
@@ -552,28 +546,29 @@ class VQModel(VQNetwork):
 
     Args:
         ddconfig: shape of encoder and decoder, the keys of DDConfig.
-        n_embed: number of the codes.
+        n_embed: number of codes.
         embed_dim: width of a code.
         remap: file (.npy) of the codes in use, along which indices count; None: all codes.
-        sane_index_shape: give indices as (B, h, w) instead of (N,), or (N, 1) with remap.
-        beta: weight of the commitment of latents to their codes; the codes' own term has weight 1.
-        legacy: put beta on the codes' term instead, as taming does.
+        sane_index_shape: return indices as (B, h, w) instead of (N,), or (N, 1) with remap.
+        beta: factor of the commitment loss; the codebook loss has factor 1.
+        legacy: apply beta to the codebook loss instead, as taming does.
 
     Raises:
-        ValueError: options that fit no network, in one line.
+        ValueError: options are out of range or do not fit each other.
 
-    Source: VQModel of taming; the same weights, the same numbers. Published files load strictly, what belongs
-    to their loss is passed over. What differs: beta weighs the commitment unless legacy is set; the loss is
-    not a part of the network; decode_code works.
+    Source: VQModel of taming, with equal weights and numbers. Published files load strictly; the weights of their loss
+    are ignored. Differs: beta scales the commitment loss unless legacy is set; the loss is not a part of the network;
+    decode_code works.
     """
 
+    @checked
     def __init__(self, ddconfig: dict, n_embed: PositiveInt, embed_dim: PositiveInt, remap: str | None = None,
                  sane_index_shape: bool = False, beta: NonNegativeFloat = 0.25, legacy: bool = False):
         self._build(ddconfig, VectorQuantizer(n_embed, embed_dim, beta, remap, sane_index_shape, legacy), embed_dim)
 
     def _build(self, ddconfig: dict, quantize: Indices, embed_dim: int) -> None:
         super().__init__()
-        config = DDConfig.read(ddconfig, type(self).__name__)
+        config = DDConfig.read(ddconfig)
         require(not config.double_z, "ddconfig: double_z must be false with a codebook")
         self.in_channels, self.factor = config.in_channels, config.factor
         self.encoder = Encoder(config)
@@ -581,35 +576,37 @@ class VQModel(VQNetwork):
         self.quantize = quantize
         self.quant_conv = nn.Conv2d(config.z_channels, embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, config.z_channels, 1)
-        self.register_load_state_dict_pre_hook(self._pass_over)
+        self.register_load_state_dict_pre_hook(self._drop_loss)
 
     @staticmethod
-    def _pass_over(module: nn.Module, state: dict, prefix: str, *_) -> None:
-        for key in state.keys() - autoencoder_weights(state, prefix).keys():
+    def _drop_loss(module: nn.Module, state: dict, prefix: str, *_) -> None:
+        """Remove the weights of taming's loss from a state dict."""
+        for key in [key for key in state if key.startswith(prefix) and TAMING_LOSS.search(key.removeprefix(prefix))]:
             del state[key]
 
     @property
     def last_layer(self) -> nn.Parameter:
+        """Weight of the last layer."""
         return self.decoder.conv_out.weight
 
     def encode(self, images: Tensor) -> Encoded:
-        """Images (B, C, H, W) -> codes (B, embed_dim, h, w), loss, (perplexity, None, indices)."""
+        """Encode images (B, C, H, W) to codes (B, embed_dim, h, w), loss and (perplexity, None, indices)."""
         self.check_images(images)
         return self.quantize(self.quant_conv(self.encoder(images)))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """(B, embed_dim, h, w) -> images (B, out_ch, H, W)."""
+        """Decode codes (B, embed_dim, h, w) to images (B, out_ch, H, W)."""
         return self.decoder(self.post_quant_conv(codes))
 
     def decode_code(self, indices: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
-        """Images from what encode gave as indices.
+        """Decode the indices of `encode` to images.
 
         Args:
-            indices: (B, h, w), or flat together with
-            shape: (B, h, w), or taming's (B, h, w, embed_dim).
+            indices: (B, h, w), or flat.
+            shape: of flat indices: (B, h, w), or taming's (B, h, w, embed_dim).
 
         Raises:
-            ValueError: flat indices without a shape, or with another number of them.
+            ValueError: flat indices have no shape or do not fit it.
         """
         return self.decode(self.quantize.lookup(self.quantize.inward(indices, shape)))
 
@@ -618,14 +615,15 @@ class EMAVQ(VQModel):
     """VQGAN's autoencoder with a codebook of moving averages; see update_codebook.
 
     Args:
-        decay: share of the old average that an update of the codebook keeps.
-        eps: constant added to every code's count, so that none is divided by zero.
-        restart_below: share of even use below which a code is replaced by a latent of the batch; 0: never.
+        decay: fraction of the moving average that an update of the codebook keeps.
+        eps: constant added to the count of every code, which avoids a division by zero.
+        restart_below: fraction of uniform use below which a code is replaced by a latent of the batch; 0: never.
         others: as `VQModel`.
 
-    Source: EMAVQ of taming, the same keys; EMAVectorQuantizer says what differs.
+    Source: EMAVQ of taming, with equal keys; EMAVectorQuantizer describes what differs.
     """
 
+    @checked
     def __init__(self, ddconfig: dict, n_embed: PositiveInt, embed_dim: PositiveInt, remap: str | None = None,
                  sane_index_shape: bool = False, beta: NonNegativeFloat = 0.25, decay: ProperFraction = 0.99,
                  eps: PositiveFloat = 1e-5, restart_below: ProperFraction = 0.0):
@@ -634,17 +632,18 @@ class EMAVQ(VQModel):
 
 
 class GumbelVQ(VQModel):
-    """VQGAN's autoencoder with codes drawn from learned probabilities.
+    """VQGAN's autoencoder with codes drawn from predicted probabilities.
 
     Args:
         embed_dim: width of a code; equal to z_channels.
-        kl_weight: weight of the divergence of the codes' probabilities from uniform ones.
-        straight_through: choose one code for each latent pixel in training, instead of a mixture.
+        kl_weight: factor of the divergence of the probabilities from uniform ones.
+        straight_through: use one code per latent pixel in training, instead of a mixture.
         others: as `VQModel`.
 
-    Source: GumbelVQ of taming, the same keys. `quantize.temperature` is for the training recipe to lower.
+    Source: GumbelVQ of taming, with equal keys. The recipe lowers `quantize.temperature`.
     """
 
+    @checked
     def __init__(self, ddconfig: dict, n_embed: PositiveInt, embed_dim: PositiveInt, remap: str | None = None,
                  sane_index_shape: bool = False, kl_weight: NonNegativeFloat = 1e-8, straight_through: bool = True):
         channels = ddconfig.get("z_channels", embed_dim)

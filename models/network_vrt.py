@@ -1,7 +1,7 @@
 """VRT, the video restoration transformer: attention in and between frames, alignment along optical flow.
 
 Source: Liang et al. 2022, "VRT: A Video Restoration Transformer", arXiv:2201.12288. Arguments, key names and
-numbers follow KAIR, so published weights load strictly; class VRT says what differs.
+numbers follow KAIR, so published weights load strictly; VRT describes what differs.
 
 Legend: B batch, D frames, C channels, H W pixels; K windows of a clip, N tokens of a window, h heads, P pairs
 of frames. Transformers see (B, D, H, W, C), convolutions see frames, (B*D, C, H, W).
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.network_spynet import SpyNet, chain_flows, deform_conv, warp_frames
-from runtime.ranges import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, ProperFraction
+from runtime.ranges import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, ProperFraction, checked
 
 Size = tuple[int, int, int]  # frames, rows, columns
 SCALES = (0, 1, 2, 3, 2, 1, 0)  # stage i + 1 works at 1 / 2**SCALES[i]; stage 8 at full size
@@ -30,38 +30,38 @@ HEAD_WIDTH = 64
 
 
 def to_windows(x: Tensor, window: Size) -> Tensor:
-    """(B, D, H, W, C), sizes multiples of the window's -> (B, K, N, C)."""
+    """Split (B, D, H, W, C), whose sizes are multiples of the window, into windows (B, K, N, C)."""
     (b, d, h, w, c), (wd, wh, ww) = x.shape, window
     x = x.view(b, d // wd, wd, h // wh, wh, w // ww, ww, c)
     return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, wd * wh * ww, c)
 
 
 def from_windows(x: Tensor, window: Size, size: Size) -> Tensor:
-    """(B, K, N, C) -> (B, D, H, W, C); undoes to_windows."""
+    """Invert to_windows: (B, K, N, C) -> (B, D, H, W, C)."""
     (d, h, w), (wd, wh, ww) = size, window
     x = x.view(x.shape[0], d // wd, h // wh, w // ww, wd, wh, ww, x.shape[-1])
     return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(x.shape[0], d, h, w, x.shape[-1])
 
 
 def shift_regions(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
-    """(K, N), 0 to 7: tokens of a window that only the cyclic shift made neighbours have different numbers."""
+    """Number the tokens (K, N) 0..7: tokens that are neighbours only by the cyclic shift differ."""
     padded = [s + -s % w for s, w in zip(size, window)]
-    # True where a token came round the edge
+    # True where a token wrapped around the edge
     d, h, w = (torch.arange(p, device=device) >= p - s for p, s in zip(padded, shift))
     region = 4 * d[:, None, None] + 2 * h[:, None] + w
     return to_windows(region[None, ..., None], window)[0, ..., 0]
 
 
 def shift_mask(regions: Tensor, like: Tensor) -> Tensor:
-    """(K, N) -> (K, N, N): -100 between tokens of different regions, else 0."""
+    """Return the mask (K, N, N) of regions (K, N): -100 between different regions, else 0."""
     return (regions[:, :, None] != regions[:, None, :]).to(like.dtype) * -100
 
 
 def shift_code(regions: Tensor, scale: float) -> Tensor:
-    """(K, N) -> (K, N, 3, 2): what to append to the channels of q, k and v to get shift_mask's effect.
+    """Return channels (K, N, 3, 2) of q, k and v that have the effect of shift_mask, from regions (K, N).
 
     Regions are eight points of a circle. A point times itself exceeds its product with the next one by 100, so scores
-    within a region are 100 or more above those across. Softmax ignores what all scores of a query have in common.
+    within a region are 100 or more above those across. Softmax ignores a constant that all scores of a query share.
     """
     angle, radius = regions * (math.pi / 4), math.sqrt(100 / (1 - math.cos(math.pi / 4)))
     code = radius * torch.stack((angle.cos(), angle.sin()), dim=-1)
@@ -69,14 +69,14 @@ def shift_code(regions: Tensor, scale: float) -> Tensor:
 
 
 def fused(x: Tensor) -> bool:
-    """Tell whether attention never stores N x N of a window: on CUDA. On CPU that is slower at all of VRT's sizes."""
+    """Tell whether to use attention that stores no N x N scores: on CUDA; on CPU it is slower at all sizes of VRT."""
     return x.is_cuda
 
 
 def attention(qkv: Tensor, scale: float, biases: Sequence[Tensor] = (), swap: bool = False) -> Tensor:
-    """softmax(q k^T * scale + biases) v, each bias broadcast to (..., h, N, N); stores N x N.
+    """Compute softmax(q k^T * scale + biases) v with stored scores, biases broadcast to (..., h, N, N).
 
-    qkv (..., N, 3, h, C) -> (..., N, h, C). With swap each frame (axis 2) has the queries of the other.
+    qkv (..., N, 3, h, C) -> (..., N, h, C). With swap each frame (axis 2) has the queries of the other one.
     """
     q, k, v = qkv.transpose(-4, -2).unbind(-3)  # (..., h, N, C)
     scores = ((q.flip(2) if swap else q) * scale) @ k.transpose(-2, -1)
@@ -87,10 +87,10 @@ def attention(qkv: Tensor, scale: float, biases: Sequence[Tensor] = (), swap: bo
 
 def fused_attention(qkv: Tensor, scale: float, bias: Tensor | None = None, code: Tensor | None = None,
                     swap: bool = False) -> Tensor:
-    """The same without storing N x N of any window, where `fused` is true.
+    """Compute `attention` without stored scores, for inputs where `fused` is true.
 
-    A fused kernel takes only heads of whole 16 bytes, and a bias of q's type. So heads are padded with zeros, and the
-    bias (h, N, N) is converted before it is expanded. code (..., N, 3, 2), see shift_code, is in place of a mask.
+    The kernel needs heads of a multiple of 16 bytes and a bias of the type of q. So heads are padded with zeros, and
+    the bias (h, N, N) is converted before it is expanded. code (..., N, 3, 2) of shift_code replaces the mask.
     """
     width = qkv.shape[-1]
     used = width if code is None else width + 2
@@ -110,13 +110,13 @@ def fused_attention(qkv: Tensor, scale: float, bias: Tensor | None = None, code:
 
 
 def as_multiplied(x: Tensor) -> Tensor:
-    """Convert to what autocast multiplies in: once, and before x is moved about, instead of at each linear layer."""
+    """Convert x to the type of autocast once, before it is rearranged, instead of at each linear layer."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if kind != "meta" and torch.is_autocast_enabled(kind) else x
 
 
 def relative_index(window: Size) -> Tensor:
-    """(N, N): the row of the bias table for a pair (query, key), one row for each difference of positions."""
+    """Return the row (N, N) of the bias table of each pair (query, key), given by its difference of positions."""
     index = 0
     for position, size in zip(torch.meshgrid(*(torch.arange(s) for s in window), indexing="ij"), window):
         position = position.flatten()
@@ -125,7 +125,7 @@ def relative_index(window: Size) -> Tensor:
 
 
 def sine_code(height: int, width: int, dim: int) -> Tensor:
-    """(1, H*W, C), a fixed code of positions: half of the channels from the row, half from the column."""
+    """Return a fixed position code (1, H*W, C), half of the channels for rows, half for columns."""
     half = dim // 2
     frequency = 10000.0 ** (2 * (torch.arange(half) // 2) / half)
 
@@ -139,9 +139,9 @@ def sine_code(height: int, width: int, dim: int) -> Tensor:
 
 
 class WindowAttention(nn.Module):
-    """Self attention among the tokens of a window; with mutual also between the two frames of the window.
+    """Apply self attention to the tokens of a window, and with mutual also attention between its two frames.
 
-    In mutual attention a frame's queries meet the other frame's keys and values: matching and warping in one.
+    In mutual attention the queries of a frame meet keys and values of the other frame, which matches and warps it.
     """
 
     def __init__(self, dim: int, window: Size, num_heads: int, mutual: bool, qkv_bias: bool,
@@ -160,25 +160,25 @@ class WindowAttention(nn.Module):
             self.qkv_mut = nn.Linear(dim, 3 * dim, bias=qkv_bias)
 
     def forward(self, x: Tensor, window: Size, mask: Tensor | None) -> Tensor:
-        """x (B, K, N, C), window in force (a small input shrinks it), mask of prepare_mask -> (B, K, N, C)."""
+        """Attend in x (B, K, N, C), with the window that fits a small input and the mask of prepare_mask."""
         n = x.shape[2]
         out = self._attend(self.qkv_self(x), self._relative_bias(window), mask).view(x.shape)
         if self.mutual:
             frames = x.unflatten(2, (2, n // 2)) + self.position_bias  # (B, K, 2, N/2, C)
-            # one frame's corner of the mask: what a shift wraps round in time stays unmasked, as published
+            # the corner of one frame: tokens that a shift in time wraps around stay unmasked, as published
             corner = None if mask is None else mask[:, : n // 2] if fused(x) else mask[:, : n // 2, : n // 2]
             other = self._attend(self.qkv_mut(frames), None, corner, swap=True).view(x.shape)
             out = torch.cat((other, out), dim=-1)
         return self.proj(out)
 
     def prepare_mask(self, regions: Tensor, like: Tensor) -> Tensor:
-        """Regions (K, N) as the mask that attention takes: (K, N, N), or where it is fused (K, N, 3, 2)."""
+        """Return the mask of regions (K, N) for attention: (K, N, N), or for fused attention (K, N, 3, 2)."""
         return shift_code(regions, self.scale) if fused(like) else shift_mask(regions, like)
 
     def _attend(self, qkv: Tensor, bias: Tensor | None, mask: Tensor | None, swap: bool = False) -> Tensor:
-        """(..., N, 3*C), bias (h, N, N) -> (..., N, C); swap gives each frame (axis 2) the queries of the other."""
+        """Attend with qkv (..., N, 3*C) and bias (h, N, N); swap gives each frame (axis 2) the queries of the other."""
         if swap and mask is not None:
-            mask = mask[:, None]  # the same for both frames
+            mask = mask[:, None]  # both frames share the mask
         heads = qkv.unflatten(-1, (3, self.num_heads, -1))
         if fused(qkv):
             return fused_attention(heads, self.scale, bias, mask, swap).flatten(-2)
@@ -186,7 +186,7 @@ class WindowAttention(nn.Module):
         return attention(heads, self.scale, biases, swap).flatten(-2)
 
     def _relative_bias(self, window: Size) -> Tensor:
-        """(h, N, N) for the window in force; a shrunken window keeps each pair's difference of positions."""
+        """Return the bias (h, N, N) of a window, which may be smaller than the trained one."""
         index = self.relative_position_index
         if window != self.window:
             d, h, w = window
@@ -195,7 +195,7 @@ class WindowAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """Feed-forward layer with a gate: fc2(GELU(fc11(x)) * fc12(x))."""
+    """Apply a feed-forward layer with a gate: fc2(GELU(fc11(x)) * fc12(x))."""
 
     def __init__(self, dim: int, hidden: int, out: int):
         super().__init__()
@@ -208,7 +208,7 @@ class GatedMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Transformer block: x + attention in windows, then x + gated feed-forward."""
+    """Apply a transformer block: add window attention to x, then a gated feed-forward layer."""
 
     def __init__(self, dim: int, window: Size, num_heads: int, mutual: bool, mlp_ratio: float, qkv_bias: bool,
                  qk_scale: float | None, drop_path: float, norm_layer: type[nn.Module],
@@ -222,7 +222,7 @@ class Block(nn.Module):
         self.mlp = GatedMLP(dim, int(dim * mlp_ratio), dim)
 
     def forward(self, x: Tensor, window: Size, shift: Size, mask: Tensor | None) -> Tensor:
-        """x (B, D, H, W, C); windows are shifted if there is a mask."""
+        """Return (B, D, H, W, C) of x (B, D, H, W, C); windows are shifted if there is a mask."""
         x = x + self._drop(self._run(self.checkpoint_attn, self._attend, x, window, shift, mask))
         return x + self._drop(self._run(self.checkpoint_ffn, self._feed_forward, x))
 
@@ -230,7 +230,7 @@ class Block(nn.Module):
         x = as_multiplied(self.norm1(x))
         d, h, w = x.shape[1:4]
         pad_d, pad_h, pad_w = (-s % side for s, side in zip((d, h, w), window))
-        if pad_d or pad_h or pad_w:  # zeros, which stay keys and values like any other token, as published
+        if pad_d or pad_h or pad_w:  # zeros, which act as keys and values, as published
             x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h, 0, pad_d))
         size = x.shape[1:4]
         if mask is not None:
@@ -244,13 +244,13 @@ class Block(nn.Module):
         return self.mlp(as_multiplied(self.norm2(x)))
 
     def _run(self, recompute: bool, function: Callable[..., Tensor], *args) -> Tensor:
-        """Call the function; with recompute, training keeps only its inputs and calls it once more later."""
+        """Call a function; with recompute, training stores only its inputs and calls it again for the gradient."""
         if recompute and self.training and torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
 
     def _drop(self, branch: Tensor) -> Tensor:
-        """Stochastic depth: training leaves the branch out for some samples, scales it up for the others."""
+        """Drop a branch for random samples in training and scale it for the others (stochastic depth)."""
         if not self.training or self.drop_path == 0:
             return branch
         keep = 1 - self.drop_path
@@ -258,7 +258,7 @@ class Block(nn.Module):
 
 
 class Group(nn.Module):
-    """Blocks at one scale; every second one has its windows shifted by half."""
+    """Apply blocks at one scale; every second block has windows shifted by half."""
 
     def __init__(self, depth: int, window: Size, drop_path: Sequence[float], **block):
         super().__init__()
@@ -267,10 +267,10 @@ class Group(nn.Module):
         self.blocks = nn.ModuleList(Block(window=window, drop_path=rate, **block) for rate in rates)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, D, H, W, C) -> the same shape."""
+        """Return (B, D, H, W, C) of x (B, D, H, W, C)."""
         size = tuple(x.shape[1:4])
         window = tuple(min(s, w) for s, w in zip(size, self.window))
-        shift = tuple(w // 2 if s > w else 0 for s, w in zip(size, self.window))  # 0 where one window is all
+        shift = tuple(w // 2 if s > w else 0 for s, w in zip(size, self.window))  # 0 where one window covers the axis
         mask = None
         if any(shift) and len(self.blocks) > 1:
             mask = self.blocks[0].attn.prepare_mask(shift_regions(size, window, shift, x.device), x)
@@ -283,12 +283,12 @@ class Group(nn.Module):
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """The same (B, C, H, W) with channels innermost in memory: CPU convolutions take up to 40 % less time."""
+    """Store (B, C, H, W) with channels innermost: CPU convolutions take up to 40 % less time."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 class FrameConv(nn.Conv3d):
-    """3x3 convolution of frames (B*D, C, H, W); its weight has the published shape (C_out, C_in, 1, 3, 3)."""
+    """Convolve frames (B*D, C, H, W) 3x3; the weight has the published shape (C_out, C_in, 1, 3, 3)."""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__(c_in, c_out, kernel_size=(1, 3, 3), padding=(0, 1, 1))
@@ -298,9 +298,9 @@ class FrameConv(nn.Conv3d):
 
 
 class LastConv(FrameConv):
-    """FrameConv to few channels of what another FrameConv makes of x, both as one, for there is nothing in between.
+    """Convolve to few channels, merged with the FrameConv before it, since no activation separates them.
 
-    Its taps are the channels of that one convolution, summed up where they belong: less than half of the work.
+    The taps are the channels of the merged convolution and are summed at their positions: less than half of the work.
     """
 
     def forward(self, x: Tensor, inner: FrameConv | None = None) -> Tensor:
@@ -313,7 +313,7 @@ class LastConv(FrameConv):
 
 
 class ReflectConv(nn.Conv2d):
-    """Convolution with reflected borders; reflection padding has no deterministic gradient on CUDA."""
+    """Convolve with reflected borders; reflection padding has no deterministic gradient on CUDA."""
 
     def forward(self, x: Tensor) -> Tensor:
         for dim, size in zip((2, 3), self.kernel_size):
@@ -324,25 +324,25 @@ class ReflectConv(nn.Conv2d):
 
 
 def pad_frames(x: Tensor, count: int) -> Tensor:
-    """(B, D, C, H, W) -> (B, D + count, C, H, W): zeros stand for frames that do not exist."""
+    """Append `count` frames of zeros to (B, D, C, H, W)."""
     return F.pad(x, (0, 0, 0, 0, 0, 0, 0, count)) if count else x
 
 
 def both_directions(x: Tensor) -> Tensor:
-    """(B, D, ...) -> (2*B, D, ...): the clip, and the clip reversed, whose next frame is the previous one."""
+    """Concatenate a clip (B, D, ...) and the reversed clip, as (2*B, D, ...)."""
     return torch.cat((x, x.flip(1)))
 
 
 def backward_and_forward(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(2*B, D, ...) -> two of (B, D, ...) in the clip's own order; undoes both_directions."""
+    """Invert both_directions: split (2*B, D, ...) into two (B, D, ...) in the order of the clip."""
     backward, forward = x.chunk(2)
     return backward, forward.flip(1)
 
 
 class DeformableAlignment(nn.Module):
-    """Pull the features of the next frames onto each frame, by a deformable convolution around the flow.
+    """Align the features of the next frames with each frame, by a deformable convolution around the flow.
 
-    Source: parallel warping, section 3.3 of the paper. All frames pass through one convolution together.
+    Source: parallel warping, section 3.3 of the paper. All frames pass through one convolution.
     """
 
     def __init__(self, dim: int, num_sources: int, deformable_groups: int, max_residue: float):
@@ -361,15 +361,15 @@ class DeformableAlignment(nn.Module):
         nn.init.zeros_(self.conv_offset[-1].bias)
 
     def forward(self, clip: Tensor, flows: Sequence[Tensor]) -> Tensor:
-        """clip (B, D, C, H, W), flows of chain_flows -> (B, D, C, H, W), zeros for the last frame."""
+        """Return aligned features (B, D, C, H, W), zeros for the last frame, of a clip and flows of chain_flows."""
         pairs = (clip.shape[0], clip.shape[1] - 1)  # P = B * (D-1)
-        # where only a farther source does not exist, zeros are warped in its place
+        # zeros replace sources beyond the end of the clip
         sources = [pad_frames(clip[:, n:], n - 1) for n in range(1, self.num_sources + 1)]
         flows = [pad_frames(flow, n) for n, flow in enumerate(flows)]
         warped = [warp_frames(source, flow) for source, flow in zip(sources, flows)]
         seen = torch.cat((*warped, clip[:, :-1], *flows), dim=2).flatten(0, 1)
         offset, modulation = self.conv_offset(channels_last(seen)).contiguous().split(self.splits, dim=1)
-        # (dy, dx) of each group and tap; equal shares of them start from each source's flow
+        # (dy, dx) of each group and tap; equal numbers of groups start from the flow of each source
         offset = self.max_residue * offset.tanh().unflatten(1, (self.num_sources, -1, 2))
         offset = offset + torch.stack(flows, dim=2).flatten(0, 1).flip(2).unsqueeze(2)
         sources = torch.cat(sources, dim=2).flatten(0, 1)  # (P, num_sources * C, H, W)
@@ -381,21 +381,21 @@ class DeformableAlignment(nn.Module):
 
 
 class SpaceToDepth(nn.Module):
-    """(B, D, H, W, C) -> (B, D, H/2, W/2, 4*C); of a 2x2 square the column is the slow index."""
+    """Fold 2x2 pixels into channels, columns first: (B, D, H, W, C) -> (B, D, H/2, W/2, 4*C)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 1, 2, 4, 5, 3, 6).flatten(4)
 
 
 class DepthToSpace(nn.Module):
-    """(B, D, H, W, 4*C) -> (B, D, 2*H, 2*W, C); undoes SpaceToDepth."""
+    """Invert SpaceToDepth: (B, D, H, W, 4*C) -> (B, D, 2*H, 2*W, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.unflatten(4, (2, 2, -1)).permute(0, 1, 2, 5, 3, 4, 6).flatten(4, 5).flatten(2, 3)
 
 
 def change_scale(i: int, dims: Sequence[int], norm_layer: type[nn.Module]) -> nn.Sequential:
-    """How stage i + 1 begins: at the scale it is given, at half of it, or at twice of it."""
+    """Build the first layers of stage i + 1, which keep, halve or double the size."""
     if i == 0:
         return nn.Sequential(nn.Identity(), norm_layer(dims[0]))
     down = SCALES[i] > SCALES[i - 1]
@@ -405,8 +405,7 @@ def change_scale(i: int, dims: Sequence[int], norm_layer: type[nn.Module]) -> nn
 
 
 class Stage(nn.Module):
-    """One scale of the U: mutual and self attention on pairs of frames, self attention on more of them, and
-    fusion of each frame with its neighbours, aligned to it."""
+    """Apply one scale of the U: mutual attention on pairs of frames, self attention on more, parallel warping."""
 
     def __init__(self, reshape: nn.Module, dim: int, depth: int, num_mutual: int, window: Size,
                  drop_path: Sequence[float], pa_frames: int, deformable_groups: int, max_residue: float,
@@ -416,7 +415,7 @@ class Stage(nn.Module):
         pair = (2, *window[1:])
         self.residual_group1 = Group(num_mutual, pair, drop_path, dim=dim, mutual=True, **block)
         self.linear1 = nn.Linear(dim, dim)
-        # this group takes the stage's drop_path from the first rate on again, as published
+        # drop_path starts from its first rate again, as published
         self.residual_group2 = Group(depth - num_mutual, window, drop_path, dim=dim, mutual=False, **block)
         self.linear2 = nn.Linear(dim, dim)
         if pa_frames:
@@ -424,7 +423,7 @@ class Stage(nn.Module):
             self.pa_fuse = GatedMLP(3 * dim, 3 * dim, dim)
 
     def forward(self, x: Tensor, flows: Sequence[Tensor] | None) -> Tensor:
-        """x (B, D, H', W', C'), flows of both directions at the scale of the result -> (B, D, H, W, C)."""
+        """Return (B, D, H, W, C) of x (B, D, H', W', C') and flows of both directions at the scale of the result."""
         x = self.reshape(x)
         x = x + self.linear1(self.residual_group1(x))
         x = x + self.linear2(self.residual_group2(x))
@@ -436,7 +435,7 @@ class Stage(nn.Module):
 
 
 class ReconstructionGroup(nn.Module):
-    """A member of stage 8: x + linear(blocks with self attention)."""
+    """Apply a member of stage 8: add to x a linear layer of blocks with self attention."""
 
     def __init__(self, dim: int, depth: int, window: Size, drop_path: Sequence[float], **block):
         super().__init__()
@@ -460,45 +459,45 @@ def upsampler(upscale: int) -> nn.Sequential:
 
 
 class VRT(nn.Module):
-    """Video restoration transformer: super-resolution, deblurring, denoising, or frames in between.
+    """Restore video by a transformer: super-resolution, deblurring, denoising, or frame interpolation.
 
-    Inputs may have any size: where the network needs more frames or pixels, the last frame, row and column
-    are repeated, and the result is cut back.
+    Inputs may have any size: where the network needs more frames or pixels, the last frame, row and column are
+    repeated, and the result is cropped.
 
     Args:
         upscale: size of the output relative to the input: 1, 3, or a power of two.
         in_chans: channels of a frame, 3 (RGB).
-        out_chans: channels of an output frame, 3; with pa_frames 0 three for each frame in between.
-        img_size: frames, rows, columns of a training sample; only frames matter, and only with pa_frames 0.
+        out_chans: channels of an output frame, 3; with pa_frames 0 three for each interpolated frame.
+        img_size: frames, rows, columns of a training sample; only frames have an effect, with pa_frames 0.
         window_size: frames, rows, columns of an attention window.
         depths: number of blocks of stages 1 to 7, then of each member of stage 8.
-        indep_reconsts: entries of depths whose windows hold a single frame.
+        indep_reconsts: indices of the entries of depths whose windows hold a single frame.
         embed_dims: number of channels for each entry of depths.
         num_heads: attention heads for each entry of depths.
-        mul_attn_ratio: share of the blocks of stages 1 to 7 that have mutual attention, rounded down.
-        mlp_ratio: hidden width of feed-forward layers, relative to embed_dims.
+        mul_attn_ratio: fraction of the blocks of stages 1 to 7 with mutual attention, rounded down.
+        mlp_ratio: hidden width of feed-forward layers divided by embed_dims.
         qkv_bias: whether queries, keys and values have a bias.
         qk_scale: factor of query-key products; None: 1 / sqrt(channels of a head).
-        drop_path_rate: chance that a sample skips the last block in training, growing linearly from 0 at the first.
-        norm_layer: normalisation over channels.
-        spynet_path: file of pretrained SPyNet weights; None: flow is trained from zero.
-        pa_frames: neighbours aligned to a frame, 2, 4 or 6; 0: frame interpolation, no flow or alignment.
-        deformable_groups: groups of channels with offsets of their own.
-        recal_all_flows: key of KAIR's option files, without effect, as there.
-        nonblind_denoising: take one more channel of input, the noise level.
-        use_checkpoint_attn: compute attention again for the gradient: less memory, more time.
-        use_checkpoint_ffn: compute feed-forward layers again for the gradient: less memory, more time.
-        no_checkpoint_attn_blocks: entries of depths that use_checkpoint_attn leaves out.
-        no_checkpoint_ffn_blocks: entries of depths that use_checkpoint_ffn leaves out.
+        drop_path_rate: probability that a sample skips the last block in training, linear from 0 at the first.
+        norm_layer: class of the normalisation over channels.
+        spynet_path: file of pretrained SPyNet weights; None: training starts from zero flow.
+        pa_frames: number of neighbours aligned to a frame; 0: frame interpolation, without flow and alignment.
+        deformable_groups: number of groups of channels with separate offsets.
+        recal_all_flows: key of KAIR's option files, without effect.
+        nonblind_denoising: take the noise level as one more input channel.
+        use_checkpoint_attn: recompute attention for the gradient: less memory, more time.
+        use_checkpoint_ffn: recompute feed-forward layers for the gradient: less memory, more time.
+        no_checkpoint_attn_blocks: indices of the entries of depths without use_checkpoint_attn.
+        no_checkpoint_ffn_blocks: indices of the entries of depths without use_checkpoint_ffn.
 
     Raises:
-        ValueError: options that fit no network; it says which would.
+        ValueError: options are out of range or do not fit each other.
 
-    Source: models/network_vrt.py of KAIR; the same weights, the same numbers. What differs: inputs of any
-    size; right relative positions in windows that shrink in space; checkpointing only where the options ask
-    for it; flow that starts from zero.
+    Source: models/network_vrt.py of KAIR, with equal weights and numbers. Differs: inputs of any size; correct relative
+    positions in windows that shrink in space; checkpointing only as the options set it; zero flow at the start.
     """
 
+    @checked
     def __init__(
         self,
         upscale: PositiveInt = 4,
@@ -529,20 +528,20 @@ class VRT(nn.Module):
         super().__init__()
         num_mutual = [int(depth * mul_attn_ratio) for depth in depths[:NUM_STAGES]]
         check_task(upscale, in_chans, out_chans, img_size, pa_frames, nonblind_denoising)
-        check_stages(depths, embed_dims, num_heads, num_mutual, window_size, mul_attn_ratio, drop_path_rate)
+        check_stages(depths, embed_dims, num_heads, num_mutual, window_size)
         if pa_frames:
             check_alignment(embed_dims[:NUM_STAGES], pa_frames // 2, deformable_groups)
         self.upscale, self.pa_frames, self.num_frames = upscale, pa_frames, img_size[0]
         self.in_chans, self.nonblind_denoising = in_chans, nonblind_denoising
         window, first, last = tuple(window_size), embed_dims[0], embed_dims[-1]
-        # the sine code of mutual attention has a fixed size: its windows may not shrink
+        # the sine code of mutual attention has a fixed size, so its windows cannot shrink
         coarsest = max((2**scale for scale, count in zip(SCALES, num_mutual) if count), default=0)
         self.min_size = (coarsest * window[1], coarsest * window[2])
         self.min_frames = max(1 + pa_frames // 2, 2 if coarsest else 1)
         rates = [drop_path_rate * i / (sum(depths) - 1) for i in range(sum(depths))]
 
         def options(i: int) -> dict:
-            """What entry i of depths hands on to its blocks."""
+            """Return the arguments of the blocks of entry i of depths."""
             start = sum(depths[:i])
             return {
                 "dim": embed_dims[i], "depth": depths[i], "drop_path": rates[start : start + depths[i]],
@@ -569,7 +568,7 @@ class VRT(nn.Module):
         self._add_head(first, out_chans)
 
     def _add_head(self, dim: int, out_chans: int) -> None:
-        """Layers from features to frames."""
+        """Add the layers from features to frames."""
         if not self.pa_frames:
             self.linear_fuse = nn.Conv2d(dim * self.num_frames, HEAD_WIDTH, 1)
             self.conv_last = ReflectConv(HEAD_WIDTH, out_chans, 7)
@@ -581,7 +580,7 @@ class VRT(nn.Module):
             self.conv_last = LastConv(HEAD_WIDTH, out_chans)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Restore a clip, or make the frames in between.
+        """Restore a clip, or interpolate its frames.
 
         Args:
             x: (B, D, 3, H, W), RGB in [0, 1]; with nonblind_denoising a fourth channel, the noise level.
@@ -590,7 +589,7 @@ class VRT(nn.Module):
             (B, D, 3, H * upscale, W * upscale), not clipped; with pa_frames 0 (B, out_chans / 3, 3, H, W).
 
         Raises:
-            ValueError: a shape that is no clip; with pa_frames 0 another number of frames than img_size says.
+            ValueError: the shape is not that of a clip, or with pa_frames 0 not of img_size[0] frames.
         """
         channels = self.in_chans + self.nonblind_denoising
         require(x.ndim == 5 and x.shape[2] == channels and x.numel() > 0,
@@ -603,7 +602,7 @@ class VRT(nn.Module):
         return x[..., : height * self.upscale, : width * self.upscale]
 
     def _pad(self, x: Tensor) -> Tensor:
-        """Repeat the last frame, row and column up to the next size that the network takes."""
+        """Repeat the last frame, row and column up to a size that the network takes."""
         b, d, _, h, w = x.shape
         pad_h, pad_w = (math.ceil(max(s, least) / 8) * 8 - s for s, least in zip((h, w), self.min_size))
         if pad_h or pad_w:
@@ -613,7 +612,7 @@ class VRT(nn.Module):
         return x
 
     def _restore(self, x: Tensor) -> Tensor:
-        """(B, D, C, H, W) -> (B, D, 3, H * upscale, W * upscale)."""
+        """Restore (B, D, C, H, W) to (B, D, 3, H * upscale, W * upscale)."""
         frames, noise = x[:, :, : self.in_chans], x[:, :, self.in_chans :]
         clip = both_directions(frames)
         flows = self._flows(clip)
@@ -628,20 +627,20 @@ class VRT(nn.Module):
         return (x + base).unflatten(0, frames.shape[:2])
 
     def _interpolate(self, x: Tensor) -> Tensor:
-        """(B, D, C, H, W) -> (B, out_chans / 3, 3, H, W)."""
+        """Interpolate (B, D, C, H, W) to (B, out_chans / 3, 3, H, W)."""
         mean = x.mean(dim=(1, 3, 4), keepdim=True)
         y = self._body(x - mean, flows=[None] * 4)
         y = self.linear_fuse(y.unflatten(0, x.shape[:2]).flatten(1, 2))  # all frames at once, as channels
         return self.conv_last(F.leaky_relu(y, 0.2)).unflatten(1, (-1, 3)) + mean
 
     def _flows(self, clip: Tensor) -> list[list[Tensor]]:
-        """clip (2*B, D, 3, H, W) -> for scales 1, 1/2, 1/4, 1/8 the flows to 1..pa_frames/2 frames ahead."""
+        """Return flows of a clip (2*B, D, 3, H, W) to 1..pa_frames/2 frames ahead, for scales 1, 1/2, 1/4, 1/8."""
         flows = self.spynet(clip[:, :-1].flatten(0, 1), clip[:, 1:].flatten(0, 1))
         pairs = (clip.shape[0], clip.shape[1] - 1)
         return [chain_flows(flow.unflatten(0, pairs), self.pa_frames // 2) for flow in flows]
 
     def _body(self, x: Tensor, flows: Sequence[list[Tensor] | None]) -> Tensor:
-        """(B, D, C', H, W) -> (B*D, C, H, W): a convolution, and the U and stage 8 added to it."""
+        """Return features (B*D, C, H, W) of (B, D, C', H, W): a convolution, plus the U and stage 8."""
         first = self.conv_first(x.flatten(0, 1))
         x = first.unflatten(0, x.shape[:2]).permute(0, 1, 3, 4, 2)
         x1 = self.stage1(x, flows[0])
@@ -659,37 +658,32 @@ class VRT(nn.Module):
 
 
 def require(valid: bool, message: str) -> None:
+    """Raise ValueError unless a condition holds."""
     if not valid:
         raise ValueError(f"VRT: {message}")
 
 
 def check_task(upscale, in_chans, out_chans, img_size, pa_frames, nonblind_denoising) -> None:
-    """What is restored from what."""
-    require(pa_frames in (0, 2, 4, 6), f"pa_frames must be 2, 4, 6, or 0 for interpolation, got {pa_frames}")
+    """Check the options of inputs and outputs."""
     require(in_chans == 3, f"in_chans must be 3 (nonblind_denoising adds the noise level), got {in_chans}")
     require(len(img_size) == 3, f"img_size must be [frames, rows, columns], got {list(img_size)}")
     if pa_frames:
-        power = upscale > 0 and upscale & (upscale - 1) == 0
+        power = upscale & (upscale - 1) == 0
         require(power or upscale == 3, f"upscale must be 1, 3, or a power of two, got {upscale}")
         require(out_chans == 3, f"out_chans must be 3, got {out_chans}")
         return
     require(upscale == 1, f"upscale must be 1 with pa_frames 0, got {upscale}")
-    require(out_chans > 0 and out_chans % 3 == 0,
-            f"out_chans must be 3 for each frame in between, got {out_chans}")
+    require(out_chans % 3 == 0, f"out_chans must be 3 for each interpolated frame, got {out_chans}")
     require(img_size[0] > 1, f"img_size[0] must be 2 frames or more with pa_frames 0, got {img_size[0]}")
     require(not nonblind_denoising, "nonblind_denoising must be false with pa_frames 0")
 
 
-def check_stages(depths, dims, heads, num_mutual, window, mul_attn_ratio, drop_path_rate) -> None:
-    """Widths that can be added, split into heads, folded in space, and coded by position."""
+def check_stages(depths, dims, heads, num_mutual, window) -> None:
+    """Check that widths can be added, split into heads, folded in space, and coded by position."""
     counts = (len(depths), len(dims), len(heads))
     require(len(set(counts)) == 1 and counts[0] > NUM_STAGES,
             f"depths, embed_dims and num_heads must have equally many entries, 8 or more, got {counts}")
     require(len(window) == 3, f"window_size must be [frames, rows, columns], got {list(window)}")
-    require(min(*depths, *dims, *heads, *window) > 0,
-            "depths, embed_dims, num_heads and window_size must be positive")
-    require(0 <= mul_attn_ratio <= 1, f"mul_attn_ratio must be from 0 to 1, got {mul_attn_ratio}")
-    require(0 <= drop_path_rate < 1, f"drop_path_rate must be from 0 to below 1, got {drop_path_rate}")
     for up, down in ((4, 2), (5, 1), (6, 0)):
         require(dims[up] == dims[down],
                 f"embed_dims[{up}] must equal embed_dims[{down}] = {dims[down]}, got {dims[up]}")
@@ -701,9 +695,9 @@ def check_stages(depths, dims, heads, num_mutual, window, mul_attn_ratio, drop_p
 
 
 def check_alignment(dims, num_sources, groups) -> None:
-    """Channels that the deformable convolution can group."""
+    """Check that the deformable convolution can group the channels."""
     even = " and even" if num_sources == 2 else ""
-    require(groups > 0 and 9 * groups % num_sources == 0,
+    require(groups and 9 * groups % num_sources == 0,
             f"deformable_groups must be positive{even} with pa_frames {2 * num_sources}, got {groups}")
     for i, dim in enumerate(dims):
         require(dim % num_sources == 0,

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from losses.energy import CosineSSMLoss, GeometricFreeEnergyLoss, PatchSlicedWassersteinLoss, divergence
 from models.model_lgt import euler
-from tests.test_network_lgt import assert_close, assert_norms, golden, net, one_thread  # noqa: F401
+from tests.test_network_lgt import assert_close, assert_norms, golden, net  # noqa: F401
 
 TRAIN = ["train_shrinking", "train_shrinking_dropped", "train_constant", "train_constant_dropped"]
 

@@ -101,5 +101,5 @@ def test_cross_entropy_of_two_channels_is_that_of_their_difference(batch):
 
 
 def test_an_impossible_share_is_named():
-    with pytest.raises(ValueError, match="alpha 2 must be in 0..1"):
+    with pytest.raises(ValueError, match="alpha 2 must be from 0 to 1"):
         PooledTanimotoLoss(alpha=2)

@@ -293,9 +293,9 @@ def test_names_of_option_files_build():
 
 @pytest.mark.parametrize("options, message", [
     (dict(legacy=["typo"]), "legacy: unknown typo; valid: early_discriminator"),
-    (dict(disc_loss="wasserstein"), "disc_loss must be hinge or vanilla"),
-    (dict(disc_weight=-1.0), "disc_weight must not be negative"),
-    (dict(disc_num_layers=0), "must be positive"),
+    (dict(disc_loss="wasserstein"), "disc_loss 'wasserstein' must be one of hinge, vanilla"),
+    (dict(disc_weight=-1.0), "disc_weight -1.0 must be >= 0"),
+    (dict(disc_num_layers=0), "disc_num_layers 0 must be >= 1"),
 ])
 def test_impossible_options_are_refused_in_one_line(options, message):
     with pytest.raises(ValueError, match=message) as error:

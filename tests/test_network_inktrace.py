@@ -209,7 +209,7 @@ def test_impossible_sizes_are_refused(over):
 def test_other_images_and_losses_are_refused():
     with pytest.raises(ValueError, match=r"\(1, 1, 32, 32\); \(B, C, 64, 64\) is needed"):
         UnifiedModel(**TINY)(torch.rand(1, 1, 32, 32))
-    with pytest.raises(ValueError, match="loss_off must not be negative"):
+    with pytest.raises(ValueError, match="offset_weight -1 must be >= 0"):
         DenseLoss(offset_weight=-1)
     with pytest.raises(ValueError, match="keypoint_sigma -1 must be >= 0"):
         DenseLoss(keypoint_sigma=-1)

@@ -126,7 +126,8 @@ def test_it_starts_as_the_velocity_zero_and_learns_from_the_output_on():
 
 
 @pytest.mark.parametrize("options, text", [
-    ({"base_channels": 48}, "multiple of 32"), ({"time_dim": 7}, "even"), ({"num_styles": 0}, "at least 1")])
+    ({"base_channels": 48}, "multiple of 32"), ({"time_dim": 7}, "even"),
+    ({"num_styles": 0}, "num_styles 0 must be >= 1")])
 def test_impossible_networks(options, text):
     with pytest.raises(ValueError, match=text):
         LGTUNet(**{**SMALL, **options})
