@@ -13,7 +13,7 @@ import checkpoint
 import options
 from checkpoint import CheckpointError
 from data import DATASETS
-from data.loader import endless, told
+from data.loader import as_option_error, endless
 from data.sampler import names_digest
 from log.run_log import RunLog, SilentLog, start_log
 from log.terminal import Pace
@@ -213,7 +213,7 @@ class Run:
 
         Raises: OptionError for any failure of the data.
         """
-        with told():
+        with as_option_error():
             self.model.feed_data(next(samples))
 
     def steps(self, samples: Iterator[Mapping[str, Any]], stop: StopRequest) -> None:

@@ -1,6 +1,6 @@
-"""What lies in folders, and in lists of files: hidden files and what systems leave behind are passed over.
+"""Listing of folders and of files with lists, without hidden files and files of the operating system.
 
-Pictures of formats that are not read are counted, for a line at the start of a run.
+Pictures of unsupported formats are counted, for a line at the start of a run.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ OTHERS = (".tif", ".tiff", ".bmp", ".gif", ".jfif", ".jp2", ".jxl", ".avif", ".h
           ".mp4", ".mov", ".avi", ".mkv", ".webm")
 SYSTEM = {"@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"}
 
-_passed: dict[str, tuple[Counter, str]] = {}  # folder -> files passed over by their endings, and one of them
+_passed: dict[str, tuple[Counter, str]] = {}  # folder -> number of unsupported files by extension, and one of them
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is hidden, or one that systems leave behind."""
+    """Tell whether a file or folder is hidden or belongs to the operating system."""
     return name.startswith(".") or name in SYSTEM
 
 
 def list_folder(folder: str) -> tuple[list[str], list[str]]:
-    """The names of the folders and of the pictures in a folder, sorted. Raises: ValueError, one line."""
+    """Return the sorted names of folders and of pictures in a folder. Raises ValueError: it is unreadable."""
     folders, pictures, others, example = [], [], Counter(), ""
     here = os.path.realpath(folder) + os.sep
     try:
@@ -50,7 +50,7 @@ def list_folder(folder: str) -> tuple[list[str], list[str]]:
 
 
 def walk(folder: str, above: tuple[str, ...] = ()) -> Iterator[tuple[str, list[str]]]:
-    """(path, names of its pictures) of a folder and all below it, sorted; a link to one above is not followed."""
+    """Yield path and names of pictures of a folder and all folders below it, sorted, without links to folders above."""
     above = (*above, os.path.realpath(folder))
     folders, pictures = list_folder(folder)
     yield folder, pictures
@@ -60,7 +60,7 @@ def walk(folder: str, above: tuple[str, ...] = ()) -> Iterator[tuple[str, list[s
 
 
 def is_folder(path: str) -> bool:
-    """Whether a path leads to a folder. Raises: ValueError, one line, where the system does not let one look."""
+    """Tell whether a path is a folder. Raises ValueError: the path is not accessible."""
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -70,7 +70,7 @@ def is_folder(path: str) -> bool:
 
 
 def passed_over(lead: str = "") -> str:
-    """`lead` and a line about the pictures of other formats that were listed since this was asked last, or nothing."""
+    """Return `lead` and a line about unsupported pictures found since the last call, or ""."""
     found = sum((others for others, _ in _passed.values()), Counter())
     counts = ", ".join(f"{count:,} {ending}" for ending, count in sorted(found.items()))
     example = next((printable(path) for _, path in _passed.values()), "")
@@ -79,10 +79,10 @@ def passed_over(lead: str = "") -> str:
 
 
 def read_lines(path: str, bytewise: bool = False) -> list[str]:
-    """The lines of a text file in UTF-8, with or without a byte order mark.
+    """Return the lines of a text file in UTF-8, with or without a byte order mark.
 
-    Args: bytewise: of a list that names files in whatever bytes they have.
-    Raises: FileNotFoundError, ValueError: one line that names the file, also where it is in another encoding.
+    Args: bytewise: accept any bytes, for lists of file names.
+    Raises: FileNotFoundError, ValueError: the file is unreadable or not in UTF-8.
     """
     content = read_bytes(path)
     try:

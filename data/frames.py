@@ -1,9 +1,9 @@
-"""Frames of clips: in folders or in an lmdb, listed, paired by name, and read one at a time.
+"""Frames of clips in folders or in an lmdb: listing, pairing by name, and reading.
 
-A frame's address is its path; in an lmdb it is `ROOT.lmdb/clip/frame`, without extension, as BasicSR's keys are.
-Source: the layout of BasicSR's lmdb (data.mdb and meta_info.txt) and KAIR's meta_info files.
-Different here: LQ and GT pair by name, not by position; numbers in frames' names count by value (2 before 10);
-the options are left as they are. A frame in memory is (3,H,W) uint8 RGB.
+A frame is identified by its path, in an lmdb by `ROOT.lmdb/clip/frame` without extension, like the keys of BasicSR.
+Source: the layout of BasicSR's lmdb (data.mdb and meta_info.txt) and KAIR's meta_info files. Differs: LQ and GT are
+paired by name, not by position; numbers in names are sorted by value (2 before 10); options are not changed.
+A frame in memory is (3,H,W) uint8 RGB.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from data.image_files import KINDS, picture_in, printable, read_picture, size_of
 
 VAL_PARTITIONS = {"REDS4": {"000", "011", "015", "020"}, "official": {f"{clip:03d}" for clip in range(240, 270)}}
 LMDB = ".lmdb"
-SIDES = ("dataroot_gt", "dataroot_lq")  # what messages call the two roots
+SIDES = ("dataroot_gt", "dataroot_lq")  # names of the two roots in messages
 MAKE_LMDB = "python -m data.prepare lmdb FOLDER OUT.lmdb makes one"
 
-# Where a missing folder is to be had, by a part of its path.
+# Sources of public data, by a part of the path of a missing folder.
 PUBLIC = {
     "REDS": "REDS (seungjunnah.github.io/Datasets/reds): a folder per clip, 000 to 239 of its train set and "
             "240 to 269, which are 000 to 029 of its validation set",
@@ -49,7 +49,7 @@ PUBLIC = {
 
 
 class Clip(NamedTuple):
-    """One clip: its frames' names without extension, and their paths; a side that is not there is None."""
+    """Hold the names of the frames of a clip, without extension, and their paths; an absent side is None."""
 
     name: str
     frames: list[str]
@@ -60,13 +60,13 @@ class Clip(NamedTuple):
 # Reading -----------------------------------------------------------------------------------------------------------
 
 class FrameReader:
-    """Reads frames; those of `keep` only once, at the start, where worker processes share them."""
+    """Read frames; those of `keep` are read once at the start and shared with worker processes."""
 
     def __init__(self, keep: Iterable[str] = ()):
         self.kept = {path: read_frame(path) for path in keep}
 
     def __call__(self, paths: Sequence[str]) -> list[Tensor]:
-        """The frames (3,H,W) uint8 at these paths, all of one size; not to be written to."""
+        """Return read-only frames (3,H,W) uint8. Raises ValueError where their sizes differ."""
         frames = [self.kept[path] if path in self.kept else read_frame(path) for path in paths]
         for path, frame in zip(paths, frames, strict=True):
             if frame.shape != frames[0].shape:
@@ -75,11 +75,12 @@ class FrameReader:
 
 
 def paths_of(clips: Iterable[Clip]) -> Iterable[str]:
+    """Return the paths of all frames of clips."""
     return (path for clip in clips for path in (clip.gt or []) + (clip.lq or []))
 
 
 def read_frame(path: str) -> Tensor:
-    """An image file, or one in an lmdb -> (3,H,W) uint8 RGB by the rules of `data.image_files`."""
+    """Read a frame from an image file or an lmdb, as (3,H,W) uint8 RGB."""
     if LMDB + "/" in path and not os.path.isfile(path):
         return picture_in(_in_lmdb(path), path)
     return read_picture(path)
@@ -95,10 +96,11 @@ def _close_all() -> None:
         _open.popitem()[1].close()
 
 
-os.register_at_fork(before=_close_all)  # an environment must not cross a fork: each worker opens its own
+os.register_at_fork(before=_close_all)  # an lmdb environment must not cross a fork
 
 
 def lmdb_module() -> Any:
+    """Import lmdb. Raises ValueError where it is not installed."""
     try:
         return importlib.import_module("lmdb")
     except ImportError:
@@ -106,7 +108,7 @@ def lmdb_module() -> Any:
 
 
 def _in_lmdb(path: str) -> bytes:
-    """The encoded image at `ROOT.lmdb/key`."""
+    """Return the encoded image at `ROOT.lmdb/key`."""
     root, _, key = path.rpartition(LMDB + "/")
     root += LMDB
     if root not in _open:
@@ -124,7 +126,7 @@ def _in_lmdb(path: str) -> bytes:
 
 @lru_cache(maxsize=4)
 def _scan_lmdb(root: str, side: str) -> dict[str, dict[str, str]]:
-    """{clip: {frame: path}}, of the keys that meta_info.txt lists; not to be written to."""
+    """Return {clip: {frame: path}} of the keys in meta_info.txt, read-only."""
     check_folder(root, side)
     clips: dict[str, dict[str, str]] = {}
     for _, line in lines_of(os.path.join(root, "meta_info.txt"), "lmdb"):
@@ -135,8 +137,8 @@ def _scan_lmdb(root: str, side: str) -> dict[str, dict[str, str]]:
 
 
 def check_backend(io_backend: dict | None, *roots: str | None, sides: Sequence[str] = SIDES) -> None:
-    """That the backend exists, and the roots, and that these are of its kind."""
-    backend = dict(io_backend or {"type": "disk"})  # a copy: the options stay as they are
+    """Raise an error where the backend is unknown, a root is missing, or a root is of another kind."""
+    backend = dict(io_backend or {"type": "disk"})  # a copy, to keep the options
     kind = backend.pop("type", None)
     if kind not in ("disk", "lmdb") or backend:
         raise ValueError(f'io_backend {io_backend} is unknown; valid are {{"type": "disk"}} and {{"type": "lmdb"}}')
@@ -152,7 +154,7 @@ def check_backend(io_backend: dict | None, *roots: str | None, sides: Sequence[s
 
 
 def check_folder(folder: str, side: str) -> None:
-    """That a folder (or lmdb) exists; else a line that says where to get it, or what a file is to be turned into."""
+    """Raise an error where a folder (or lmdb) does not exist, with its source, or is a file."""
     there = is_folder(folder)
     if os.path.isfile(folder):
         raise ValueError(f"{side}: {printable(folder)} is a file; give a folder of {KINDS} frames, or of one such "
@@ -167,9 +169,13 @@ def check_folder(folder: str, side: str) -> None:
 
 def scan_clips(gt_root: str | None, lq_root: str | None, only: Sequence[str] | None = None,
                sides: tuple[str, str] = SIDES) -> list[Clip]:
-    """The clips below one or two roots, paired by the names of folders and frames, sorted by name.
+    """Return the clips below one or two roots, paired by the names of folders and frames, sorted by name.
 
-    `only`: names of the clips to take, in this order. At least one root is needed. `sides`: the roots in messages.
+    Args:
+        gt_root, lq_root: folders or lmdbs, of which one may be None.
+        only: names of the clips to return, in this order; None: all.
+        sides: names of the roots in messages.
+    Raises: FileNotFoundError, ValueError: names differ, frames are missing, or a folder is empty.
     """
     gt, lq = (scan_root(root, side, only) if root else None for root, side in zip((gt_root, lq_root), sides))
     if gt and lq:
@@ -179,14 +185,14 @@ def scan_clips(gt_root: str | None, lq_root: str | None, only: Sequence[str] | N
     root, clips = (gt_root, gt) if gt else (lq_root, lq)
     for folder, frames in clips.items():
         check_numbers(os.path.join(root, folder), frames)
-    own_name = os.path.basename(os.path.abspath(root))  # of a root that is itself the only clip
+    own_name = os.path.basename(os.path.abspath(root))  # where the root is the only clip
     return [Clip(folder or own_name, list(frames),
                  list(gt[folder].values()) if gt else None,
                  [lq[folder][frame] for frame in frames] if lq else None) for folder, frames in clips.items()]
 
 
 def scan_root(root: str, side: str, only: Sequence[str] | None = None) -> dict[str, dict[str, str]]:
-    """{clip: {frame: path}}, sorted; the clip "" stands for frames that lie in the root itself."""
+    """Return {clip: {frame: path}}, sorted; the clip "" holds frames in the root itself."""
     if root.endswith(LMDB):
         clips = _scan_lmdb(root, side)
         return {folder: scan_frames(root, folder, side) for folder in (clips if only is None else only)}
@@ -197,7 +203,7 @@ def scan_root(root: str, side: str, only: Sequence[str] | None = None) -> dict[s
             raise ValueError(f"{side} {root} holds frames and folders ({name_some(folders)}); keep one kind")
         folders = [""]
     elif not folders:
-        raise ValueError(f"{side} {root} holds no clips; put each clip's {KINDS} frames into a folder of its own"
+        raise ValueError(f"{side} {root} holds no clips; put the {KINDS} frames of each clip into a separate folder"
                          + passed_over("; "))
     elif only is not None:
         folders = only
@@ -205,7 +211,7 @@ def scan_root(root: str, side: str, only: Sequence[str] | None = None) -> dict[s
 
 
 def scan_frames(root: str, folder: str, side: str) -> dict[str, str]:
-    """{name without extension: path} of one clip's images, sorted by name."""
+    """Return {name without extension: path} of the images of a clip, sorted by name."""
     if root.endswith(LMDB):
         if folder not in (clips := _scan_lmdb(root, side)):
             raise FileNotFoundError(f"{side}: clip {folder!r} is missing in {root}")
@@ -223,27 +229,29 @@ def scan_frames(root: str, folder: str, side: str) -> dict[str, str]:
 
 
 def check_numbers(clip: str, frames: Iterable[str]) -> None:
-    """That frames numbered in steps of one size leave none out: a gap is no motion that a network should learn."""
+    """Raise ValueError where frames that are numbered in equal steps have a gap."""
     parts = [re.fullmatch(r"(.*?)([0-9]+)([^0-9]*)", frame) for frame in frames]
     if len(parts) < 3 or not all(parts) or len({(part[1], part[3]) for part in parts}) > 1:
         return
     parts.sort(key=lambda part: int(part[2]))
     steps = [int(after[2]) - int(before[2]) for before, after in zip(parts, parts[1:])]
     step, at = min(steps), steps.index(max(steps))
-    if 0 < step < steps[at] and 2 * steps.count(step) >= len(steps):  # else the names are times, not numbers
+    if 0 < step < steps[at] and 2 * steps.count(step) >= len(steps):  # otherwise names are times, not numbers
         raise ValueError(f"{clip}: frames are missing between {parts[at][0]!r} and {parts[at + 1][0]!r}; add them, or "
                          "make a clip of each part")
 
 
 def _natural(item: tuple[str, str]) -> list:
-    """To sort (name, path) so that 2 comes before 10; equal numbers go by their zeros."""
+    """Return the key that sorts (name, path) by the values of numbers, then by leading zeros."""
     return [(int(part), part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", item[0]))]
 
 
 def clips_of_meta(meta: str, gt_root: str, lq_root: str | None, template: str, extension: str) -> list[Clip]:
-    """The clips that a file of lines `clip frames shape first_frame` lists; each named frame must be there.
+    """Return the clips that a file lists in lines `clip frames shape first_frame`.
 
-    A line without first_frame takes the clip's frames whatever their names.
+    A line without first_frame accepts any names of frames.
+
+    Raises: FileNotFoundError, ValueError: a line is invalid or a frame is missing.
     """
     clips = []
     for number, line in lines_of(meta):
@@ -270,7 +278,7 @@ def clips_of_meta(meta: str, gt_root: str, lq_root: str | None, template: str, e
 
 
 def numbered_frames(root: str, folder: str, side: str, frames: list[str], extension: str) -> list[str]:
-    """The paths of frames of these names, each of which must be there."""
+    """Return the paths of frames of these names. Raises FileNotFoundError where one is missing."""
     paths = [frame_path(root, folder, frame, extension) for frame in frames]
     if root.endswith(LMDB):
         there = set(scan_frames(root, folder, side).values())
@@ -284,11 +292,12 @@ def numbered_frames(root: str, folder: str, side: str, frames: list[str], extens
 
 
 def frame_path(root: str, folder: str, frame: str, extension: str) -> str:
+    """Return the path of a frame in a folder or an lmdb."""
     return f"{root}/{folder}/{frame}" if root.endswith(LMDB) else os.path.join(root, folder, f"{frame}.{extension}")
 
 
 def partition(clips: list[Clip], val_partition: str | None, test_mode: bool, root: str) -> list[Clip]:
-    """All clips but those of the partition; in test_mode only those."""
+    """Return the clips outside of a partition, or in test_mode those inside."""
     if val_partition is None and not test_mode:
         return clips
     if val_partition not in VAL_PARTITIONS:
@@ -302,7 +311,7 @@ def partition(clips: list[Clip], val_partition: str | None, test_mode: bool, roo
 
 
 def lines_of(meta: str, what: str = "meta_info_file") -> list[tuple[int, str]]:
-    """The lines of a list of clips or frames that are not blank, with their numbers."""
+    """Return the non-blank lines of a list of clips or frames, with their numbers."""
     if not os.path.isfile(meta):
         remedy = MAKE_LMDB if what == "lmdb" else f"python -m data.prepare meta FOLDER {meta} writes it"
         raise FileNotFoundError(f"{what}: {meta} does not exist; {remedy}")
@@ -313,7 +322,7 @@ def lines_of(meta: str, what: str = "meta_info_file") -> list[tuple[int, str]]:
 
 
 def check_same(gt: Iterable[str], lq: Iterable[str], gt_root: str, lq_root: str, what: str) -> None:
-    """GT and LQ hold the same names, in one line that counts both and says which are missing where."""
+    """Raise ValueError where GT and LQ have different names, with counts and missing names."""
     gt, lq = set(gt), set(lq)
     missing = [f"{what} {name_some(sorted(names))} only in {root}"
                for names, root in ((gt - lq, gt_root), (lq - gt, lq_root)) if names]
@@ -322,5 +331,6 @@ def check_same(gt: Iterable[str], lq: Iterable[str], gt_root: str, lq_root: str,
 
 
 def name_some(names: Sequence[str]) -> str:
+    """List the first names, and count the others."""
     listed = ", ".join(repr(name) for name in names[:3])
     return listed + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,8 +1,7 @@
-"""Pictures of any size from folders, and successive frames of clips, resized and cut to squares.
+"""Datasets of pictures from folders, and of successive frames of clips, resized and cropped to squares.
 
-Source: taming-transformers' data/base.py (shorter side to size, then a crop); the shape of an item is that of
-seed 003's video pipe. Different here: every draw comes from `sample_rng(seed, epoch, index)`; files are read as
-`data.image_files` says; of a thin picture a part is resized, not all of it.
+Source: taming-transformers' data/base.py (resize the shorter side, then crop). Differs: every draw comes from
+`sample_rng(seed, epoch, index)`; of a thin picture only a part is resized.
 Legend: D pictures of an item, H W pixels (both `size`), C channels.
 """
 
@@ -23,47 +22,45 @@ from data.frames import scan_clips
 from data.image_files import EXTENSIONS, KINDS, MIN_SIDE, BadPicture, printable, read_picture
 from data.sampler import Key, sample_rng
 from data.synthetic import SyntheticImageDataset, as_channels
-from data.transforms import augment, split_key
-from options import check, schema_of
-from runtime.ranges import PositiveInt, Seed
+from data.transforms import augment, build_drawn, split_key
+from runtime.ranges import PositiveInt, Seed, checked
 
-LONGEST = 4  # times the shorter side: of a longer picture no more than this is resized
+LONGEST = 4  # longest side that is resized, divided by the shorter one
 
 
 class ImageTrainDataset(Dataset):
-    """One picture an item, cut and mirrored at random.
+    """Load pictures, cropped and mirrored at random.
 
     Item `(epoch, index)` -> {"H": (D,H,W,C) uint8, "key", "folder": name of the first picture}.
 
     Args:
-        dataroot: folder of PNG, JPEG or WebP files in folders of any depth, or a text file that names one in each
-            line; None draws pictures instead.
-        generated: pictures drawn without dataroot, e.g. {"num_samples": 512}: arguments of `SyntheticImageDataset`.
-        size: side of the square that is cut out, in pixels.
-        resize: shorter side before the cut, in pixels; [from, to] draws it for each item; None: size.
-        random_crop: cut anywhere, instead of the middle.
+        dataroot: folder of PNG, JPEG or WebP files at any depth, or a text file that lists one per line; None: drawn
+            pictures.
+        generated: drawn pictures without dataroot, e.g. {"num_samples": 512}: arguments of `SyntheticImageDataset`.
+        size: side of the square crop in pixels.
+        resize: shorter side before the crop in pixels; [from, to] draws it for each item; None: size.
+        random_crop: crop at a random place, instead of the middle.
         use_hflip: mirror left-right with probability 1/2.
-        use_rot: turn upside down, and transpose, each with probability 1/2.
-        num_images: successive pictures D that make an item; the last item may hold fewer.
+        use_rot: flip upside down, and transpose, each with probability 1/2.
+        num_images: number D of successive pictures of an item; the last item may hold fewer.
         n_channels: channels of a picture, 3 for RGB, 1 for grey.
-        skip_corrupt: take the next picture instead of one that can't be read, with a warning; else it is an error.
-        cache_data: keep every picture in memory once it was read (3 bytes per pixel of the file).
-        name: label of the dataset; not used.
-        seed: seed of all draws, together with epoch and index.
+        skip_corrupt: replace an unreadable picture by the next one, with a warning, instead of an error.
+        cache_data: keep every picture in memory after its first use (3 bytes per pixel of the file).
+        name: label of the dataset, without effect.
+        seed: seed of all draws, with epoch and index.
     Raises:
-        FileNotFoundError, ValueError: of one line; what the options and the folder can tell, at the start.
+        FileNotFoundError, ValueError: options or the folder are invalid.
     """
 
+    @checked
     def __init__(self, *, dataroot: str | None = None, generated: dict | None = None,
                  size: PositiveInt = 256, resize: PositiveInt | Sequence[PositiveInt] | None = None,
                  random_crop: bool = True, use_hflip: bool = True, use_rot: bool = False,
                  num_images: PositiveInt = 1, n_channels: Literal[1, 3] = 3, skip_corrupt: bool = False,
                  cache_data: bool = False, name: str | None = None, seed: Seed = 0):
         self._prepare(size, resize, random_crop, use_hflip, use_rot, n_channels, skip_corrupt, cache_data, seed)
-        if num_images < 1:
-            raise ValueError(f"num_images must be 1 or more, got {num_images}")
         if not dataroot:
-            self._draw(generated, {"num_images": num_images})
+            self._draw(generated, num_images=num_images)
             return
         paths = list_images(dataroot)
         self.items = [(paths, range(i, min(i + num_images, len(paths)))) for i in range(0, len(paths), num_images)]
@@ -71,25 +68,23 @@ class ImageTrainDataset(Dataset):
     def _prepare(self, size: int, resize: int | Sequence[int] | None, random_crop: bool, use_hflip: bool,
                  use_rot: bool, n_channels: int, skip_corrupt: bool, cache_data: bool, seed: int) -> None:
         sides = (resize, resize) if isinstance(resize, int) else tuple(resize or (size, size))
-        if size < 1 or len(sides) != 2 or not size <= sides[0] <= sides[1]:
-            raise ValueError(f"resize {resize} must be a side, or [from, to], of at least size {size}, which is >= 1")
-        if n_channels not in (1, 3):
-            raise ValueError(f"n_channels must be 3 (RGB) or 1 (grey), got {n_channels}")
+        if len(sides) != 2 or not size <= sides[0] <= sides[1]:
+            raise ValueError(f"resize {resize} must be a side, or [from, to], of at least size {size}")
         self.size, self.sides, self.random_crop = size, sides, random_crop
         self.use_hflip, self.use_rot, self.n_channels, self.seed = use_hflip, use_rot, n_channels, seed
         self.skip_corrupt, self.kept = skip_corrupt, {} if cache_data else None
         self.drawn: SyntheticImageDataset | None = None
 
-    def _draw(self, generated: dict | None, usual: dict) -> None:
-        wanted = check(generated or {}, schema_of(SyntheticImageDataset), "generated", lambda _: "drawn images", [])
-        self.drawn = SyntheticImageDataset(**{**usual, **wanted, "size": self.size, "n_channels": self.n_channels,
-                                              "use_hflip": self.use_hflip, "use_rot": self.use_rot, "seed": self.seed})
+    def _draw(self, generated: dict | None, **defaults: int) -> None:
+        """Replace files by drawn pictures."""
+        self.drawn = build_drawn(SyntheticImageDataset, generated, defaults, size=self.size, n_channels=self.n_channels,
+                                 use_hflip=self.use_hflip, use_rot=self.use_rot, seed=self.seed)
 
     def __len__(self) -> int:
         return len(self.drawn or self.items)
 
     def sample_names(self) -> list[str]:
-        """File name of the first picture of each item, without its folder; [] of drawn ones."""
+        """Return the file name of the first picture of each item; [] for drawn ones."""
         return [] if self.drawn else [os.path.basename(paths[places[0]]) for paths, places in self.items]
 
     def __getitem__(self, key: Key | int) -> dict[str, Tensor | str]:
@@ -99,14 +94,14 @@ class ImageTrainDataset(Dataset):
         rng = sample_rng(self.seed, epoch, index)
         paths, places = self.items[index]
         side = int(rng.integers(self.sides[0], self.sides[1] + 1))
-        spot = rng.random(2) if self.random_crop else (0.5, 0.5)  # the same for all of the item
+        spot = rng.random(2) if self.random_crop else (0.5, 0.5)  # equal for all pictures of the item
         pictures = torch.stack([crop(self._read(paths, i), side, self.size, spot) for i in places])  # (D,C,H,W)
         (pictures,) = augment([pictures], rng, self.use_hflip, self.use_rot)
         name = os.path.splitext(os.path.basename(paths[places[0]]))[0]
         return {"H": pictures.permute(0, 2, 3, 1).contiguous(), "key": paths[places[0]], "folder": name}
 
     def _read(self, paths: list[str], place: int) -> Tensor:
-        """The picture at this place, or with skip_corrupt the next that can be read: (C,h,w) uint8."""
+        """Read the picture (C,h,w) uint8 at a place, or with skip_corrupt the next readable one."""
         for step in range(len(paths)):
             path = paths[(place + step) % len(paths)]
             if self.kept is not None and path in self.kept:
@@ -115,8 +110,8 @@ class ImageTrainDataset(Dataset):
                 picture = as_channels(read_picture(path, MIN_SIDE), self.n_channels)
             except BadPicture as error:
                 if not self.skip_corrupt:
-                    raise BadPicture(f"{error}; or set skip_corrupt to pass over such files") from None
-                warnings.warn(f"{error}; skipped, the next one stands in", stacklevel=2)
+                    raise BadPicture(f"{error}; or set skip_corrupt to skip such files") from None
+                warnings.warn(f"{error}; skipped, the next one replaces it", stacklevel=2)
                 continue
             if self.kept is not None:
                 self.kept[path] = picture
@@ -125,11 +120,12 @@ class ImageTrainDataset(Dataset):
 
 
 class ImageTestDataset(ImageTrainDataset):
-    """Sixteen pictures an item, their middles, nothing drawn at random; a validation shows each item as one grid.
+    """Load the middles of pictures, sixteen per item, which a validation shows as a grid.
 
     Args: as `ImageTrainDataset`.
     """
 
+    @checked
     def __init__(self, *, dataroot: str | None = None, generated: dict | None = None,
                  size: PositiveInt = 256, resize: PositiveInt | None = None, num_images: PositiveInt = 16,
                  n_channels: Literal[1, 3] = 3, skip_corrupt: bool = False, cache_data: bool = False,
@@ -141,31 +137,29 @@ class ImageTestDataset(ImageTrainDataset):
 
 
 class VideoSequenceDataset(ImageTrainDataset):
-    """num_frame successive frames of a clip, cut and mirrored alike; one item for each frame where they can begin.
+    """Load successive frames of clips, cropped and mirrored alike.
 
     Item `(epoch, index)` -> {"H": (D,H,W,C) uint8 with D = num_frame, "key", "folder": "clip_frame"}.
 
     Args:
-        dataroot: folder of clip folders (or of the frames of a single clip); None draws video instead.
-        generated: video drawn without dataroot: arguments of `SyntheticImageDataset`.
-        num_frame: frames D of an item.
-        frame_step: distance in frames from one item's first frame to the next item's.
-        skip_corrupt: take another frame of the clip instead of one that can't be read, with a warning; else it is an
-            error.
+        dataroot: folder of clip folders (or of the frames of a single clip); None: drawn video.
+        generated: drawn video without dataroot: arguments of `SyntheticImageDataset`.
+        num_frame: number D of frames of an item.
+        frame_step: distance in frames between the first frames of successive items.
+        skip_corrupt: replace an unreadable frame by the next one of the clip, with a warning, instead of an error.
         others: as `ImageTrainDataset`.
     Raises: as ImageTrainDataset.
     """
 
+    @checked
     def __init__(self, *, dataroot: str | None = None, generated: dict | None = None, num_frame: PositiveInt = 4,
                  frame_step: PositiveInt = 1, size: PositiveInt = 256,
                  resize: PositiveInt | Sequence[PositiveInt] | None = None, random_crop: bool = True,
                  use_hflip: bool = True, use_rot: bool = False, n_channels: Literal[1, 3] = 3,
                  skip_corrupt: bool = False, cache_data: bool = False, name: str | None = None, seed: Seed = 0):
         self._prepare(size, resize, random_crop, use_hflip, use_rot, n_channels, skip_corrupt, cache_data, seed)
-        if num_frame < 1 or frame_step < 1:
-            raise ValueError(f"num_frame {num_frame} and frame_step {frame_step} must be 1 or more")
         if not dataroot:
-            self._draw(generated, {"num_frame": num_frame})
+            self._draw(generated, num_frame=num_frame)
             return
         self.items = []
         for clip in scan_clips(dataroot, None, sides=("dataroot", "")):
@@ -178,9 +172,10 @@ class VideoSequenceDataset(ImageTrainDataset):
 # Files -------------------------------------------------------------------------------------------------------------
 
 def list_images(dataroot: str, what: str = "dataroot") -> list[str]:
-    """The paths of all pictures below a folder, sorted, or in the lines of a text file; or of this one picture.
+    """Return the sorted paths of all pictures below a folder, those that a text file lists, or that of one picture.
 
-    Args: what: the name of `dataroot` in messages.
+    Args: what: name of `dataroot` in messages.
+    Raises: FileNotFoundError, ValueError: there is no picture.
     """
     if os.path.isfile(dataroot) and dataroot.endswith(".txt"):
         paths = [os.path.join(os.path.dirname(dataroot), line.strip()) for line in read_lines(dataroot) if line.strip()]
@@ -193,7 +188,7 @@ def list_images(dataroot: str, what: str = "dataroot") -> list[str]:
         return [dataroot]
     else:
         raise FileNotFoundError(f"{what}: {dataroot} is neither a folder of pictures nor a .txt file that "
-                                f"names some; {KINDS} files are read")
+                                f"lists some; {KINDS} files are read")
     if not paths:
         raise ValueError(f"{what} {dataroot} holds no pictures; {KINDS} files are needed, in folders of any depth"
                          + passed_over("; "))
@@ -201,27 +196,27 @@ def list_images(dataroot: str, what: str = "dataroot") -> list[str]:
 
 
 def images_by_name(source: str) -> dict[str, str]:
-    """The pictures of `list_images` by their paths below the source, without endings.
+    """Return the paths of `list_images` by their paths below the source without extensions.
 
-    Raises: FileNotFoundError, ValueError: as `list_images`, and where two pictures would have one name.
+    Raises: FileNotFoundError, ValueError: as `list_images`, and where two pictures have equal names.
     """
     root = source if os.path.isdir(source) else os.path.dirname(source) or "."
     found = list_images(source, "input")
     paths = {os.path.splitext(os.path.relpath(path, root))[0]: path for path in found}
     if len(paths) < len(found):
-        raise ValueError(f"{source}: two pictures differ in nothing but the ending of their names; rename one")
+        raise ValueError(f"{source}: two pictures differ only in their extensions; rename one")
     return paths
 
 
 def strip(picture: Tensor, spot: Sequence[float]) -> Tensor:
-    """(C,h,w) -> of a thin picture the part at `spot`, (y, x) in [0,1): all of 3000 x 2 pixels enlarged takes GB."""
+    """Crop a thin picture (C,h,w) at `spot`, (y, x) in [0,1): an enlargement of 3000 x 2 pixels would take GB."""
     longest = LONGEST * min(picture.shape[-2:])
     top, left = (int(at * (edge - longest + 1)) if edge > longest else 0 for at, edge in zip(spot, picture.shape[-2:]))
     return picture[:, top : top + longest, left : left + longest]
 
 
 def crop(picture: Tensor, side: int, size: int, spot: Sequence[float]) -> Tensor:
-    """(C,h,w) uint8 -> (C,size,size): the shorter side becomes `side`, then a square at `spot`, (y, x) in [0,1)."""
+    """Resize the shorter side of (C,h,w) uint8 to `side`, and crop (C,size,size) at `spot`, (y, x) in [0,1)."""
     picture = strip(picture, spot)
     height, width = picture.shape[-2:]
     if min(height, width) != side:

@@ -1,4 +1,4 @@
-"""From a dataset to batches: workers that can't disturb the run, whatever goes wrong in one line."""
+"""Batches of datasets: loading in worker processes, with every failure as an error of one line."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from runtime.signals import STOP_SIGNALS, Interrupted
 LESS = "lower datasets.train.dataloader_num_workers or dataloader_batch_size"
 SHARED = f"shared memory (/dev/shm) is full: give a container more with --shm-size=8g, or {LESS}"
 REMEDIES = {errno.EIO: "the disk or the network share fails: look at dmesg", errno.ENOMEM: LESS,
-            errno.ESTALE: "the network share was mounted anew: start again", errno.EMFILE: "raise it with ulimit -n",
+            errno.ESTALE: "the network share was mounted again: start again", errno.EMFILE: "raise it with ulimit -n",
             errno.EACCES: "give this user the right to read it", errno.EPERM: "give this user the right to read it"}
 DEATHS = {signal.SIGKILL: f"as by the system when memory runs out: {LESS}", signal.SIGBUS: SHARED,
           signal.SIGSEGV: "in a library that reads the data: find the sample with dataloader_num_workers 0"}
 
 
 class Failure(str):
-    """Why there is no batch, as a value: not every exception can be sent from a worker."""
+    """Hold the reason for a missing batch; workers cannot send every exception."""
 
 
-def complaint(error: BaseException) -> str:
-    """What is wrong, where, and what helps, in one line."""
+def describe_error(error: BaseException) -> str:
+    """Return what failed, where, and a remedy, in one line."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     if isinstance(error, OSError) and error.errno is not None:
         text = f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}"
         return "; ".join([text, *([REMEDIES[error.errno]] if error.errno in REMEDIES else [])])
     if isinstance(error, (ValueError, FileNotFoundError)):
-        return text  # written for people
+        return text  # already written for users
     if isinstance(error, MemoryError):
         return f"no memory is left for a sample: {LESS}"
     if re.search("shared memory|</torch_", str(error)):
@@ -54,18 +54,18 @@ def complaint(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def told() -> Iterator[None]:
-    """Let any exception inside be an OptionError of one line."""
+def as_option_error() -> Iterator[None]:
+    """Convert any exception inside to an OptionError of one line."""
     try:
         yield
     except OptionError:
         raise
     except Exception as error:
-        raise OptionError(complaint(error)) from error
+        raise OptionError(describe_error(error)) from error
 
 
 class _OneThread(Dataset):
-    """A dataset that computes in one thread wherever it runs, as torch does in workers: the same bits everywhere."""
+    """Compute samples in one thread in the main process, too, as torch does in workers, for equal bits."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -80,27 +80,28 @@ class _OneThread(Dataset):
             return self.dataset[key]
         except Interrupted:
             raise
-        except BaseException as error:  # SystemExit and KeyboardInterrupt too: signals don't raise it
-            return Failure(complaint(error))
+        except BaseException as error:  # also SystemExit and KeyboardInterrupt, which signals do not raise here
+            return Failure(describe_error(error))
         finally:
             torch.set_num_threads(threads)
 
 
 def _collate(samples: Sequence[Any]) -> Any:
+    """Collate samples, or return the first failure."""
     for sample in samples:
         if isinstance(sample, Failure):
             return sample
     try:
         return default_collate(samples)
     except Exception as error:
-        return Failure(f"the samples of a batch don't fit together: {complaint(error)}")
+        return Failure(f"the samples of a batch don't fit together: {describe_error(error)}")
 
 
 def _begin_worker(complaints, _worker: int) -> None:
-    """In a worker: only its parent ends it, and a batch that can't be sent is not passed over in silence."""
+    """Prepare a worker: only its parent ends it, and a batch that cannot be sent is an error."""
 
     def not_sent(error: Exception, _batch: Any) -> None:
-        complaints.put(f"a batch can't be sent by its worker: {complaint(error)}")
+        complaints.put(f"a batch can't be sent by its worker: {describe_error(error)}")
         os._exit(1)
 
     for number in STOP_SIGNALS:
@@ -109,7 +110,7 @@ def _begin_worker(complaints, _worker: int) -> None:
 
 
 class Batches:
-    """The batches of a loader, or what else gives samples, to be closed when done with."""
+    """Iterate over the batches of a loader, or over samples; `close` ends its workers."""
 
     def __init__(self, loader: Iterator, complaints=None):
         self.loader, self.complaints = loader, complaints
@@ -119,16 +120,16 @@ class Batches:
         return self
 
     def __next__(self) -> Any:
-        """The next one. Raises: OptionError, one line, whatever is wrong."""
-        with told():
-            self.look_at_workers()
+        """Return the next batch. Raises OptionError: it cannot be loaded."""
+        with as_option_error():
+            self.check_workers()
             try:
                 batch = next(self.loader, self)
             except Exception:
                 dying = multiprocessing.connection.wait([w.sentinel for w in self.workers], 1 if self.workers else 0)
-                for worker in self.workers:  # of a dead one the loader, and what it had half sent, name no cause
+                for worker in self.workers:  # errors of the loader, or of a partial message, hide the death of a worker
                     worker.join(1 if worker.sentinel in dying else 0)
-                self.look_at_workers()
+                self.check_workers()
                 raise
         if batch is self:
             raise StopIteration
@@ -136,7 +137,8 @@ class Batches:
             raise OptionError(batch)
         return batch
 
-    def look_at_workers(self) -> None:
+    def check_workers(self) -> None:
+        """Raise OptionError where a worker has ended."""
         for worker in self.workers:
             if (code := worker.exitcode) is not None:
                 if not self.complaints.empty():
@@ -148,10 +150,10 @@ class Batches:
                 raise OptionError(f"a data worker was ended by {name}{', ' + DEATHS[-code] if -code in DEATHS else ''}")
 
     def close(self) -> None:
-        """End the workers, which hold nothing but data, also those that hang."""
+        """Kill the workers, which hold only data, even if they hang."""
         for worker in self.workers:
             worker.kill()
-        if self.workers:  # in the loader's own way, which could wait for what a worker has half sent
+        if self.workers:  # in a thread, since the loader may wait for a partial message
             end = threading.Thread(target=self.loader._shutdown_workers, daemon=True)
             end.start()
             end.join(5)
@@ -159,24 +161,24 @@ class Batches:
 
 
 def endless(dataset, batches: EndlessBatches, workers: int, pinned: bool) -> Batches:
-    """Training batches without end. Making and using them draws nothing from the global generators.
+    """Return endless training batches, which draw nothing from the global generators.
 
-    Raises: OptionError when a sample can't be made.
+    Raises: OptionError: the workers cannot start.
     """
     complaints = multiprocessing.SimpleQueue()
     loader = DataLoader(_OneThread(dataset), batch_sampler=batches, num_workers=workers, pin_memory=pinned,
                         collate_fn=_collate, worker_init_fn=partial(_begin_worker, complaints),
                         generator=torch.Generator().manual_seed(0))
-    with told():
+    with as_option_error():
         made = Batches(iter(loader), complaints)
-    if workers:  # torch's handler of SIGCHLD raises wherever this thread is when one of its workers dies, as in a save
+    if workers:  # torch's handler of SIGCHLD would raise anywhere in this thread, as in a save
         signal_handling._remove_worker_pids(id(made.loader))
         made.loader._worker_pids_set = False
     return made
 
 
 def clips_of(dataset, indices: Sequence[int] | None = None) -> Batches:
-    """The samples of a test set in order: clips to be read piece by piece where it has them, else batches of one.
+    """Return the samples of a test set in order: lazy clips where it has them, else batches of one.
 
     Args: indices: of the samples; None: all.
     """
@@ -188,5 +190,5 @@ def clips_of(dataset, indices: Sequence[int] | None = None) -> Batches:
 
 
 def clip_name(sample: Any) -> str:
-    """What a sample of a test set is called."""
+    """Return the name of a sample of a test set."""
     return str(sample["folder"][0]) if isinstance(sample, Mapping) else sample.name

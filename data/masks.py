@@ -1,8 +1,8 @@
-"""Images and masks paired by stem: split by seed, resized, turned and lit at random for training.
+"""Datasets of images and masks, paired by stem and split by seed, with random augmentation for training.
 
-Source: what users of mischiefliao/ResUNeta-Torch know (its options, augmentation and resizing). Different here: an
-image without its mask is an error that lists all of them; the split is drawn, not the sorted end; values that no class
-has are an error; every draw comes from `sample_rng(seed, epoch, index)`.
+Source: mischiefliao/ResUNeta-Torch (options, augmentation, resizing). Differs: images without mask are an error that
+lists them; the split is random, not the end of the sorted files; values of no class are an error; every draw comes
+from `sample_rng(seed, epoch, index)`.
 Legend: H W pixels, S = image_size, K classes. An image in memory is (3,H,W) uint8 RGB, a mask (H,W) uint8 class ids.
 """
 
@@ -25,9 +25,8 @@ from data.folders import is_folder, list_folder, passed_over
 from data.image_files import EXTENSIONS, KINDS, MIN_SIDE, printable, read_levels, read_picture, size_of
 from data.sampler import Key, sample_rng
 from data.synthetic_masks import SyntheticMaskDataset
-from data.transforms import split_key
-from options import check, schema_of
-from runtime.ranges import Fraction, ProperFraction, Range, Seed
+from data.transforms import build_drawn, split_key
+from runtime.ranges import Fraction, ProperFraction, Range, Seed, checked
 
 LISTED = 10  # names in a message
 Side = Annotated[int, Range(ge=MIN_SIDE)]
@@ -38,71 +37,65 @@ Angle = Annotated[float, Range(ge=0, le=180)]
 
 
 class MaskDataset(Dataset):
-    """What training and validation share; a subclass says which part of the split it is, and what it draws.
+    """The base of training and validation sets; a subclass defines its part of the split and its augmentation.
 
     Args:
-        image_path: folder of images (PNG, JPEG, WebP); None draws fields and buildings instead.
+        image_path: folder of images (PNG, JPEG, WebP); None: drawn fields and buildings.
         gt_path: folder of masks, each with the stem of its image.
-        generated: images drawn without image_path, e.g. {"num_images": 256}: arguments of `SyntheticMaskDataset`.
+        generated: drawn images without image_path, e.g. {"num_images": 256}: arguments of `SyntheticMaskDataset`.
         image_size: side S in pixels to which images and masks are resized.
         num_classes: number K of classes; masks hold 0..K-1, with 1 or 2 classes also 0 and 255.
-        ignore_index: value of pixels that do not count; 255 then is not foreground. None: all count.
+        ignore_index: value of ignored pixels in a mask; 255 is then not foreground. None: no pixel is ignored.
         mask_threshold: value of a mask with soft edges above which a pixel is class 1. None: other values are errors.
-        validation_split: share of the images that is kept for validation, chosen by the seed and their names, so that
-            a later image moves hardly any other. 0: all train. 1: all validate, as of a folder of their own.
-        skip_unmatched: leave out images without mask and masks without image, which otherwise are an error.
-        multitask: add maps of boundary and distance, which the conditioned head is taught.
+        validation_split: fraction of the images for validation, selected by seed and names, so that a new image moves
+            hardly any other. 0: all train. 1: all validate.
+        skip_unmatched: ignore images without mask and masks without image, instead of an error.
+        multitask: add maps of boundary and distance, the targets of the conditioned head.
         seed: seed of the split, and with epoch and index of all draws.
     Raises:
-        FileNotFoundError, ValueError: of one line, at the start wherever names or the first pair tell.
+        FileNotFoundError, ValueError: options, names of files or the first pair are invalid.
     """
 
     validates = False
-    first_image = 0  # of those drawn
+    first_image = 0  # number of the first drawn image
 
+    @checked
     def __init__(self, *, image_path: str | None = None, gt_path: str | None = None, generated: dict | None = None,
                  image_size: Side = 256, num_classes: Classes = 2, ignore_index: Ignored | None = None,
                  mask_threshold: Threshold | None = None, validation_split: Fraction = 0.2,
                  skip_unmatched: bool = False, multitask: bool = False, seed: Seed = 0):
-        if image_size < MIN_SIDE or not 1 <= num_classes <= 255 or not 0 <= validation_split <= 1:
-            raise ValueError(f"image_size {image_size} must be >= {MIN_SIDE}, num_classes {num_classes} in 1..255, "
-                             f"validation_split {validation_split} in 0..1")
-        if ignore_index is not None and not max(2, num_classes) <= ignore_index <= 255:
-            raise ValueError(f"ignore_index {ignore_index} must be in {max(2, num_classes)}..255: a value that no "
-                             "class has")
-        if mask_threshold is not None and (num_classes > 2 or not 0 <= mask_threshold <= 254):
-            raise ValueError(f"mask_threshold {mask_threshold} must be in 0..254, and num_classes 1 or 2, not "
-                             f"{num_classes}")
+        if ignore_index is not None and ignore_index < num_classes:
+            raise ValueError(f"ignore_index {ignore_index} must be in {num_classes}..255: a value that no class has")
+        if mask_threshold is not None and num_classes > 2:
+            raise ValueError(f"mask_threshold {mask_threshold} needs num_classes 1 or 2, not {num_classes}")
         if (image_path is None) != (gt_path is None):
             missing, given = ("gt_path", image_path) if gt_path is None else ("image_path", gt_path)
-            raise ValueError(f"{missing} is missing, though {given} is given; name the folder that belongs to it")
+            raise ValueError(f"{missing} is missing, though {given} is given; name its folder")
         self.size, self.num_classes, self.seed = image_size, num_classes, seed
         self.ignore_index, self.threshold, self.multitask = ignore_index, mask_threshold, multitask
         self.drawn = None
         if image_path is None:
-            usual = {"image_size": image_size, "num_classes": num_classes, "first_image": self.first_image,
-                     "seed": seed}
-            wanted = check(generated or {}, schema_of(SyntheticMaskDataset), "generated", lambda _: "drawn images", [])
-            self.drawn = SyntheticMaskDataset(**usual | wanted)
+            self.drawn = build_drawn(SyntheticMaskDataset, generated, {
+                "image_size": image_size, "num_classes": num_classes, "first_image": self.first_image, "seed": seed})
             return
         pairs = paired(Path(image_path), Path(gt_path), skip_unmatched)
         kept = chosen(pairs, validation_split, seed)
         self.pairs = [pair for stem, pair in pairs.items() if (stem in kept) == self.validates]
         if not self.pairs:
-            part, way = ("validation", "raise") if self.validates else ("training", "lower")
+            part, change = ("validation", "raise") if self.validates else ("training", "lower")
             raise ValueError(f"validation_split {validation_split} leaves none of the {len(pairs)} images of "
-                             f"{image_path} for {part}; {way} it, or give more images")
-        self.read(0)  # a wrong size or value shows now, not in mid-epoch
+                             f"{image_path} for {part}; {change} it, or give more images")
+        self.read(0)  # raises errors of size or values now, not in mid-epoch
 
     def __len__(self) -> int:
         return len(self.drawn or self.pairs)
 
     def sample_names(self) -> list[str]:
-        """Stem of each image; [] of drawn ones."""
+        """Return the stem of each image; [] for drawn ones."""
         return [] if self.drawn else [image.stem for image, _ in self.pairs]
 
     def read(self, index: int) -> tuple[Tensor, Tensor, str]:
-        """Image (3,S,S), mask (S,S) of class ids, and stem, as they are but for their size."""
+        """Read and resize an image (3,S,S) and its mask (S,S) of class ids; return them with their stem."""
         if self.drawn:
             image, mask, stem = self.drawn[index]
         else:
@@ -116,12 +109,13 @@ class MaskDataset(Dataset):
         return T.resize(image, side, antialias=True), T.resize(mask[None], side, InterpolationMode.NEAREST)[0], stem
 
     def item(self, image: Tensor, mask: Tensor, stem: str) -> dict[str, Tensor | str]:
+        """Return the item of an image."""
         found = {"L": image.float() / 255, "H": mask.long(), "key": stem, "folder": stem}
         return found | tasks_of(mask.numpy(), self.num_classes) if self.multitask else found
 
 
 class MaskTrainDataset(MaskDataset):
-    """The images that train, turned, mirrored and lit at random.
+    """Load images for training, rotated, mirrored and relit at random.
 
     Item `(epoch, index)` -> {"L": (3,S,S) float32 RGB in [0,1], "H": (S,S) int64 class ids, "key", "folder": stem,
     "epoch", "num_samples"}, with multitask also {"boundary", "distance": (K,S,S) float32 in [0,1]}.
@@ -129,13 +123,14 @@ class MaskTrainDataset(MaskDataset):
     Args: as `MaskDataset`, and
         use_hflip: mirror left-right with probability 1/2.
         use_vflip: mirror upside down with probability 1/2.
-        use_rot90: turn by 90 degrees with probability 1/2.
-        brightness: largest change of brightness, as a share; made with probability 0.2.
-        contrast: largest change of contrast, as a share; made with probability 0.2.
-        max_angle: largest angle in degrees by which an image is turned about a point drawn at random, with a zoom of up
-            to 1.25 in or out and what comes in from outside reflected, as in the paper; 0: not.
+        use_rot90: rotate by 90 degrees with probability 1/2.
+        brightness: largest relative change of brightness, applied with probability 0.2.
+        contrast: largest relative change of contrast, applied with probability 0.2.
+        max_angle: largest angle in degrees of a rotation about a random point, with a zoom of up to 1.25 in or out and
+            reflected borders, as in the paper; 0: no rotation.
     """
 
+    @checked
     def __init__(self, *, image_path: str | None = None, gt_path: str | None = None, generated: dict | None = None,
                  image_size: Side = 256, num_classes: Classes = 2, ignore_index: Ignored | None = None,
                  mask_threshold: Threshold | None = None, validation_split: Fraction = 0.2,
@@ -146,9 +141,6 @@ class MaskTrainDataset(MaskDataset):
                          num_classes=num_classes, ignore_index=ignore_index, mask_threshold=mask_threshold,
                          validation_split=validation_split, skip_unmatched=skip_unmatched, multitask=multitask,
                          seed=seed)
-        if not (0 <= brightness < 1 and 0 <= contrast < 1 and 0 <= max_angle <= 180):
-            raise ValueError(f"brightness {brightness} and contrast {contrast} must be in 0..1, max_angle {max_angle} "
-                             "in 0..180")
         self.turns = [turn for turn, wanted in ((T.horizontal_flip, use_hflip), (T.vertical_flip, use_vflip),
                                                 (rotate90, use_rot90)) if wanted]
         self.lights = [(T.adjust_brightness, brightness), (T.adjust_contrast, contrast)]
@@ -170,7 +162,7 @@ class MaskTrainDataset(MaskDataset):
 
 
 class MaskTestDataset(MaskDataset):
-    """The images kept for validation, in order of name, nothing drawn at random.
+    """Load images for validation, in order of name, without augmentation.
 
     Item -> as of `MaskTrainDataset`, without "epoch" and "num_samples". Args: as `MaskDataset`.
     """
@@ -181,33 +173,24 @@ class MaskTestDataset(MaskDataset):
         return self.item(*self.read(split_key(key, len(self))[1]))
 
 
-class ImageFolderDataset(Dataset):
-    """Images of any size, without masks, to be segmented.
-
-    Item -> {"L": (3,H,W) float32 RGB in [0,1], "folder": stem, "lq_path": file name}.
-
-    Args: input: folder of images, or one image. Raises: FileNotFoundError, ValueError, one line.
-    """
-
-    def __init__(self, input: str):
-        path = Path(input)
-        if path.is_file() and path.suffix.lower() not in EXTENSIONS:
-            raise ValueError(f"input: {printable(input)} is not an image; give a {KINDS} file, or a folder of such")
-        self.files = [path] if path.is_file() else list(by_stem(path, "input").values())
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, key: Key | int) -> dict[str, Tensor | str]:
-        path = self.files[split_key(key, len(self))[1]]
-        return {"L": read_picture(str(path), MIN_SIDE).float() / 255, "folder": path.stem, "lq_path": str(path)}
+# ---------------------------------------------------------------- files
 
 
-# ---------------------------------------------------------------- which files
+def images_in(source: str) -> list[Path]:
+    """Return the images of a folder in order, or one image. Raises FileNotFoundError, ValueError."""
+    path = Path(source)
+    if path.is_file() and path.suffix.lower() not in EXTENSIONS:
+        raise ValueError(f"input: {printable(source)} is not an image; give a {KINDS} file, or a folder of such")
+    return [path] if path.is_file() else list(by_stem(path, "input").values())
+
+
+def read_image(path: Path) -> Tensor:
+    """Read an image as (3,H,W) float32 RGB in [0,1]. Raises: as `read_picture`."""
+    return read_picture(str(path), MIN_SIDE).float() / 255
 
 
 def by_stem(folder: Path, name: str) -> dict[str, Path]:
-    """The images of a folder by stem, in order. Raises FileNotFoundError, ValueError."""
+    """Return the images of a folder by stem, in order. Raises FileNotFoundError, ValueError."""
     if not is_folder(str(folder)):
         raise FileNotFoundError(f"{name}: {folder} is not a folder; give one of {KINDS} files")
     files: dict[str, Path] = {}
@@ -221,14 +204,14 @@ def by_stem(folder: Path, name: str) -> dict[str, Path]:
 
 
 def paired(image_path: Path, gt_path: Path, skip_unmatched: bool) -> dict[str, tuple[Path, Path]]:
-    """Image and mask by stem, in order. Raises ValueError that lists what has no partner."""
+    """Return image and mask by stem, in order. Raises ValueError that lists images and masks without partner."""
     images, masks = by_stem(image_path, "image_path"), by_stem(gt_path, "gt_path")
     alone = {"without a mask": [p.name for stem, p in images.items() if stem not in masks],
              "without an image": [p.name for stem, p in masks.items() if stem not in images]}
     if any(alone.values()) and not skip_unmatched:
-        said = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in alone.items() if names)
-        raise ValueError(f"{image_path} and {gt_path} do not match: {said}. Each image needs a mask of the same stem; "
-                         "skip_unmatched leaves the others out")
+        listed = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in alone.items() if names)
+        raise ValueError(f"{image_path} and {gt_path} do not match: {listed}. Each image needs a mask of the same "
+                         "stem; skip_unmatched ignores the others")
     both = {stem: (path, masks[stem]) for stem, path in images.items() if stem in masks}
     if not both:
         raise ValueError(f"{image_path} and {gt_path}: no image has a mask of the same stem")
@@ -236,23 +219,26 @@ def paired(image_path: Path, gt_path: Path, skip_unmatched: bool) -> dict[str, t
 
 
 def chosen(stems: Iterable[str], share: float, seed: int) -> set[str]:
-    """The stems kept for validation: those whose hashes are the smallest, so that the order of files has no say."""
+    """Return the stems for validation: those of the smallest hashes, whatever the order of the files."""
     ranked = sorted(stems, key=lambda stem: hashlib.sha256(os.fsencode(f"{seed}/{stem}")).digest())
     return set(ranked[: round(share * len(ranked))])
 
 
 def some(names: list[str]) -> str:
+    """List the first names, and count the others."""
     return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
-# ---------------------------------------------------------------- what is in them
+# ---------------------------------------------------------------- masks
 
 
 def read_mask(path: Path, num_classes: int, ignore_index: int | None = None, threshold: int | None = None) -> Tensor:
-    """(H,W) uint8 class ids: grey levels, or a palette's indices. Raises ValueError that lists values of no class.
+    """Read a mask as class ids (H,W) uint8 from grey levels or indices of a palette.
 
-    Of 1 bit white is 255, as in the same mask of 8; of 16 bits too. A palette of black and white is a picture of a
-    mask: white is class 1 wherever it stands. One of grey levels that are their own indices is not a palette.
+    White is 255 in masks of 1, 8 and 16 bits. In a palette of black and white alone white is class 1, whatever its
+    index. A palette whose grey levels equal their indices is ignored.
+
+    Raises: ValueError: the mask has colours, or values of no class, which are listed.
     """
     levels = read_levels(str(path))
     planes, palette = levels.planes, levels.palette
@@ -293,11 +279,12 @@ def read_mask(path: Path, num_classes: int, ignore_index: int | None = None, thr
 
 
 def rotate90(x: Tensor) -> Tensor:
+    """Rotate by 90 degrees."""
     return x.rot90(1, (-2, -1))
 
 
 def rotated(image: Tensor, mask: Tensor, rng: np.random.Generator, max_angle: float) -> tuple[Tensor, Tensor]:
-    """Both turned and zoomed about the same point; what lies outside is their reflection."""
+    """Rotate and zoom image and mask about a random point, with reflected borders."""
     size = image.shape[-1]
     angle, zoom = float(rng.uniform(-max_angle, max_angle)), float(1.25 ** rng.uniform(-1, 1))
     centre = [float(c) for c in rng.uniform(0.25, 0.75, 2) * size + size // 2]
@@ -309,14 +296,14 @@ def rotated(image: Tensor, mask: Tensor, rng: np.random.Generator, max_angle: fl
     return out[0], out[1][0]
 
 
-# ---------------------------------------------------------------- what the conditioned head is taught
+# ---------------------------------------------------------------- targets of the conditioned head
 
 
 def tasks_of(mask: np.ndarray, num_classes: int) -> dict[str, Tensor]:
-    """Boundary and distance of each class, (K,H,W) float32 in [0,1].
+    """Return boundary and distance of each class, (K,H,W) float32 in [0,1].
 
-    Source: the authors' targets; where they use OpenCV's Canny detector and a dilation, a boundary is here every pixel
-    with a neighbour, in a 3x3 cross, on the other side.
+    Source: feevos/resuneta. Differs: a boundary is every pixel with a neighbour of another class in a 3x3 cross,
+    instead of OpenCV's Canny detector and a dilation.
     """
     ids = range(num_classes) if num_classes > 1 else (1,)
     layers = np.stack([mask == c for c in ids])
@@ -325,6 +312,7 @@ def tasks_of(mask: np.ndarray, num_classes: int) -> dict[str, Tensor]:
 
 
 def boundary(inside: np.ndarray) -> np.ndarray:
+    """Return 1 at pixels with a neighbour of the other value, else 0."""
     edge = np.zeros(inside.shape, np.float32)
     down, right = inside[1:] != inside[:-1], inside[:, 1:] != inside[:, :-1]
     for part, differs in ((edge[1:], down), (edge[:-1], down), (edge[:, 1:], right), (edge[:, :-1], right)):
@@ -333,9 +321,9 @@ def boundary(inside: np.ndarray) -> np.ndarray:
 
 
 def distance(inside: np.ndarray) -> np.ndarray:
-    """Euclidean distance to the nearest pixel outside, divided by the largest; all 0 or all 1 where there is no edge.
+    """Return the distance to the nearest pixel outside divided by its maximum; all 0 or all 1 without an edge.
 
-    Source: Felzenszwalb and Huttenlocher 2012: one axis after the other; here by trying every offset.
+    Source: Felzenszwalb and Huttenlocher 2012: one axis after the other; here with all offsets.
     """
     if inside.all() or not inside.any():
         return inside.astype(np.float32)

@@ -4,8 +4,8 @@
     python -m data.prepare meta trainsets/DVD/train_GT meta_info_DVD_train_GT.txt
 
 Source: BasicSR's lmdb, data.mdb and meta_info.txt of lines `clip/frame.png (h,w,c) 1` with keys without extension;
-KAIR's meta_info files. Different here: frames are stored as their files are, not encoded anew.
-Every frame is decoded once, so a damaged one is found now. OUT appears when it is complete, or not at all.
+KAIR's meta_info files. Differs: the content of files is stored, not encoded again.
+Every frame is decoded once to detect damage. OUT appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PAGE = 4096
 
 
 def main(argv: list[str]) -> str:
-    """Does what the command line says. Returns a line that tells what was made."""
+    """Run the command. Returns a line that describes its output."""
     parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -46,19 +46,19 @@ def main(argv: list[str]) -> str:
     partial = tempfile.mkdtemp(prefix=f".{os.path.basename(out)}.", dir=above)
     try:
         made = os.path.join(partial, "made")
-        told = {"lmdb": write_lmdb, "meta": write_meta}[args.command](folder, made)
+        summary = {"lmdb": write_lmdb, "meta": write_meta}[args.command](folder, made)
         os.rename(made, out)
     finally:
         shutil.rmtree(partial)
-    return f"{out}: {told}" + passed_over("; ")
+    return f"{out}: {summary}" + passed_over("; ")
 
 
 def clips_below(folder: str) -> Iterator[tuple[str, list[str]]]:
-    """(path of a clip below the folder, its frames' file names), sorted; the folder's own frames are the clip "."."""
+    """Yield path below the folder and file names of each clip, sorted; frames of the folder itself are the clip "."."""
     empty = True
     for place, frames in walk(folder):
         if len({os.path.splitext(name)[0] for name in frames}) < len(frames):
-            raise ValueError(f"{place}: two frames of one name but for the extension; keep one of them")
+            raise ValueError(f"{place}: two frames differ only in their extensions; keep one of them")
         if frames:
             check_numbers(place, [os.path.splitext(name)[0] for name in frames])
             empty = False
@@ -68,10 +68,10 @@ def clips_below(folder: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def write_lmdb(folder: str, out: str) -> str:
-    """Pack every frame below a folder into an lmdb at `out`."""
+    """Pack all frames below a folder into an lmdb at `out`."""
     lmdb = lmdb_module()
     names = [os.path.normpath(os.path.join(clip, frame)) for clip, frames in clips_below(folder) for frame in frames]
-    # Each value fills whole pages; as many again for keys, and copies of pages while they are written.
+    # Each value fills full pages; factor 2 for keys and for copies of pages during a write.
     pages = sum(2 + os.path.getsize(os.path.join(folder, name)) // PAGE for name in names)
     environment = lmdb.open(out, map_size=(2 * pages + 1024) * PAGE, lock=False)
     try:
@@ -94,7 +94,7 @@ def write_lmdb(folder: str, out: str) -> str:
 
 
 def write_meta(folder: str, out: str) -> str:
-    """List the clips below a folder: `clip frames shape first_frame`, the last only where names are numbers."""
+    """List the clips below a folder as `clip frames shape first_frame`, the last only where names are numbers."""
     count, formats = 0, set()
     with open(out, "w", encoding="utf-8") as file:
         for clip, frames in clips_below(folder):
@@ -115,12 +115,13 @@ def write_meta(folder: str, out: str) -> str:
 
 
 def shape_of(path: str) -> str:
+    """Return the shape of a frame in the format of meta_info files."""
     channels, height, width = read_frame(path).shape
     return f"({height},{width},{channels})"
 
 
 def numbering_of(frames: list[str]) -> tuple[int, str, str] | None:
-    """(first frame, filename_tmpl, filename_ext) of files numbered without a gap; None for any others."""
+    """Return first frame, filename_tmpl and filename_ext of files numbered without gaps, else None."""
     stems, extensions = zip(*(os.path.splitext(frame) for frame in frames))
     if len(set(extensions)) > 1 or not all(stem.isascii() and stem.isdigit() for stem in stems):
         return None

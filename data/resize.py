@@ -1,7 +1,7 @@
-"""How a degraded frame comes from a sharp one: MATLAB's bicubic resize, or blur and subsampling, as matrices.
+"""Degradations of sharp frames: MATLAB's bicubic resize, or blur and subsampling, as matrices.
 
-Source: Keys, Cubic Convolution Interpolation for Digital Image Processing, 1981 (a = -1/2), with the antialiasing
-and the symmetric border of MATLAB's imresize; the blur is the "BD" degradation of the video literature (DUF, 2018).
+Source: Keys, Cubic Convolution Interpolation for Digital Image Processing, 1981 (a = -1/2), with antialiasing and
+symmetric borders as in MATLAB's imresize; the blur is the "BD" degradation of DUF, 2018.
 Legend: T frames, C channels, H W pixels of the sharp frame, h w pixels of the degraded one (H = scale * h).
 """
 
@@ -17,18 +17,18 @@ from torch import Tensor
 
 
 def imresize(img: Tensor | np.ndarray, scale: float, antialiasing: bool = True) -> Tensor | np.ndarray:
-    """Resize like MATLAB's `imresize(img, scale, 'bicubic')`.
+    """Resize an image like MATLAB's `imresize(img, scale, 'bicubic')`.
 
     Args:
-        img: (..., H, W) floating point, any range, any number of leading dimensions.
-        scale: factor > 0 of both sides; a result has ceil(H * scale) rows.
-        antialiasing: widen the kernel when shrinking.
+        img: (..., H, W), floating point of any range.
+        scale: factor > 0 of both sides; the result has ceil(H * scale) rows.
+        antialiasing: widen the kernel for scales below 1.
     Returns:
-        (..., h, w) of the same kind and dtype, neither clipped nor rounded.
+        (..., h, w) of equal kind and dtype, neither clipped nor rounded.
     Raises:
         ValueError: img is not floating point, or scale is not positive.
-    Source: KAIR's imresize_np, which fails for scale <= 1/4 without antialiasing and adds an axis to the caller's
-        2-D tensor; this one does neither.
+    Source: KAIR's imresize_np. Differs: KAIR fails for scale <= 1/4 without antialiasing, and adds an axis to the
+        2-D tensor of its caller.
     """
     x = torch.as_tensor(img)
     if not x.is_floating_point() or x.ndim < 2:
@@ -42,7 +42,7 @@ def imresize(img: Tensor | np.ndarray, scale: float, antialiasing: bool = True) 
 
 @lru_cache(maxsize=64)
 def bicubic_matrix(size: int, scale: float, antialiasing: bool = True) -> Tensor:
-    """The (ceil(size * scale), size) float64 matrix that resizes one axis; shared, so not to be written to."""
+    """Return the read-only float64 matrix (ceil(size * scale), size) that resizes one axis."""
     shrink = min(scale, 1.0) if antialiasing else 1.0
     centres = (np.arange(math.ceil(size * scale - 1e-9)) + 0.5) / scale - 0.5  # 1e-9: 1/3 of 3n is n, not n + 1
     first = np.floor(centres - 2 / shrink).astype(int)
@@ -54,7 +54,7 @@ def bicubic_matrix(size: int, scale: float, antialiasing: bool = True) -> Tensor
 
 @lru_cache(maxsize=64)
 def blur_matrix(size: int, scale: int, sigma: float) -> Tensor:
-    """The (size // scale, size) float64 matrix that blurs one axis and keeps its pixels 0, scale, 2 * scale, ..."""
+    """Return the float64 matrix (size // scale, size) that blurs one axis and keeps pixels 0, scale, 2 * scale, ..."""
     offsets = np.arange(-_blur_radius(sigma), _blur_radius(sigma) + 1)
     taps = np.arange(size // scale)[:, None] * scale + offsets
     weights = np.broadcast_to(np.exp(-0.5 * (offsets / sigma) ** 2), taps.shape)
@@ -64,7 +64,7 @@ def blur_matrix(size: int, scale: int, sigma: float) -> Tensor:
 
 
 def _cubic(x: np.ndarray) -> np.ndarray:
-    """Keys' kernel with a = -1/2, zero outside [-2, 2]."""
+    """Return the kernel of Keys with a = -1/2, zero outside [-2, 2]."""
     x = np.abs(x)
     near = (1.5 * x - 2.5) * x**2 + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
@@ -76,32 +76,32 @@ def _blur_radius(sigma: float) -> int:
 
 
 def _dense(weights: np.ndarray, columns: np.ndarray, size: int) -> Tensor:
-    """Weights (out, taps) at their columns -> a matrix (out, size) whose rows sum to one."""
+    """Return a matrix (out, size) with rows that sum to one, from weights (out, taps) at their columns."""
     matrix = np.zeros((len(weights), size))
     np.add.at(matrix, (np.arange(len(weights))[:, None], columns), weights)  # mirrored taps share a column
     return torch.from_numpy(matrix / matrix.sum(1, keepdims=True))
 
 
 def modcrop(frame: Tensor, scale: int) -> Tensor:
-    """Cut (..., H, W) at the bottom and the right, so that both sides are multiples of the scale."""
+    """Crop (..., H, W) at the bottom and the right to multiples of the scale."""
     height, width = (size // scale * scale for size in frame.shape[-2:])
     return frame[..., :height, :width]
 
 
 class Degradation:
-    """Makes the degraded frames (L) of sharp ones (H), with 8 bits per value as a PNG file would hold.
+    """Compute degraded frames (L) of sharp ones (H), rounded to 8 bits.
 
-    Bicubic sums run in float64, where they are exact for scales that are powers of two: rounding to 8 bits then
-    gives the same pixels whether the whole frame is degraded or a window of it, on any number of threads.
+    Bicubic sums are exact in float64 for scales that are powers of two, so that a window has the pixels of the full
+    frame, with any number of threads.
 
     Args:
-        scale: how many sharp pixels make one degraded pixel along each side.
+        scale: sharp pixels per degraded pixel on each side.
         options: `{"type": "bicubic"}` (also for None) or `{"type": "blur", "blur_sigma": 1.6}`: a Gaussian of that
-            many sharp pixels, of which pixels 0, scale, 2 * scale, ... remain (phase 0: the result is shifted
-            against bicubic by (scale - 1) / 2 sharp pixels). Either takes `"noise_sigma"`: standard deviation
-            of Gaussian noise on L in 8-bit levels (0..255), added before L is rounded.
+            sigma in sharp pixels, of which pixels 0, scale, 2 * scale, ... remain: the result is shifted against
+            bicubic by (scale - 1) / 2 sharp pixels. Both take `"noise_sigma"`: standard deviation of Gaussian noise
+            that is added to L before it is rounded, in 8-bit levels (0..255).
     Raises:
-        ValueError: an unknown key, type or impossible value.
+        ValueError: a key, a type or a value is invalid.
     """
 
     def __init__(self, scale: int, options: Mapping | None = None):
@@ -122,15 +122,15 @@ class Degradation:
 
     @property
     def margin(self) -> int:
-        """Degraded pixels around a window that its own pixels depend on."""
+        """Number of degraded pixels around a window on which its pixels depend."""
         return 2 if self.kind == "bicubic" else math.ceil(_blur_radius(self.blur_sigma) / self.scale)
 
     def __call__(self, frames: Sequence[Tensor], rng: np.random.Generator) -> Tensor:
-        """Frames T x (C,H,W) uint8 -> L (T,C,h,w) uint8; sides are cut to multiples of the scale first."""
+        """Return L (T,C,h,w) uint8 of frames T x (C,H,W) uint8, cropped to multiples of the scale."""
         return self._store(torch.stack([self._shrink(modcrop(frame, self.scale)) for frame in frames]), rng)
 
     def window(self, frames: Sequence[Tensor], top: int, left: int, side: int, rng: np.random.Generator) -> Tensor:
-        """Only L[..., top:top+side, left:left+side] of frames T x (C,H,W) uint8, at the cost of that window."""
+        """Return L[..., top:top+side, left:left+side] of frames T x (C,H,W) uint8, at the cost of that window."""
         scale, margin = self.scale, self.margin
         h, w = (size // scale for size in frames[0].shape[-2:])
         y, x = max(top - margin, 0), max(left - margin, 0)

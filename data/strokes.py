@@ -1,10 +1,10 @@
-"""Strokes as a pen draws them, and the maps a network is to read out of their ink: made, not read.
+"""Drawn pen strokes and the maps that a network is to predict from their ink.
 
-Source: Fuwaki/InkTrace at a474eeb (its Rust generator: geometry.rs, rasterize.rs). A sample here is a function of
-(seed, epoch, index), there of the system's entropy.
+Source: Fuwaki/InkTrace at a474eeb (Rust: geometry.rs, rasterize.rs). Differs: a sample is a function of (seed, epoch,
+index), not of the system's entropy.
 
-Legend: K segments, N points of all of them, S side of the picture in pixels, s canvas (2S). Coordinates are pixels,
-x right, y down, pixel (0, 0) covers [0, 1) twice. A segment is a cubic Bezier curve of varying width, a row of 11:
+Legend: K segments, N points of all segments, S side of the picture in pixels, s canvas (2S). Coordinates are pixels,
+x right, y down; pixel (0, 0) covers [0, 1) x [0, 1). A segment is a cubic Bezier curve of varying width, a row of 11:
 x0 y0 x1 y1 x2 y2 x3 y3 and the widths at start, middle and end.
 """
 
@@ -22,16 +22,16 @@ from torch.utils.data import Dataset
 from data.sampler import Key, sample_rng
 from data.transforms import split_key
 from models.network_inktrace import MAPS, pack
-from runtime.ranges import NonNegativeInt, PositiveInt, Range, Seed
+from runtime.ranges import NonNegativeInt, PositiveInt, Range, Seed, checked
 
-MARGIN = 4  # pixels that control points keep from the border, whatever the size
-TRIES = 10  # to place a segment
-DISCS = 200  # of ink along a segment
-LEGACY = {"rounded_keypoints": "keypoints lie at the nearest pixel's number, so up to a pixel off the skeleton"}
+MARGIN = 4  # least distance of control points from the border in pixels
+TRIES = 10  # attempts to place a segment
+DISCS = 200  # number of discs of ink along a segment
+LEGACY = {"rounded_keypoints": "keypoints lie at rounded coordinates, up to a pixel off the skeleton"}
 
 
 class Difficulty(NamedTuple):
-    """How many paths, of how many segments each; both ranges inclusive."""
+    """Hold the ranges, both inclusive, of the number of paths and of segments per path."""
 
     paths: tuple[int, int]
     segments: tuple[int, int] = (1, 1)
@@ -44,12 +44,12 @@ Stage = Annotated[int, Range(ge=0, le=len(STAGES) - 1)]
 
 
 def curriculum(epoch: int, start: int, end: int | None, epochs_per_stage: int) -> int:
-    """The stage of difficulty in an epoch, counted from 0: one more every epochs_per_stage up to `end`; None: fixed."""
+    """Return the difficulty in an epoch: from `start` it grows by 1 every epochs_per_stage up to `end`; None: fixed."""
     return start if end is None else min(start + epoch // epochs_per_stage, end)
 
 
 class StrokeDataset(Dataset):
-    """Ink and its maps; the strokes grow harder as the epochs go by.
+    """Draw ink and its maps, with a difficulty that grows over the epochs.
 
     Item `(epoch, index)` -> {"L": ink (1,S,S) in [0,1], "H": maps (8,S,S) packed as models.network_inktrace.pack does,
     "index": index, "key": "000000/3", "folder": "stroke_000000"}, all of (seed, epoch, first_sample + index).
@@ -58,27 +58,23 @@ class StrokeDataset(Dataset):
         num_samples: number of items of an epoch.
         img_size: side S of an image in pixels; the network takes 64.
         curriculum_stage: difficulty of the first epoch.
-        curriculum_end: largest difficulty; null: that of the first epoch.
-        epochs_per_stage: epochs until the difficulty grows by 1.
-        first_sample: number of the first item; test sets take strokes that training never sees, e.g. from 1000000.
-        legacy: mistakes of the original to repeat, names of LEGACY.
-        name: KAIR's label of the dataset; not used.
+        curriculum_end: largest difficulty; null: curriculum_stage.
+        epochs_per_stage: number of epochs until the difficulty grows by 1.
+        first_sample: number of the first item; test sets use others than training, e.g. from 1000000.
+        legacy: errors of the original to reproduce, names of LEGACY.
+        name: label of the dataset, without effect.
         seed: seed of all strokes.
     Raises:
-        ValueError: an impossible number, in one line.
+        ValueError: a number is out of range, or a name unknown.
     """
 
+    @checked
     def __init__(self, *, num_samples: PositiveInt = 10_000, img_size: Annotated[int, Range(ge=16)] = 64,
                  curriculum_stage: Stage = 0, curriculum_end: Stage | None = None,
                  epochs_per_stage: PositiveInt = 10, first_sample: NonNegativeInt = 0,
                  legacy: Sequence[str] = (), name: str | None = None, seed: Seed = 0):
-        last = curriculum_stage if curriculum_end is None else curriculum_end
-        if not 0 <= curriculum_stage <= last < len(STAGES):
-            raise ValueError(f"curriculum_stage {curriculum_stage} and curriculum_end {curriculum_end} must lie in "
-                             f"0..{len(STAGES) - 1} and rise")
-        if min(num_samples, epochs_per_stage) < 1 or first_sample < 0 or img_size < 16:
-            raise ValueError(f"num_samples {num_samples} and epochs_per_stage {epochs_per_stage} must be >= 1, "
-                             f"first_sample {first_sample} >= 0, img_size {img_size} >= 16")
+        if curriculum_end is not None and curriculum_end < curriculum_stage:
+            raise ValueError(f"curriculum_end {curriculum_end} must be >= curriculum_stage {curriculum_stage}")
         if unknown := set(legacy) - LEGACY.keys():
             raise ValueError(f"legacy: unknown {', '.join(sorted(unknown))}; valid: {', '.join(LEGACY)}")
         self.num_samples, self.first_sample, self.seed, self.size = num_samples, first_sample, seed, img_size
@@ -97,22 +93,22 @@ class StrokeDataset(Dataset):
                 "folder": f"stroke_{index:06d}"}
 
 
-# What is drawn -----------------------------------------------------------------------------------------------------
+# Strokes -----------------------------------------------------------------------------------------------------------
 
 
 def draw_strokes(rng: np.random.Generator, stage: int, size: int = 64) -> np.ndarray:
-    """Segments (K,11) of one picture of this difficulty, in the order in which they are drawn."""
+    """Draw the segments (K,11) of one picture of a difficulty, in drawing order."""
     paths, segments = STAGES[stage]
     starts = rng.uniform(0.1 * size, 0.9 * size, (rng.integers(paths[0], paths[1] + 1), 2))
     if segments == (1, 1):
-        starts = starts[np.argsort(starts[:, 1], kind="stable")]  # as one writes: later ones lie on top
+        starts = starts[np.argsort(starts[:, 1], kind="stable")]  # as in writing, lower ones are drawn later
     return np.array([row for start in starts
                      for row in draw_path(rng, start, int(rng.integers(segments[0], segments[1] + 1)), stage, size)])
 
 
 def draw_path(rng: np.random.Generator, start: np.ndarray, num_segments: int, stage: int,
               size: int) -> list[np.ndarray]:
-    """Segments that go on smoothly from one another, rows of 11."""
+    """Draw smoothly joined segments, rows of 11."""
     rows, tangent = [], None
     for _ in range(num_segments):
         row = draw_segment(rng, start, tangent, stage, size)
@@ -124,21 +120,21 @@ def draw_path(rng: np.random.Generator, start: np.ndarray, num_segments: int, st
 
 def draw_segment(rng: np.random.Generator, start: np.ndarray, tangent: np.ndarray | None, stage: int,
                  size: int) -> np.ndarray:
-    """The first of ten random curves that stays inside the margin, else a short straight one.
+    """Draw the first of ten random curves that stays inside the margin, else a short straight one.
 
-    Args: start: (2,). tangent: (2,) unit vector at the end of the segment before, or None.
+    Args: start: (2,). tangent: (2,) unit vector at the end of the previous segment, or None.
     """
     shortest, longest = (0.3 * size, 0.8 * size) if stage == 0 else (0.12 * size, 0.35 * size)
     low, high = MARGIN, size - MARGIN
     first = np.clip(start, low, high)
-    draws = rng.random((TRIES, 6))  # all tries at once; unused ones cost less than a loop
+    draws = rng.random((TRIES, 6))  # all attempts at once cost less than a loop
     length = shortest + (longest - shortest) * draws[:, 0]
     if tangent is None:
         angle = 2 * math.pi * draws[:, 1]
-        leaving = angle + math.pi / 2 * (draws[:, 2] - 0.5)  # the chord, turned by up to 45 degrees
+        leaving = angle + math.pi / 2 * (draws[:, 2] - 0.5)  # the chord, rotated by up to 45 degrees
     else:
         leaving = np.full(TRIES, math.atan2(tangent[1], tangent[0]))
-        angle = leaving + math.pi / 1.5 * (draws[:, 1] - 0.5)  # turned by up to 60 degrees
+        angle = leaving + math.pi / 1.5 * (draws[:, 1] - 0.5)  # rotated by up to 60 degrees
     arriving = angle + math.pi / 2 * (draws[:, 3] - 0.5)
     last = first + towards(angle) * length[:, None]
     second = first + towards(leaving) * (length * (0.25 + 0.2 * draws[:, 4]))[:, None]
@@ -156,24 +152,25 @@ def draw_segment(rng: np.random.Generator, start: np.ndarray, tangent: np.ndarra
 
 
 def unit(vector: np.ndarray) -> np.ndarray:
+    """Return a vector of length 1."""
     return vector / max(math.hypot(*vector), 1e-6)
 
 
 def towards(angle: np.ndarray) -> np.ndarray:
-    """(K,) -> unit vectors (K,2)"""
+    """Return unit vectors (K,2) of angles (K,)."""
     return np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
-# From strokes to maps ----------------------------------------------------------------------------------------------
+# Maps --------------------------------------------------------------------------------------------------------------
 
 
 def rasterise(strokes: np.ndarray | Tensor, size: int = 64, legacy: Sequence[str] = ()) -> dict[str, Tensor]:
-    """Ink and maps of segments; where they cross, the later one counts.
+    """Return ink and maps of segments; where they cross, the later one counts.
 
     Args: strokes: (K,11). size: S. legacy: names of LEGACY.
-    Returns: float32 maps (C,S,S): image, skeleton and width (1 channel), in [0,1], [0,1] and tenths of pixels;
-        tangent (2): cos and sin of twice the angle, so that a stroke has no direction; offset (2): from the middle of
-        the pixel to the line, in pixels; keypoints (2): ends of paths, joints of segments.
+    Returns: float32 maps (C,S,S): image and skeleton (1) in [0,1]; width (1) in units of 10 pixels; tangent (2): cos
+        and sin of twice the angle, which does not depend on the direction of a stroke; offset (2) from the middle of a
+        pixel to the line, in pixels; keypoints (2): ends of paths, joints of segments.
     """
     strokes = np.asarray(strokes, np.float64)
     points, slopes, widths = along(strokes)
@@ -193,18 +190,19 @@ def rasterise(strokes: np.ndarray | Tensor, size: int = 64, legacy: Sequence[str
 
 
 def bernstein(strokes: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """Points (N,2) of the segments (N,11) or (K,1,11) at t."""
+    """Return points (N,2) of the segments (N,11) or (K,1,11) at t."""
     weights = np.stack([(1 - t) ** 3, 3 * (1 - t) ** 2 * t, 3 * (1 - t) * t**2, t**3], axis=-1)  # (..., 4)
     return np.einsum("...p,...pc->...c", weights, strokes[..., :8].reshape(*strokes.shape[:-1], 4, 2))
 
 
 def width_at(strokes: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """Return the widths of segments at t."""
     begin, middle, end = np.moveaxis(strokes[..., 8:], -1, 0)
     return (1 - t) ** 2 * begin + 2 * (1 - t) * t * middle + t**2 * end
 
 
 def along(strokes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """About two points a pixel: where (N,2), derivative (N,2) and width (N,), segment after segment."""
+    """Return points (N,2) of all segments, about two per pixel, with derivatives (N,2) and widths (N,)."""
     corners = strokes[:, :8].reshape(-1, 4, 2)
     sides = np.hypot(*np.moveaxis(np.diff(corners, axis=1), -1, 0))  # (K,3)
     estimate = (np.hypot(*(corners[:, 3] - corners[:, 0]).T) + sides.sum(1)) / 2
@@ -218,10 +216,10 @@ def along(strokes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def mark_keypoints(strokes: np.ndarray, size: int, rounded: bool) -> np.ndarray:
-    """(2,S,S): where paths start and end; where one segment goes on from another, but not also an end.
+    """Return keypoints (2,S,S): ends of paths; joints of segments that are not also an end.
 
-    Segments belong to one path if one starts where the one before ends. The original allows a pixel between them, so
-    that strokes which happen to follow each other count as joined.
+    A segment belongs to the path of the previous one if it starts at its end. The original allows a distance of a
+    pixel, so that separate strokes may count as joined.
     """
     starts, ends = strokes[:, :2], strokes[:, 6:8]
     joined = np.hypot(*(ends[:-1] - starts[1:]).T) < 1e-3
@@ -236,10 +234,10 @@ def mark_keypoints(strokes: np.ndarray, size: int, rounded: bool) -> np.ndarray:
 
 
 def paint(strokes: np.ndarray, size: int) -> np.ndarray:
-    """Ink (1,S,S): discs along each segment on a canvas of twice the size, shrunk.
+    """Draw ink (1,S,S): discs along each segment on a canvas of twice the size, averaged over 2x2 pixels.
 
-    A row of a disc is an interval: counting where they begin and end tells which pixels lie in any, far fewer than
-    asking each pixel about each disc.
+    A row of a disc is an interval. Counts of the begins and ends of intervals give the covered pixels, which costs far
+    less than a test of each pixel and disc.
     """
     side, t = 2 * size, np.linspace(0, 1, DISCS)
     x, y = (2 * bernstein(strokes[:, None], t)).reshape(-1, 2).T  # (N,) on the canvas
@@ -251,7 +249,7 @@ def paint(strokes: np.ndarray, size: int) -> np.ndarray:
     half = np.sqrt(np.maximum(half, 0))
     begin = np.clip(np.ceil(x[:, None] - half), 0, side).astype(np.intp)
     end = np.clip(np.floor(x[:, None] + half) + 1, begin, side).astype(np.intp)
-    cells, line = side * (side + 1), rows * (side + 1)  # one more column, where intervals that touch the border end
+    cells, line = side * (side + 1), rows * (side + 1)  # one more column for intervals that end at the border
     changes = np.bincount((line + begin)[inside], minlength=cells) - np.bincount((line + end)[inside], minlength=cells)
     ink = changes.cumsum().reshape(side, side + 1)[:, :side] > 0
     return ink.reshape(size, 2, size, 2).mean((1, 3), dtype=np.float32)[None]

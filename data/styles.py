@@ -1,8 +1,8 @@
-"""Folders of pictures, one a style, as latents: for training balanced pairs, for testing the first picture of each.
+"""Datasets of latents of pictures, in one folder per style: balanced pairs for training, first pictures for tests.
 
-Source: the datasets of KiritoFD/VAE_ca_proj, LGT/train.py. Different here: every draw comes from `sample_rng(seed,
-epoch, index)`; styles are balanced exactly, not on average; latents are made when first needed and kept on the disk
-by what they depend on; pictures are shrunk by antialiased bicubic interpolation instead of Lanczos.
+Source: the datasets of KiritoFD/VAE_ca_proj, LGT/train.py. Differs: every draw comes from `sample_rng(seed, epoch,
+index)`; styles are balanced exactly, not on average; latents are computed at first use and cached on disk; pictures
+are resized by antialiased bicubic interpolation instead of Lanczos.
 Legend: H W pixels; c channels, h w latent pixels; S styles, R references.
 """
 
@@ -27,32 +27,33 @@ from data.image_files import KINDS, MIN_SIDE, read_bytes, read_picture
 from data.images import strip
 from data.sampler import Key, sample_rng
 from data.synthetic_styles import DrawnStyles
-from data.transforms import split_key
+from data.transforms import build_drawn, split_key
 from models.codecs import CODECS
 from options import check, resolve, schema_of
-from runtime.ranges import PositiveInt, Seed
+from runtime.ranges import PositiveInt, Seed, checked
 from storage.files import save_file
 from storage.sealed import CheckpointError, load_file
 
-LATENTS = "experiments/latents"  # where latents are kept unless the options say otherwise
-MOST_KEPT = 1 << 29  # bytes of latents that each process keeps in memory; the rest is read or made again when needed
+LATENTS = "experiments/latents"  # default cache of latents
+MOST_KEPT = 1 << 29  # largest number of bytes of latents that a process keeps in memory
 
 
 class StyleLatents:
-    """All pictures of some styles, one latent at a time: from memory, else from the disk, else made.
+    """Return latents of the pictures of several styles, from memory, from the disk or computed.
 
     Args:
-        dataroot: folder of style folders; None draws pictures instead.
-        style_subdirs: names of the styles in order; None: every folder there is, by name.
-        generated: what is drawn, arguments of `DrawnStyles`.
+        dataroot: folder of style folders; None: drawn pictures.
+        style_subdirs: names of the styles in order; None: all folders by name.
+        generated: arguments of `DrawnStyles`.
         image_size: side in pixels, a multiple of four latent pixels.
-        crop: shrink the shorter side and cut the middle out; False: shrink both sides as they are.
+        crop: resize the shorter side and crop the middle; False: resize both sides.
         codec: section of a latent codec, see `models.codecs`; None: pixels.
-        cache_dir: where latents of codecs with weights are kept, under a digest of weights, file and size; None:
+        cache_dir: folder of cached latents of codecs with weights, named by digests of weights, file and size; None:
             in memory only.
-        allow_empty: pass over style folders without pictures.
+        seed: seed of drawn pictures.
+        allow_empty: ignore style folders without pictures.
     Raises:
-        FileNotFoundError, ValueError: one line; an empty style folder is named.
+        FileNotFoundError, ValueError: a folder or an option is invalid.
     """
 
     def __init__(self, dataroot: str | None, style_subdirs: Sequence[str] | None, generated: dict | None,
@@ -64,8 +65,8 @@ class StyleLatents:
         if image_size < side or image_size % side:
             raise ValueError(f"image_size {image_size} must be a multiple of {side}: 4 latent pixels of "
                              f"{self.codec.factor}")
-        self.drawn = None if dataroot else drawn_styles(generated, image_size, seed)
-        self.files: dict[str, list[str]] = {}  # style -> paths, sorted; of drawn ones numbers
+        self.drawn = None if dataroot else build_drawn(DrawnStyles, generated, {}, size=image_size, seed=seed)
+        self.files: dict[str, list[str]] = {}  # style -> sorted paths
         for style in style_names(dataroot, style_subdirs, generated):
             files = [""] * self.drawn.num_images if self.drawn else pictures_in(os.path.join(dataroot, style))
             if not files and not allow_empty:
@@ -76,16 +77,16 @@ class StyleLatents:
         self.kept: dict[tuple[str, int], Tensor] = {}
 
     def __call__(self, style: str, number: int) -> Tensor:
-        """(c,h,w) float32 of a style's picture."""
+        """Return the latent (c,h,w) float32 of a picture of a style."""
         number %= len(self.files[style])
         if (latent := self.kept.get((style, number))) is None:
             latent = self._latent(style, number)
-            if (len(self.kept) + 1) * latent.nbytes <= MOST_KEPT:  # they are all of one size
+            if (len(self.kept) + 1) * latent.nbytes <= MOST_KEPT:  # all have equal size
                 self.kept[style, number] = latent
         return latent
 
     def picture(self, style: str, number: int) -> Tensor:
-        """(3,image_size,image_size) float32 in [-1,1]."""
+        """Return a picture (3,image_size,image_size) float32 in [-1,1]."""
         if self.drawn:
             return torch.from_numpy(self.drawn(style, number)).float() / 127.5 - 1
         return fitted(read_picture(self.files[style][number], MIN_SIDE), self.image_size, self.crop)
@@ -100,35 +101,36 @@ class StyleLatents:
             try:
                 return load_file(kept)
             except CheckpointError:
-                pass  # damaged: it is made again
+                pass  # damaged: it is computed again
         latent = self.codec.encode(self.picture(style, number)[None])[0].contiguous()
         kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_name(f"{kept.stem}.{os.getpid()}")  # workers may make the same one at once
+        temporary = kept.with_name(f"{kept.stem}.{os.getpid()}")  # workers may compute the same latent at once
         save_file(temporary, latent)
         os.replace(temporary, kept)
         return latent
 
 
 class StyleDataset(Dataset):
-    """Pictures to translate, each with a style to translate to and a picture of that style.
+    """Pair pictures with a target style and a reference picture of that style.
 
     Item `(epoch, index)` -> {"source": (c,h,w) latent, "source_style": its style, "target_style": drawn uniformly,
     "reference": (c,h,w) of a random picture of the target style, "epoch", "key": "style/number"}.
-    An epoch shows every style equally often and every picture of the largest style once; smaller styles repeat.
+    An epoch has equal numbers of all styles and every picture of the largest style once; smaller styles repeat.
 
     Args:
-        dataroot: folder of style folders; None draws pictures of three styles instead.
-        style_subdirs: names of the styles, in the order of their ids; None: every folder there is, by name.
-        generated: pictures drawn without dataroot: arguments of `data.synthetic_styles.DrawnStyles`.
-        image_size: side in pixels: the shorter side is shrunk to it, the middle cut out.
+        dataroot: folder of style folders; None: drawn pictures of three styles.
+        style_subdirs: names of the styles, in the order of their ids; None: all folders by name.
+        generated: drawn pictures without dataroot: arguments of `data.synthetic_styles.DrawnStyles`.
+        image_size: side in pixels: the shorter side is resized to it, and the middle cropped.
         codec: latent codec, {"type": "pixel" | "vqgan" | "sd-vae", ...}, see `models.codecs`; None: pixels.
-        cache_dir: folder where latents are kept; None: in memory only. Pixels are not kept on the disk.
-        name: KAIR's label of the dataset; not used.
-        seed: seed of all draws, together with epoch and index.
+        cache_dir: folder of cached latents; None: in memory only. Latents of "pixel" are not cached on disk.
+        name: label of the dataset, without effect.
+        seed: seed of all draws, with epoch and index.
     Raises:
-        FileNotFoundError, ValueError: one line: fewer than two styles, an empty style folder, a bad codec.
+        FileNotFoundError, ValueError: there are fewer than two styles, a style folder is empty, the codec is invalid.
     """
 
+    @checked
     def __init__(self, *, dataroot: str | None = None, style_subdirs: Sequence[str] | None = None,
                  generated: dict | None = None, image_size: PositiveInt = 64, codec: dict | None = None,
                  cache_dir: str | None = LATENTS, name: str | None = None, seed: Seed = 0):
@@ -136,10 +138,10 @@ class StyleDataset(Dataset):
         self.styles, self.seed = list(self.latents.files), seed
         if len(self.styles) < 2:
             raise ValueError(f"{dataroot or 'generated'}: has one style, {self.styles[0]!r}; a transfer needs two or "
-                             "more, a folder each")
+                             "more, each in a folder")
 
     def sample_names(self) -> list[str]:
-        """Style and file name of each picture; [] of drawn ones."""
+        """Return style and file name of each picture; [] for drawn ones."""
         return [] if self.latents.drawn else [f"{style}/{os.path.basename(path)}"
                                               for style, paths in self.latents.files.items() for path in paths]
 
@@ -158,26 +160,25 @@ class StyleDataset(Dataset):
 
 
 class StyleTestDataset(Dataset):
-    """An item for each style folder: its first picture, and pictures to measure the distance to every style by.
+    """Return for each style folder its first picture, and reference pictures of all styles.
 
-    Item -> {"source": (c,h,w) latent, "style" and "folder": its style, "reference": (S,R,c,h,w), "styles": their S
-    names}; the same in every epoch. Folders without pictures are passed over.
+    Item -> {"source": (c,h,w) latent, "style" and "folder": its style, "reference": (S,R,c,h,w), "styles": S names of
+    styles}; equal in every epoch. Folders without pictures are ignored.
 
     Args:
-        dataroot: folder of style folders (`test_image_dir`); None draws pictures instead.
-        image_size: side in pixels to which both sides of a picture are shrunk, without cutting.
-        num_references: number R of pictures of each style, from the first on; where a folder has fewer, they repeat.
+        dataroot: folder of style folders (`test_image_dir`); None: drawn pictures.
+        image_size: side in pixels to which both sides of a picture are resized, without a crop.
+        num_references: number R of the first pictures of each style; a folder with fewer repeats them.
         others: as `StyleDataset`.
     Raises:
-        FileNotFoundError, ValueError: one line; no folder has pictures.
+        FileNotFoundError, ValueError: no folder has pictures, or an option is invalid.
     """
 
+    @checked
     def __init__(self, *, dataroot: str | None = None, style_subdirs: Sequence[str] | None = None,
                  generated: dict | None = None, image_size: PositiveInt = 64, codec: dict | None = None,
                  cache_dir: str | None = LATENTS, num_references: PositiveInt = 8, name: str | None = None,
                  seed: Seed = 0):
-        if num_references < 1:
-            raise ValueError(f"num_references must be at least 1, got {num_references}")
         generated = {"first_image": 100_000, "num_images": num_references} | (generated or {})
         self.latents = StyleLatents(dataroot, style_subdirs, generated, image_size, False, codec, cache_dir, seed,
                                     allow_empty=True)
@@ -197,17 +198,17 @@ class StyleTestDataset(Dataset):
 
 
 def style_names(dataroot: str | None, style_subdirs: Sequence[str] | None, generated: dict | None) -> list[str]:
-    """The styles in the order of their ids.
+    """Return the styles in the order of their ids.
 
-    Raises: FileNotFoundError, ValueError: a folder that does not exist, none at all, a name given twice.
+    Raises: FileNotFoundError, ValueError: a folder does not exist, there is none, or a name occurs twice.
     """
     if dataroot is None:
-        return style_subdirs or drawn_styles(generated, 64, 0).styles
+        return style_subdirs or build_drawn(DrawnStyles, generated, {}).styles
     check_folder(dataroot, "dataroot")
     there, _ = list_folder(dataroot)
     names = list(style_subdirs or there)
     if not names:
-        raise ValueError(f"{dataroot}: holds no style folders; put each style's pictures into a folder of its own")
+        raise ValueError(f"{dataroot}: holds no style folders; put the pictures of each style into a separate folder")
     for name in names:
         if name not in there:
             raise FileNotFoundError(f"{dataroot}: style folder {name!r} does not exist; there are {', '.join(there)}")
@@ -217,12 +218,12 @@ def style_names(dataroot: str | None, style_subdirs: Sequence[str] | None, gener
 
 
 def pictures_in(folder: str) -> list[str]:
-    """The paths of a folder's pictures, by name."""
+    """Return the paths of the pictures in a folder, sorted by name."""
     return [os.path.join(folder, name) for name in list_folder(folder)[1]]
 
 
 def fitted(picture: Tensor, size: int, crop: bool) -> Tensor:
-    """(3,H,W) uint8 -> (3,size,size) in [-1,1]: the middle of it, or, without crop, all of it out of shape."""
+    """Resize (3,H,W) uint8 to (3,size,size) in [-1,1] with a crop of the middle, or without crop distorted."""
     picture = strip(picture, (0.5, 0.5)) if crop else picture
     height, width = picture.shape[1:]
     if crop:
@@ -235,12 +236,6 @@ def fitted(picture: Tensor, size: int, crop: bool) -> Tensor:
         image = F.interpolate(image, shape, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
     top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
     return image[0, :, top : top + size, left : left + size] / 127.5 - 1
-
-
-def drawn_styles(generated: dict | None, size: int, seed: int) -> DrawnStyles:
-    """The drawn pictures that stand in for folders."""
-    wanted = check(generated or {}, schema_of(DrawnStyles), "generated", lambda _: "drawn styles", [])
-    return DrawnStyles(**{**wanted, "size": size, "seed": seed})
 
 
 def build_codec(section: Mapping[str, Any] | None, where: str = "codec") -> nn.Module:

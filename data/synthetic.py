@@ -1,7 +1,7 @@
-"""Video and pictures that are drawn, not read: textured shapes under a drifting camera, for training without download.
+"""Drawn video and pictures: textured shapes under a drifting camera, for training without a download.
 
-Every edge is anti-aliased analytically from a signed distance, so that motion is truly sub-pixel. Source: own; the
-distances follow the usual first-order forms (Quilez, 2D distance functions).
+Every edge is anti-aliased analytically from a signed distance, so that motion has sub-pixel precision. Source: the
+distances are first-order forms (Quilez, 2D distance functions).
 Legend: T frames, H W pixels, h w pixels of a box that a sprite touches. Lengths are pixels, angles radians,
 u v the coordinates of a point in the frame of a sprite (or of the ground), whose outline is where distance = 0.
 """
@@ -20,42 +20,40 @@ from torch.utils.data import Dataset
 from data.resize import Degradation
 from data.sampler import Key, sample_rng
 from data.transforms import augment, split_key, to_float
-from runtime.ranges import NonNegativeInt, PositiveInt, Range, Seed
+from runtime.ranges import NonNegativeInt, PositiveInt, Range, Seed, checked
 
-TILT, ZOOM, SHADE = 0.10, 0.08, 4.0  # most that the camera tilts and zooms; width of the shade around a sprite
-LIFETIME = 256  # frames of a clip among which an item starts
+TILT, ZOOM, SHADE = 0.10, 0.08, 4.0  # largest tilt and zoom of the camera; width of the shade around a sprite
+LIFETIME = 256  # number of frames of a clip at which an item may start
 
 
 class SyntheticVideoDataset(Dataset):
-    """num_frame frames of a drawn clip and their degraded twins; each epoch starts elsewhere in the clip.
+    """Draw successive frames of clips and degrade them; each epoch starts elsewhere in a clip.
 
     Item `(epoch, index)` -> {"L": (T,3,H/scale,W/scale), "H": (T,3,H,W) float32 RGB in [0,1] of 8-bit values,
     "key": "clip_000/00000000", "folder": "clip_000", "lq_path": T such names with .png}.
-    What a clip shows depends on (seed, first_clip + index) alone; its start and flips on the epoch as well.
+    The content of a clip depends on (seed, first_clip + index), its start and flips on the epoch, too.
 
     Args:
         num_clips: number of items.
-        num_frame: frames T of an item.
-        gt_size: side of H in pixels, or [height, width]; multiples of scale.
+        num_frame: number T of frames of an item.
+        gt_size: side of H in pixels, or [height, width], at least 16; multiples of scale.
         scale: H pixels per L pixel.
-        first_clip: number of the first clip; test sets take clips that training never sees, e.g. from 100000.
+        first_clip: number of the first clip; test sets use others than training, e.g. from 100000.
         use_hflip: mirror left-right with probability 1/2.
-        use_rot: turn upside down, and (if square) transpose, each with probability 1/2.
-        degradation: how L is made, see `data.resize.Degradation`.
-        name: KAIR's label of the dataset; not used.
+        use_rot: flip upside down, and (if square) transpose, each with probability 1/2.
+        degradation: computes L from H, see `data.resize.Degradation`.
+        name: label of the dataset, without effect.
         seed: seed of all clips.
     Raises:
-        ValueError: an impossible size or number, in one line.
+        ValueError: a size or number is invalid.
     """
 
+    @checked
     def __init__(self, *, num_clips: PositiveInt = 256, num_frame: PositiveInt = 6,
                  gt_size: PositiveInt | Sequence[PositiveInt] = 128, scale: PositiveInt = 4,
                  first_clip: NonNegativeInt = 0, use_hflip: bool = True, use_rot: bool = True,
                  degradation: dict | None = None, name: str | None = None, seed: Seed = 0):
         size = (gt_size, gt_size) if isinstance(gt_size, int) else tuple(gt_size)
-        if num_clips < 1 or num_frame < 1 or first_clip < 0 or scale < 1:
-            raise ValueError(f"num_clips {num_clips}, num_frame {num_frame} and scale {scale} must be >= 1, "
-                             f"first_clip {first_clip} >= 0")
         if len(size) != 2 or any(side < 16 or side % scale for side in size):
             raise ValueError(f"gt_size {gt_size} must be a side or [height, width], each >= 16 and a multiple of "
                              f"scale {scale}")
@@ -71,7 +69,7 @@ class SyntheticVideoDataset(Dataset):
         epoch, index = split_key(key, len(self))
         clip = self.first_clip + index
         rng = sample_rng(self.seed, epoch, clip)
-        content = sample_rng(self.seed, 0, clip, 0)  # a stream of its own, the same in each epoch
+        content = sample_rng(self.seed, 0, clip, 0)  # a separate stream, equal in each epoch
         frames = render(draw_scene(content, self.size), int(rng.integers(LIFETIME)) + np.arange(self.num_frame))
         lq, gt = augment([self.degradation(frames, rng), frames], rng, self.use_hflip, self.use_rot)
         folder = f"clip_{clip:03d}"
@@ -80,32 +78,30 @@ class SyntheticVideoDataset(Dataset):
 
 
 class SyntheticImageDataset(Dataset):
-    """Drawn pictures, and short clips of them, as image folders give them.
+    """Draw pictures and short clips, in the format of image folders.
 
     Item `(epoch, index)` -> {"H": (D,H,W,C) uint8, "key", "folder": "image_000"}, D = num_images * num_frame.
-    What it shows depends on (seed, first_image + index) alone, its flips on the epoch as well. Pictures are drawn
-    once and kept; clips start elsewhere in each epoch.
+    The content depends on (seed, first_image + index), flips on the epoch, too. Pictures are drawn once and kept in
+    memory; clips start elsewhere in each epoch.
 
     Args:
         num_samples: number of items.
         size: side of the pictures in pixels.
         num_images: number of scenes in an item.
-        num_frame: successive frames of each scene; 1: a still picture.
-        first_image: number of the first scene; test sets take scenes that training never sees, e.g. from 100000.
+        num_frame: number of successive frames of each scene; 1: a still picture.
+        first_image: number of the first scene; test sets use others than training, e.g. from 100000.
         n_channels: channels of a picture, 3 for RGB, 1 for grey.
         use_hflip: mirror left-right with probability 1/2.
-        use_rot: turn upside down, and transpose, each with probability 1/2.
+        use_rot: flip upside down, and transpose, each with probability 1/2.
         seed: seed of all scenes.
     Raises:
-        ValueError: an impossible size or number, in one line.
+        ValueError: a size or number is out of range.
     """
 
+    @checked
     def __init__(self, *, num_samples: PositiveInt = 512, size: Annotated[int, Range(ge=16)] = 64,
                  num_images: PositiveInt = 1, num_frame: PositiveInt = 1, first_image: NonNegativeInt = 0,
                  n_channels: Literal[1, 3] = 3, use_hflip: bool = True, use_rot: bool = False, seed: Seed = 0):
-        if min(num_samples, num_images, num_frame) < 1 or first_image < 0 or size < 16 or n_channels not in (1, 3):
-            raise ValueError(f"num_samples {num_samples}, num_images {num_images} and num_frame {num_frame} must be "
-                             f">= 1, first_image {first_image} >= 0, size {size} >= 16, n_channels {n_channels} 1 or 3")
         self.num_samples, self.first_image, self.seed = num_samples, first_image, seed
         self.num_images, self.num_frame, self.size, self.n_channels = num_images, num_frame, size, n_channels
         self.use_hflip, self.use_rot = use_hflip, use_rot
@@ -125,9 +121,9 @@ class SyntheticImageDataset(Dataset):
         return {"H": pictures.permute(0, 2, 3, 1).contiguous(), "key": name, "folder": name}
 
     def _scene(self, number: int, start: int) -> Tensor:
-        """(num_frame,3,H,W) uint8."""
+        """Return the frames (num_frame,3,H,W) uint8 of a scene."""
         if number not in self.drawn:
-            content = sample_rng(self.seed, 0, number, 0)  # a stream of its own, the same in each epoch
+            content = sample_rng(self.seed, 0, number, 0)  # a separate stream, equal in each epoch
             times = start + np.arange(self.num_frame)
             picture = render(draw_scene(content, (self.size, self.size)), times)
             if self.num_frame > 1:
@@ -137,42 +133,42 @@ class SyntheticImageDataset(Dataset):
 
 
 def as_channels(pictures: Tensor, n_channels: int) -> Tensor:
-    """(...,3,H,W) uint8 RGB -> the same, or (...,1,H,W): luma of BT.601, full range, as JPEG has it."""
+    """Convert (...,3,H,W) uint8 RGB to one channel, the full-range luma of BT.601 as in JPEG, or keep three."""
     if n_channels == 3:
         return pictures
     red, green, blue = pictures.float().unbind(-3)
     return (0.299 * red + 0.587 * green + 0.114 * blue).round().to(torch.uint8).unsqueeze(-3)
 
 
-# What a clip shows -------------------------------------------------------------------------------------------------
+# Scenes ------------------------------------------------------------------------------------------------------------
 
 class Texture(NamedTuple):
-    """A pattern of two colours."""
+    """Describe a pattern of two colours."""
 
     kind: str
     period: float
     angle: float
-    duty: float  # share of the second colour along a period
+    duty: float  # fraction of the second colour along a period
     colours: np.ndarray  # (2,3)
 
 
 class Sprite(NamedTuple):
-    """A flat shape that drifts and spins; half: its half width and height."""
+    """Describe a flat shape that drifts and spins."""
 
     shape: str
-    half: np.ndarray  # (2,)
-    corners: np.ndarray  # (5,2) in [-1,1]: where a stroke bends
+    half: np.ndarray  # (2,) half width and height
+    corners: np.ndarray  # (5,2) in [-1,1]: corners of a stroke
     texture: Texture
     outline: float  # width of the rim in the second colour, 0 for none
     position: np.ndarray  # (2,) x y at time 0
     velocity: np.ndarray  # (2,) per frame
     angle: float
     spin: float  # per frame
-    depth: float  # how much of the camera's drift it shows: what is near passes faster
+    depth: float  # factor of the camera's drift: near sprites pass faster
 
 
 class Scene(NamedTuple):
-    """Sprites from back to front on an endless ground; the sprites repeat every `world` pixels, out of sight."""
+    """Describe sprites from back to front on an endless ground; sprites repeat every `world` pixels, out of sight."""
 
     size: tuple[int, int]
     world: np.ndarray  # (2,) x y
@@ -183,7 +179,7 @@ class Scene(NamedTuple):
 
 
 def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
-    """A scene at random for pictures of size (H,W)."""
+    """Draw a random scene for pictures of size (H,W)."""
     view = np.array(size[::-1], float)  # x y
     largest = 0.27 * view.min()
     reach = (view + TILT * view[::-1]) * (1 + ZOOM) / 2  # farthest point seen from the camera, per axis
@@ -198,7 +194,7 @@ def draw_scene(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
 
 
 def draw_palette(rng: np.random.Generator) -> np.ndarray:
-    """(9,3) colours: three that stay quiet for the ground, four of few hues, a light one and a dark one."""
+    """Draw colours (9,3): three muted ones for the ground, four of few hues, a light and a dark one."""
     hue = rng.random() + np.array([0, 0.02, 0.06, 0.08, 0.42, 0.5, 0.58, 0.1, 0.5]) + rng.normal(0, 0.02, 9)
     saturation = np.concatenate([rng.uniform(0.1, 0.45, 3), rng.uniform(0.45, 0.95, 4), [0.06, 0.4]])
     value = np.concatenate([rng.uniform(0.35, 0.8, 3), rng.uniform(0.4, 0.9, 4), [0.92, 0.15]])
@@ -208,23 +204,24 @@ def draw_palette(rng: np.random.Generator) -> np.ndarray:
 
 def draw_texture(rng: np.random.Generator, colours: np.ndarray, kinds: Sequence[str],
                  periods: tuple[float, float]) -> Texture:
-    period = periods[0] * (periods[1] / periods[0]) ** rng.random()  # small ones as often as large ones
+    """Draw a texture of one of these kinds, with a period in pixels of this range."""
+    period = periods[0] * (periods[1] / periods[0]) ** rng.random()  # log-uniform
     return Texture(pick(rng, kinds), period, math.pi * rng.random(), 0.25 + 0.4 * rng.random(), colours)
 
 
 def draw_sprite(rng: np.random.Generator, palette: np.ndarray, largest: float, world: np.ndarray,
                 nearness: float) -> Sprite:
-    """A sprite; those in front (nearness towards 1) are smaller, so that none hides everything."""
+    """Draw a sprite; those in front (nearness towards 1) are smaller, so that none covers the picture."""
     shape = pick(rng, tuple(SHAPES))
     first = 3 + int(6 * rng.random())
-    second = 3 + (first - 2 + int(5 * rng.random())) % 6  # another one
+    second = 3 + (first - 2 + int(5 * rng.random())) % 6  # a different one
     contrast = 0.3 + 0.6 * rng.random()
     colours = np.stack([palette[first], palette[first] + contrast * (palette[second] - palette[first])])
     size = largest * (1 - 0.75 * nearness) * (0.6 + 0.4 * rng.random())
     return Sprite(
         shape=shape,
         half=size * np.array([1, 0.45 + 0.55 * rng.random()]),
-        corners=rng.integers(-1, 2, (5, 2)) * 0.85,  # on a grid of 3 x 3, as letters are
+        corners=rng.integers(-1, 2, (5, 2)) * 0.85,  # on a 3 x 3 grid, like letters
         texture=draw_texture(rng, colours, tuple(PATTERNS), (9, 28)),
         outline=max(0.0, 4 * rng.random() - 2),
         position=world * rng.random(2),
@@ -236,10 +233,11 @@ def draw_sprite(rng: np.random.Generator, palette: np.ndarray, largest: float, w
 
 
 def pick(rng: np.random.Generator, names: Sequence[str]) -> str:
+    """Draw one of the names."""
     return names[int(rng.random() * len(names))]
 
 
-# Shapes: distance to the outline, negative inside --------------------------------------------------------------------
+# Shapes: signed distance to the outline, negative inside -----------------------------------------------------------
 
 def box(u: np.ndarray, v: np.ndarray, sprite: Sprite) -> np.ndarray:
     return np.maximum(np.abs(u) - sprite.half[0], np.abs(v) - sprite.half[1])
@@ -247,7 +245,7 @@ def box(u: np.ndarray, v: np.ndarray, sprite: Sprite) -> np.ndarray:
 
 def ellipse(u: np.ndarray, v: np.ndarray, sprite: Sprite) -> np.ndarray:
     a, b = sprite.half
-    level = np.sqrt((u / a) ** 2 + (v / b) ** 2) + 1e-6  # 1e-6: -b in the very centre, not 0 / 0
+    level = np.sqrt((u / a) ** 2 + (v / b) ** 2) + 1e-6  # 1e-6 avoids 0 / 0 in the centre
     return level * (level - 1) / (np.sqrt((u / a**2) ** 2 + (v / b**2) ** 2) + 1e-6 / b)
 
 
@@ -270,7 +268,7 @@ def polygon(corners: int) -> Callable[[np.ndarray, np.ndarray, Sprite], np.ndarr
 
 
 def strokes(u: np.ndarray, v: np.ndarray, sprite: Sprite) -> np.ndarray:
-    """A bent line, as a pen draws a letter."""
+    """Return the distance to a bent line."""
     points = sprite.corners * sprite.half
     result = np.float32(np.inf)
     for (x, y), (dx, dy) in zip(points, np.diff(points, axis=0)):
@@ -284,15 +282,15 @@ SHAPES = {"box": box, "ellipse": ellipse, "ring": ring, "triangle": polygon(3), 
           "strokes": strokes}
 
 
-# Patterns: share of the second colour, 0..1 -----------------------------------------------------------------------
+# Patterns: fraction of the second colour, 0..1 --------------------------------------------------------------------
 
 def bands(x: np.ndarray, period: float, width: float) -> np.ndarray:
-    """Anti-aliased bands of this width around the multiples of the period."""
+    """Return anti-aliased bands of a width around the multiples of a period."""
     return np.clip(width / 2 + 0.5 - off_centre(x, period), 0, 1)
 
 
 def off_centre(x: np.ndarray, period: float) -> np.ndarray:
-    """Distance to the nearest multiple of the period."""
+    """Return the distance to the nearest multiple of a period."""
     turns = x * (1 / period)
     return np.abs(turns - np.rint(turns)) * period
 
@@ -312,7 +310,7 @@ def grid(u: np.ndarray, v: np.ndarray, texture: Texture) -> np.ndarray:
 
 def bricks(u: np.ndarray, v: np.ndarray, texture: Texture) -> np.ndarray:
     row = texture.period / 2
-    shifted = u + np.rint(v * (1 / row) - 0.5) * row  # every other row by half a brick
+    shifted = u + np.rint(v * (1 / row) - 0.5) * row  # every second row by half a brick
     gap = 0.6 + 0.05 * texture.period
     return np.maximum(bands(shifted, texture.period, gap), bands(v, row, gap))
 
@@ -338,7 +336,7 @@ PATTERNS = {"stripes": stripes, "checker": checker, "grid": grid, "bricks": bric
 # From a scene to pictures ------------------------------------------------------------------------------------------
 
 def render(scene: Scene, times: np.ndarray) -> Tensor:
-    """The scene at these times (T,), in frames -> (T,3,H,W) uint8 RGB."""
+    """Draw a scene at times (T,) in frames, as (T,3,H,W) uint8 RGB."""
     height, width = scene.size
     view, middle = np.array([width, height]), np.array([width - 1, height - 1]) / 2  # x y
     tilt, zoom = np.sin(np.outer(scene.sway[:, 0], times) + scene.sway[:, 1:])
@@ -348,7 +346,7 @@ def render(scene: Scene, times: np.ndarray) -> Tensor:
     canvas = paint_ground(scene, camera, middle - np.einsum("tij,tj->ti", to_screen, travelled))
 
     offsets = np.stack([s.position + np.outer(times, s.velocity) - s.depth * travelled for s in scene.sprites])
-    offsets = offsets % scene.world - scene.world / 2  # (S,T,2) from the camera, where the world repeats
+    offsets = offsets % scene.world - scene.world / 2  # (S,T,2) relative to the camera, modulo the world
     centres = middle + np.einsum("tij,stj->sti", to_screen, offsets)
     radii = np.array([radius(s) + SHADE + 1 for s in scene.sprites])[:, None, None] * (1 + ZOOM)
     low, high = np.floor(centres - radii).astype(int), np.ceil(centres + radii).astype(int) + 1
@@ -370,7 +368,7 @@ def rotation(angles: np.ndarray) -> np.ndarray:
 
 
 def coordinates(matrix: np.ndarray, origin: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels x (w,), y (h,) -> u, v (T,h,w) float32: matrix (T,2,2) times the offset from origin (T,2)."""
+    """Return u, v (T,h,w) float32 of pixels x (w,), y (h,): matrix (T,2,2) times the offset from origin (T,2)."""
     x, y = x - origin[:, :1], y - origin[:, 1:]  # (T,w), (T,h)
     along_x = (matrix[:, :, :1] * x[:, None]).astype(np.float32)  # (T,2,w)
     along_y = (matrix[:, :, 1:] * y[:, None]).astype(np.float32)  # (T,2,h)
@@ -379,7 +377,7 @@ def coordinates(matrix: np.ndarray, origin: np.ndarray, x: np.ndarray, y: np.nda
 
 
 def paint_ground(scene: Scene, camera: np.ndarray, origin: np.ndarray) -> np.ndarray:
-    """-> (T,3,H,W) float32 in [0,1]: a pattern under soft veins, whose own origin is at origin (T,2) on screen."""
+    """Draw the ground (T,3,H,W) float32 in [0,1]: a pattern under soft veins, with its origin (T,2) on screen."""
     (height, width), (pattern, veins) = scene.size, scene.ground
     u, v = coordinates(camera, origin, np.arange(width), np.arange(height))
     canvas = np.zeros((len(origin), 3, height, width), np.float32)
@@ -389,30 +387,30 @@ def paint_ground(scene: Scene, camera: np.ndarray, origin: np.ndarray) -> np.nda
 
 
 def paint_sprite(canvas: np.ndarray, sprite: Sprite, u: np.ndarray, v: np.ndarray) -> None:
-    """Blend a sprite and the shade around it into canvas (T,3,h,w), in place."""
+    """Blend a sprite and its shade into canvas (T,3,h,w) in place."""
     distance = SHAPES[sprite.shape](u, v, sprite)  # (T,h,w)
     share = share_of(u, v, sprite.texture)
     if sprite.outline:
         share = np.maximum(share, np.clip(distance + (sprite.outline + 0.5), 0, 1))
     opacity = np.clip(0.5 - distance, 0, 1)
-    around = np.maximum(distance, np.sqrt(u * u + v * v) - radius(sprite))  # else shade grows spikes at sharp corners
+    around = np.maximum(distance, np.sqrt(u * u + v * v) - radius(sprite))  # no spikes of the shade at sharp corners
     shade = 1 - 0.35 * np.clip(1 - around * (1 / SHADE), 0, 1)
     blend(canvas, shade * (1 - opacity), opacity, share, sprite.texture)
 
 
 def radius(sprite: Sprite) -> float:
-    """Of the circle around a sprite."""
+    """Return the radius of the circle around a sprite."""
     return float(np.hypot(*sprite.half))
 
 
 def share_of(u: np.ndarray, v: np.ndarray, texture: Texture) -> np.ndarray:
-    """The texture's share of its second colour at u, v (T,h,w)."""
+    """Return the fraction of the second colour of a texture at u, v (T,h,w)."""
     cos, sin = math.cos(texture.angle), math.sin(texture.angle)
     return PATTERNS[texture.kind](u * cos + v * sin, v * cos - u * sin, texture)
 
 
 def blend(canvas: np.ndarray, kept: np.ndarray, opacity: np.ndarray, share: np.ndarray, texture: Texture) -> None:
-    """canvas (T,3,h,w) = kept * canvas + opacity * the texture's colour at this share, in place."""
+    """Set canvas (T,3,h,w) to kept * canvas + opacity * colour of the texture at `share`, in place."""
     share = opacity * share
     for channel, (first, second) in enumerate(texture.colours.T.tolist()):
         plane = canvas[:, channel]

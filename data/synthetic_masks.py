@@ -1,7 +1,7 @@
-"""Fields and buildings seen from above, drawn with their masks, for training without any download.
+"""Drawn aerial images of fields and buildings with their masks, for training without a download.
 
-Fields are strips of furrowed colour between hedges, crossed by a road; trees and sheds' shadows distract. Buildings
-are oblong or L-shaped, with a roof lit on one side, and are what the mask shows. Source: own.
+Fields are strips with furrows and hedges, crossed by a road, with trees and shadows. Buildings are rectangles or
+L-shapes with a roof lit from one side; masks show them.
 Legend: H W pixels; u v the coordinates of a point in the frame of a building, lengths in pixels, angles in radians.
 """
 
@@ -17,32 +17,28 @@ from torch.utils.data import Dataset
 
 from data.sampler import Key, sample_rng
 from data.transforms import split_key
-from runtime.ranges import NonNegativeInt, PositiveInt, Range, Seed
+from runtime.ranges import NonNegativeInt, PositiveInt, Range, Seed, checked
 
 GROUND, BUILDING, ROAD = 0, 1, 2
 
 
 class SyntheticMaskDataset(Dataset):
-    """Drawn images and masks, each a function of (seed, first_image + index) alone.
+    """Draw images and masks as a function of (seed, first_image + index).
 
-    Item `(epoch, index)` -> (image (3,H,W) uint8 RGB, mask (H,W) uint8 class ids, name); the same in every epoch.
+    Item `(epoch, index)` -> (image (3,H,W) uint8 RGB, mask (H,W) uint8 class ids, name); equal in every epoch.
 
     Args:
         num_images: number of items.
         image_size: side of image and mask in pixels.
-        first_image: number of the first image; tests take those that training never sees, e.g. from 100000.
-        num_classes: number of classes; 1 or 2: buildings on anything else, 3: roads too.
+        first_image: number of the first image; test sets use others than training, e.g. from 100000.
+        num_classes: number of classes; 1 or 2: buildings and background, 3: roads, too.
         seed: seed of all images.
-    Raises: ValueError, one line.
+    Raises: ValueError: a number is out of range.
     """
 
+    @checked
     def __init__(self, *, num_images: PositiveInt = 256, image_size: Annotated[int, Range(ge=16)] = 64,
                  first_image: NonNegativeInt = 0, num_classes: Literal[1, 2, 3] = 2, seed: Seed = 0):
-        if num_images < 1 or first_image < 0 or image_size < 16:
-            raise ValueError(f"num_images {num_images} must be >= 1, first_image {first_image} >= 0, image_size "
-                             f"{image_size} >= 16")
-        if num_classes > 3:
-            raise ValueError(f"num_classes {num_classes}: drawn images have 2 classes, or 3 with roads")
         self.num_images, self.size, self.first, self.seed = num_images, image_size, first_image, seed
         self.roads = num_classes == 3
 
@@ -58,7 +54,7 @@ class SyntheticMaskDataset(Dataset):
 
 
 def draw(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """-> image (3,H,W) uint8, mask (H,W) uint8 of GROUND, BUILDING, ROAD."""
+    """Draw an image (3,H,W) uint8 and its mask (H,W) uint8 of GROUND, BUILDING, ROAD."""
     y, x = np.mgrid[:size, :size].astype(np.float32)
     canvas, mask = draw_fields(rng, x, y), np.zeros((size, size), np.uint8)
     if rng.random() < 0.6:
@@ -73,7 +69,7 @@ def draw(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_fields(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Strips side by side, each with its colour, furrows and cross border -> (3,H,W)."""
+    """Draw strips with colours, furrows and borders, (3,H,W)."""
     size = len(x)
     u, v = turned(x - size / 2, y - size / 2, rng.uniform(0, math.pi))
     width = rng.uniform(0.25, 0.5) * size
@@ -92,7 +88,7 @@ def draw_fields(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.nd
 
 
 def draw_road(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, canvas: np.ndarray, mask: np.ndarray) -> None:
-    """A band as grey or as pale as a roof may be, so that colour alone tells no building."""
+    """Draw a road in colours that roofs have, too, so that colour does not identify buildings."""
     size = len(x)
     u, v = turned(x - rng.uniform(0.2, 0.8) * size, y - rng.uniform(0.2, 0.8) * size, rng.uniform(0, math.pi))
     distance = np.abs(u + 0.05 * size * np.sin(v / (0.25 * size))) - rng.uniform(0.025, 0.05) * size
@@ -101,6 +97,7 @@ def draw_road(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, canvas: np
 
 
 def draw_tree(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, canvas: np.ndarray) -> None:
+    """Draw a dark disc."""
     centre, radius = rng.uniform(0, len(x), 2), rng.uniform(0.02, 0.06) * len(x)
     distance = np.hypot(x - centre[0], y - centre[1]) - radius
     paint(canvas, cover(distance), np.array([0.12, 0.26, 0.10]) + rng.normal(0, 0.03, 3))
@@ -108,7 +105,7 @@ def draw_tree(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, canvas: np
 
 def draw_building(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, canvas: np.ndarray, mask: np.ndarray,
                   sun: float) -> None:
-    """Its shadow away from the sun, its roof in two halves, one of which the sun lights."""
+    """Draw a building: its shadow, and its roof with one half in the light."""
     size = len(x)
     half = rng.uniform(0.06, 0.16, 2) * size
     centre, angle = rng.uniform(0.05, 0.95, 2) * size, rng.uniform(0, math.pi)
@@ -119,10 +116,10 @@ def draw_building(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, canvas
 
     def distance(dx: float, dy: float) -> tuple[np.ndarray, np.ndarray]:
         u, v = turned(x - centre[0] - dx, y - centre[1] - dy, angle)
-        whole = box(u, v, half)
+        outside = box(u, v, half)
         if wing is not None:
-            whole = np.minimum(whole, box(u - half[0], v - half[1] + wing[1], wing))
-        return whole, v
+            outside = np.minimum(outside, box(u - half[0], v - half[1] + wing[1], wing))
+        return outside, v
 
     shadow, _ = distance(-height * math.cos(sun), -height * math.sin(sun))
     paint(canvas, 0.55 * cover(shadow), np.zeros(3))
@@ -136,20 +133,21 @@ def draw_building(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, canvas
 
 
 def turned(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
+    """Rotate coordinates by an angle."""
     return x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
 
 
 def box(u: np.ndarray, v: np.ndarray, half: np.ndarray) -> np.ndarray:
-    """Distance to an oblong, negative inside."""
+    """Return the signed distance to a rectangle, negative inside."""
     return np.maximum(np.abs(u) - half[0], np.abs(v) - half[1])
 
 
 def cover(distance: np.ndarray) -> np.ndarray:
-    """How much of a pixel lies inside."""
+    """Return the coverage of pixels from signed distances."""
     return np.clip(0.5 - distance, 0, 1)
 
 
 def paint(canvas: np.ndarray, opacity: np.ndarray, colour: np.ndarray) -> None:
-    """Blend a colour (3,) or an image (3,H,W) into canvas (3,H,W), in place."""
+    """Blend a colour (3,) or an image (3,H,W) into canvas (3,H,W) in place."""
     colour = colour[:, None, None] if colour.ndim == 1 else colour
     canvas += opacity * (colour - canvas)

@@ -1,9 +1,9 @@
-"""Clips of frames: random crops of a few frames for training, whole clips, or parts of them, for testing.
+"""Datasets of clips: random crops of a few frames for training, full clips or windows of them for tests.
 
-Source: KAIR's data/dataset_video_train.py and dataset_video_test.py (its option names, keys and returned fields).
-Different here: every draw comes from `sample_rng(seed, epoch, index)`; LQ and GT pair by name, not by position;
-`val_partition` holds whatever the dataset's name is (KAIR trains on its own test clips unless it is "REDS");
-a window of frames may end at a clip's last frame for any interval; num_frame 1 works; L can be made on the fly.
+Source: KAIR's data/dataset_video_train.py and dataset_video_test.py, whose options and fields these are. Differs: every
+draw comes from `sample_rng(seed, epoch, index)`; LQ and GT are paired by name, not by position; `val_partition` applies
+to every dataset (KAIR trains on its own test clips unless the name is "REDS"); a window may end at the last frame of a
+clip for any interval; num_frame 1 works; L can be computed from GT.
 Legend: T frames, H W pixels of GT, h w pixels of LQ (H = scale * h). A frame in memory is (3,H,W) uint8 RGB.
 """
 
@@ -35,51 +35,52 @@ from data.frames import (
 from data.image_files import size_of
 from data.resize import Degradation, modcrop
 from data.sampler import Key, sample_rng
-from data.transforms import augment, split_key, to_float
-from options import check, schema_of
-from runtime.ranges import PositiveInt, Range, Seed
+from data.synthetic import SyntheticVideoDataset
+from data.transforms import augment, build_drawn, split_key, to_float
+from runtime.ranges import PositiveInt, Range, Seed, checked
 
 Level = Annotated[float, Range(ge=0, le=255)]  # of noise, on the scale of 8-bit pixels
 
 
 class VideoRecurrentTrainDataset(Dataset):
-    """num_frame successive frames of one window of a clip, flipped and transposed at random.
+    """Load random crops of successive frames, flipped and transposed at random.
 
     Item `(epoch, index)` -> {"L": (T,C,h,w), "H": (T,3,H,W) float32 RGB in [0,1], "key": "clip/frame"}.
-    There is one item per frame; a frame too close to its clip's end for num_frame frames starts elsewhere.
+    There is one item per frame; an item too close to the end of its clip starts at a random frame.
 
     Args:
-        dataroot_gt: folder of clip folders (or of the frames of a single clip), or an lmdb; None draws video instead.
-        generated: video drawn without dataroot_gt, e.g. {"num_clips": 256}: arguments of `SyntheticVideoDataset`.
-        dataroot_lq: folder or lmdb of the degraded frames, with the names of GT; None makes them, see `degradation`.
-        meta_info_file: list of clips, in lines `clip frames shape first_frame`, e.g. `000 100 (720,1280,3) 0`, files
-            then being named by filename_tmpl and filename_ext; without first_frame, or with None here, every PNG, JPEG
-            or WebP file there is, in order of name.
-        num_frame: frames T of an item.
-        gt_size: side of the GT window in pixels, a multiple of scale.
+        dataroot_gt: folder of clip folders (or of the frames of a single clip), or an lmdb; None: drawn video.
+        generated: drawn video without dataroot_gt, e.g. {"num_clips": 256}: arguments of `SyntheticVideoDataset`.
+        dataroot_lq: folder or lmdb of degraded frames, with the names of GT; None: see `degradation`.
+        meta_info_file: list of clips in lines `clip frames shape first_frame`, e.g. `000 100 (720,1280,3) 0`, whose
+            files are named by filename_tmpl and filename_ext. Without first_frame, or with None here, all PNG, JPEG and
+            WebP files, in order of name.
+        num_frame: number T of frames of an item.
+        gt_size: side of the GT crop in pixels, a multiple of scale.
         scale: GT pixels per LQ pixel.
-        filename_tmpl: format of a frame's number in its file name, for meta_info_file.
-        filename_ext: ending of the frames' file names, for meta_info_file.
-        interval_list: distances in frames between successive frames, one of which is drawn for each item.
-        random_reverse: play every other item backwards.
+        filename_tmpl: format of the frame number in a file name, for meta_info_file.
+        filename_ext: extension of file names, for meta_info_file.
+        interval_list: distances in frames between successive frames; one is drawn for each item.
+        random_reverse: reverse an item with probability 1/2.
         use_hflip: mirror left-right with probability 1/2.
-        use_rot: turn upside down, and transpose, each with probability 1/2.
-        val_partition: clips of REDS to leave out, "REDS4" or "official"; None: none.
-        test_mode: keep only the clips of val_partition, instead of leaving them out.
+        use_rot: flip upside down, and transpose, each with probability 1/2.
+        val_partition: clips of REDS to exclude, "REDS4" or "official"; None: none.
+        test_mode: keep only the clips of val_partition, instead of excluding them.
         io_backend: kind of the roots: {"type": "disk"}, or {"type": "lmdb"} for lmdbs of BasicSR's layout.
-        cache_data: decode all frames at the start and keep them (3 bytes per pixel).
-        name: KAIR's label of the dataset; not used.
-        degradation: how L is made when there is no dataroot_lq, see `data.resize.Degradation`.
+        cache_data: decode all frames at the start and keep them in memory (3 bytes per pixel).
+        name: label of the dataset, without effect.
+        degradation: computes L from GT without dataroot_lq, see `data.resize.Degradation`.
         sigma_min: smallest noise level of nonblind denoising, see sigma_max.
-        sigma_max: largest noise level of nonblind denoising; one level is drawn for each item: L = H + noise of
-            level / 255, not clipped, with level / 255 as a 4th channel. Needs scale 1; dataroot_lq is then not read.
-        seed: seed of all draws, together with epoch and index.
+        sigma_max: largest noise level of nonblind denoising, 0..255; one level is drawn for each item: L = H + noise of
+            level / 255, not clipped, with level / 255 as fourth channel. Needs scale 1; dataroot_lq has no effect.
+        seed: seed of all draws, with epoch and index.
     Raises:
-        FileNotFoundError, ValueError: of one line, at the start wherever the file names or the first frame tell.
+        FileNotFoundError, ValueError: options, names of files or the first frame are invalid.
     """
 
     nonblind = False
 
+    @checked
     def __init__(self, *, dataroot_gt: str | None = None, dataroot_lq: str | None = None,
                  meta_info_file: str | None = None, generated: dict | None = None,
                  num_frame: PositiveInt = 6, gt_size: PositiveInt = 256, scale: PositiveInt = 4,
@@ -97,14 +98,15 @@ class VideoRecurrentTrainDataset(Dataset):
         if self.sigmas:
             check_noise(f"sigma_min {sigma_min}, sigma_max {sigma_max}", self.sigmas, scale, dataroot_gt, degradation)
             dataroot_lq = None
-        self.drawn = None if dataroot_gt else drawn_video(
-            {"num_frame": num_frame, "gt_size": gt_size, "use_hflip": use_hflip, "use_rot": use_rot}, generated,
+        self.drawn = None if dataroot_gt else build_drawn(
+            SyntheticVideoDataset, generated,
+            {"num_frame": num_frame, "gt_size": gt_size, "use_hflip": use_hflip, "use_rot": use_rot},
             scale=scale, seed=seed, degradation=degradation)
         if self.drawn:
             return
         check_backend(io_backend, dataroot_gt, dataroot_lq)
-        if num_frame < 1 or not interval_list or min(interval_list) < 1:
-            raise ValueError(f"num_frame {num_frame} and each of interval_list {list(interval_list)} must be >= 1")
+        if not interval_list:
+            raise ValueError("interval_list is empty; give distances in frames, e.g. [1]")
         self.window = RandomWindow(gt_size, scale, None if self.sigmas else lq_maker(scale, dataroot_lq, degradation),
                                    use_hflip, use_rot)
         self.num_frame, self.seed = num_frame, seed
@@ -122,13 +124,13 @@ class VideoRecurrentTrainDataset(Dataset):
                                  f"{num_frame} at interval {max(interval_list)} needs {longest}")
         self.samples = [(clip, frame) for clip in self.clips for frame in range(len(clip.frames))]
         self.window.reader = FrameReader(paths_of(self.clips) if cache_data else ())
-        self.window.read(*pair_of(self.clips[0], [0]))  # a wrong size or format shows now, not in mid-epoch
+        self.window.read(*pair_of(self.clips[0], [0]))  # raises errors of size or format now, not in mid-epoch
 
     def __len__(self) -> int:
         return len(self.drawn or self.samples)
 
     def sample_names(self) -> list[str]:
-        """Clip and first frame of each sample; [] of drawn ones."""
+        """Return clip and first frame of each item; [] for drawn ones."""
         return [] if self.drawn else [f"{clip.name}/{clip.frames[frame]}" for clip, frame in self.samples]
 
     def __getitem__(self, key: Key | int) -> dict[str, Tensor | str]:
@@ -143,7 +145,7 @@ class VideoRecurrentTrainDataset(Dataset):
         return {"L": degraded, "H": target, "key": f"{clip.name}/{clip.frames[frame]}"}
 
     def _positions(self, length: int, start: int, rng: np.random.Generator) -> list[int]:
-        """Which num_frame of a clip's frames are shown, in this order; the first is `start` where that fits."""
+        """Draw the positions of the num_frame frames of an item in a clip; the first is `start` where that fits."""
         interval = int(rng.choice(self.interval_list))
         last_start = length - ((self.num_frame - 1) * interval + 1)
         if start > last_start:
@@ -153,19 +155,21 @@ class VideoRecurrentTrainDataset(Dataset):
 
 
 class VideoRecurrentTrainNonblindDenoisingDataset(VideoRecurrentTrainDataset):
-    """The same by KAIR's name for it where noise is added: sigma_max must be given."""
+    """Load as `VideoRecurrentTrainDataset`; sigma_max is required."""
 
     nonblind = True
 
 
 @dataclass(frozen=True)
 class LazyClip:
-    """One clip of a test set, of which only what is asked for is read: memory is that of the window.
+    """A clip of a test set that is read in windows, so that memory does not depend on its length.
 
     Attributes:
-        name: of the clip. frames: T names, without extension. paths: T paths of the LQ frames.
+        name: of the clip.
+        frames: T names without extension.
+        paths: T paths of the LQ frames.
         read: `read(start=0, stop=None)` -> {"L": (t,C,h,w), "H": (t,3,H,W)} of frames start..stop-1, float32 RGB in
-            [0,1]; H is absent where there is no ground truth. Windows put together equal the whole clip.
+            [0,1]; without ground truth H is absent. Concatenated windows equal the clip.
     """
 
     name: str
@@ -175,32 +179,33 @@ class LazyClip:
 
 
 class VideoRecurrentTestDataset(Dataset):
-    """Whole clips, one item per folder, nothing drawn at random but optional noise.
+    """Load full clips, one per folder, without random draws except optional noise.
 
     Item `(epoch, index)` -> {"L": (T,C,h,w), "H": (T,3,H,W) float32 RGB in [0,1], "folder": name,
-    "lq_path": T file names}; the same in every epoch. H is absent when there is no dataroot_gt.
-    `clip(index)` -> `LazyClip`, the same without reading it yet, for clips of any length.
+    "lq_path": T file names}; equal in every epoch. Without dataroot_gt H is absent.
+    `clip(index)` -> `LazyClip`, for clips of any length.
 
     Args:
         dataroot_gt: folder of clip folders (or of the frames of a single clip), or an lmdb; None: LQ only.
-        generated: video drawn when both roots are None: arguments of `SyntheticVideoDataset`.
-        dataroot_lq: folder or lmdb of the degraded frames, with the names of GT; None makes them, see `degradation`.
-        meta_info_file: list of clips to take, named by the first field of each line; None takes all.
-        scale: GT pixels per LQ pixel; GT is cut at the bottom and right to a multiple of it.
-        num_frame: KAIR's number for its border flags; not used.
-        cache_data: decode all frames at the start and keep them (3 bytes per pixel).
+        generated: drawn video where both roots are None: arguments of `SyntheticVideoDataset`.
+        dataroot_lq: folder or lmdb of degraded frames, with the names of GT; None: see `degradation`.
+        meta_info_file: list of clips to load, named by the first field of each line; None: all.
+        scale: GT pixels per LQ pixel; GT is cropped at the bottom and right to a multiple of it.
+        num_frame: key of KAIR's option files, without effect.
+        cache_data: decode all frames at the start and keep them in memory (3 bytes per pixel).
         io_backend: kind of the roots: {"type": "disk"}, or {"type": "lmdb"} for lmdbs of BasicSR's layout.
-        name: KAIR's label of the dataset; not used.
-        degradation: how L is made when there is no dataroot_lq, see `data.resize.Degradation`.
-        sigma: noise level of nonblind denoising: L = GT + noise of sigma / 255, not clipped, with the level
-            sigma / 255 as a 4th channel. Needs scale 1; dataroot_lq is then not read.
-        seed: seed of the noise, together with the index and the frame.
+        name: label of the dataset, without effect.
+        degradation: computes L from GT without dataroot_lq, see `data.resize.Degradation`.
+        sigma: noise level of nonblind denoising, 0..255: L = GT + noise of sigma / 255, not clipped, with sigma / 255
+            as fourth channel. Needs scale 1; dataroot_lq has no effect.
+        seed: seed of the noise, with index and frame.
     Raises:
-        FileNotFoundError, ValueError: of one line.
+        FileNotFoundError, ValueError: options, names of files or frames are invalid.
     """
 
     sides = SIDES
 
+    @checked
     def __init__(self, *, dataroot_gt: str | None = None, dataroot_lq: str | None = None,
                  meta_info_file: str | None = None, generated: dict | None = None, scale: PositiveInt = 4,
                  num_frame: Annotated[int, Range(ge=-1)] = -1, cache_data: bool = False, io_backend: dict | None = None,
@@ -211,8 +216,9 @@ class VideoRecurrentTestDataset(Dataset):
         if sigma is not None:
             check_noise(f"sigma {sigma}", (sigma, sigma), scale, dataroot_gt, degradation)
             dataroot_lq = None
-        self.drawn = None if dataroot_gt or dataroot_lq else drawn_video(
-            {"num_clips": 2, "first_clip": 100_000, "use_hflip": False, "use_rot": False}, generated,
+        self.drawn = None if dataroot_gt or dataroot_lq else build_drawn(
+            SyntheticVideoDataset, generated,
+            {"num_clips": 2, "first_clip": 100_000, "use_hflip": False, "use_rot": False},
             scale=scale, seed=seed, degradation=degradation)
         if self.drawn:
             return
@@ -222,7 +228,7 @@ class VideoRecurrentTestDataset(Dataset):
         only = [line.split()[0] for _, line in lines_of(meta_info_file)] if meta_info_file else None
         self.clips = scan_clips(dataroot_gt, dataroot_lq, only, self.sides)
         self.reader = FrameReader(paths_of(self.clips) if cache_data else ())
-        self.sizes: dict[str, tuple] = {}  # of each clip's frames, so that windows read one by one fit together
+        self.sizes: dict[str, tuple] = {}  # size of the frames of each clip, to compare windows
 
     def __len__(self) -> int:
         return len(self.drawn or self.clips)
@@ -234,8 +240,8 @@ class VideoRecurrentTestDataset(Dataset):
         return {**clip.read(), "folder": clip.name, "lq_path": clip.paths}
 
     def clip(self, index: int) -> LazyClip:
-        """The clip of this index, to be read in windows."""
-        if self.drawn:  # a few frames, all of them drawn at once
+        """Return the clip of an index, to be read in windows."""
+        if self.drawn:  # a few frames, drawn at once
             item = self.drawn[index]
             frames = [os.path.splitext(os.path.basename(path))[0] for path in item["lq_path"]]
             return LazyClip(item["folder"], frames, item["lq_path"], lambda start=0, stop=None: {
@@ -253,7 +259,7 @@ class VideoRecurrentTestDataset(Dataset):
         if lq is not None:
             check_scale(clip.lq[start], gt[0], lq[0], self.scale)
             return {"L": to_float(torch.stack(lq)), "H": target}
-        # A stream of its own for each frame: what is drawn does not depend on the window that it is read in.
+        # A separate generator for each frame, so that its noise does not depend on the window.
         rngs = [sample_rng(self.seed, 0, index, start + i) for i in range(len(gt))]
         if self.sigma is not None:
             noisy = [with_noise(frame[None], self.sigma, rng) for frame, rng in zip(target, rngs)]
@@ -271,7 +277,7 @@ class VideoRecurrentTestDataset(Dataset):
 
 
 class SingleVideoRecurrentTestDataset(VideoRecurrentTestDataset):
-    """Whole clips without ground truth: `VideoRecurrentTestDataset` with dataroot_lq alone."""
+    """Load clips without ground truth, as `VideoRecurrentTestDataset` with dataroot_lq alone."""
 
     def __init__(self, *, dataroot_lq: str, meta_info_file: str | None = None,
                  num_frame: Annotated[int, Range(ge=-1)] = -1, cache_data: bool = False,
@@ -283,23 +289,23 @@ class SingleVideoRecurrentTestDataset(VideoRecurrentTestDataset):
 
 
 class FrameFolder(VideoRecurrentTestDataset):
-    """Frames to restore: a folder of PNG, JPEG or WebP files, or of one such folder for each clip; nothing is drawn.
+    """Load the frames of one clip or of several, for inference.
 
     Args:
-        input: that folder (or lmdb). gt: the like with the ground truth, frames of equal names; None: unknown.
+        input: folder of frames or of clip folders, or an lmdb.
+        gt: ground truth with equal names of frames; None: unknown.
         scale: GT pixels per input pixel.
-        sigma: level 0..255 of the noise that the input has: a 4th channel for nonblind denoising; None: no channel.
+        sigma: noise level of the input, 0..255, as fourth channel for nonblind denoising; None: no channel.
     Raises:
-        FileNotFoundError, ValueError: of one line.
+        FileNotFoundError, ValueError: options, names of files or frames are invalid.
     """
 
     sides = ("gt", "input")
 
-    def __init__(self, input: str, gt: str | None = None, *, scale: int = 1, sigma: float | None = None):
+    @checked
+    def __init__(self, input: str, gt: str | None = None, *, scale: int = 1, sigma: Level | None = None):
         if not input:
             raise ValueError("input is missing; name the folder of frames to restore")
-        if sigma is not None and not 0 <= sigma <= 255:
-            raise ValueError(f"sigma {sigma} is no level of noise; give one in 0..255")
         super().__init__(dataroot_lq=input, dataroot_gt=gt, scale=scale,
                          io_backend={"type": "lmdb" if input.endswith(LMDB) else "disk"})
         self.level = sigma
@@ -309,34 +315,27 @@ class FrameFolder(VideoRecurrentTestDataset):
         return item if self.level is None else item | {"L": with_level(item["L"], self.level)}
 
 
-def drawn_video(usual: dict, generated: dict | None, **given) -> Dataset:
-    """The drawn video that stands in for folders: `generated` says what, over what is usual."""
-    from data.synthetic import SyntheticVideoDataset  # which is built on this module
-
-    wanted = check(generated or {}, schema_of(SyntheticVideoDataset), "generated", lambda _: "drawn video", [])
-    return SyntheticVideoDataset(**{**usual, **wanted, **given})
-
-
-# What an item is made of -----------------------------------------------------------------------------------------
+# Parts of an item --------------------------------------------------------------------------------------------------
 
 class RandomWindow:
-    """Cuts one window out of all frames of an item, uniform on the LQ grid, and turns it by one symmetry.
+    """Crop one window from all frames of an item, uniformly on the LQ grid, and augment it.
 
     Args:
-        gt_size: its side in GT pixels. scale: GT pixels per LQ pixel.
-        degradation: what makes L where there are no LQ frames; None: L is H.
+        gt_size: side of the window in GT pixels.
+        scale: GT pixels per LQ pixel.
+        degradation: computes L where there are no LQ frames; None: L is H.
         use_hflip, use_rot: see `augment`.
     """
 
     def __init__(self, gt_size: int, scale: int, degradation: Degradation | None, use_hflip: bool, use_rot: bool):
-        if scale < 1 or gt_size < 1 or gt_size % scale:
+        if gt_size % scale:
             raise ValueError(f"gt_size {gt_size} must be a positive multiple of scale {scale}")
         self.gt_size, self.scale, self.degradation = gt_size, scale, degradation
         self.use_hflip, self.use_rot = use_hflip, use_rot
         self.reader = FrameReader()
 
     def read(self, gt_paths: list[str], lq_paths: list[str] | None) -> tuple[list[Tensor], list[Tensor] | None]:
-        """The GT and LQ frames, known to be of matching sizes and no smaller than the window."""
+        """Read GT and LQ frames. Raises ValueError where their sizes do not match or are below the window."""
         gt = self.reader(gt_paths)
         if min(gt[0].shape[-2:]) < self.gt_size:
             raise ValueError(f"{gt_paths[0]}: a frame of {size_of(gt[0])} is smaller than gt_size {self.gt_size}; "
@@ -349,7 +348,7 @@ class RandomWindow:
 
     def __call__(self, gt_paths: list[str], lq_paths: list[str] | None,
                  rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """-> LQ (T,3,h,w), GT (T,3,H,W) uint8."""
+        """Return LQ (T,3,h,w) and GT (T,3,H,W), uint8."""
         gt, lq = self.read(gt_paths, lq_paths)
         scale, side = self.scale, self.gt_size // self.scale
         top, left = (int(rng.integers(size // scale - side + 1)) for size in gt[0].shape[-2:])
@@ -364,42 +363,41 @@ class RandomWindow:
 
 
 def pair_of(clip: Clip, positions: Sequence[int]) -> tuple[list[str], list[str] | None]:
-    """The paths of GT and LQ at these positions."""
+    """Return the paths of GT and LQ frames at these positions."""
     gt, lq = (None if paths is None else [paths[i] for i in positions] for paths in (clip.gt, clip.lq))
     return gt, lq
 
 
 def with_noise(clean: Tensor, sigma: float, rng: np.random.Generator) -> Tensor:
-    """Clean (T,3,H,W) in [0,1] -> (T,4,H,W): noise of sigma / 255 added, not clipped; then the level's channel."""
+    """Add noise of sigma / 255 to (T,3,H,W) in [0,1], not clipped, and the channel of its level: (T,4,H,W)."""
     noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32)) * (sigma / 255)
     return with_level(clean + noise, sigma)
 
 
 def with_level(frames: Tensor, sigma: float) -> Tensor:
-    """(T,3,H,W) -> (T,4,H,W): a channel that tells the level of noise."""
+    """Append the channel of a noise level to (T,3,H,W): (T,4,H,W)."""
     return torch.cat([frames, torch.full_like(frames[:, :1], sigma / 255)], dim=1)
 
 
 def check_noise(what: str, levels: tuple[float, float], scale: int, dataroot_gt: str | None,
                 degradation: dict | None) -> None:
-    """That noise of levels from..to can be added to GT; `what` names the options that ask for it."""
+    """Raise ValueError where noise of these levels cannot be added to GT; `what` names its options."""
     if scale != 1 or not dataroot_gt or not 0 <= levels[0] <= levels[1] <= 255:
         raise ValueError(f"{what} adds noise to GT: it needs dataroot_gt, scale 1, not {scale}, and rising levels in "
                          "0..255")
     if degradation:
-        raise ValueError(f"{what} and degradation both make L from GT; remove one")
+        raise ValueError(f"{what} and degradation both compute L from GT; remove one")
 
 
 def lq_maker(scale: int, dataroot_lq: str | None, degradation: dict | None) -> Degradation | None:
-    """What makes L where LQ is not on disk; to ask for both is an error."""
-    if scale < 1:
-        raise ValueError(f"scale is {scale}; give an integer >= 1")
+    """Return what computes L without dataroot_lq, else None. Raises ValueError where both are given."""
     if dataroot_lq and degradation:
-        raise ValueError(f"degradation makes L from GT, but dataroot_lq {dataroot_lq} is given too; remove one")
+        raise ValueError(f"degradation computes L from GT, but dataroot_lq {dataroot_lq} is given, too; remove one")
     return None if dataroot_lq else Degradation(scale, degradation)
 
 
 def check_scale(lq_path: str, gt: Tensor, lq: Tensor, scale: int) -> None:
+    """Raise ValueError where GT is not scale times as large as LQ."""
     if gt.shape[-2:] != tuple(size * scale for size in lq.shape[-2:]):
         raise ValueError(f"{lq_path}: LQ is {size_of(lq)} but its GT is {size_of(gt)}; scale {scale} asks for "
                          f"GT = {scale} x LQ")

@@ -1,14 +1,15 @@
-"""Sequences of Vimeo-90K for super-resolution, and sets of five frames for the one in between.
+"""Datasets of Vimeo-90K sequences for super-resolution, and of frame quintuples for interpolation.
 
-Source: KAIR's data/dataset_video_train.py and dataset_video_test.py; FLAVR's test sets (arXiv:2012.08512) for
-interpolation. Different here: reversing leaves no trace in the next item; any number of frames up to 7 works; L can
-be made on the fly; caching works.
+Source: KAIR's data/dataset_video_train.py and dataset_video_test.py; for interpolation the test sets of FLAVR
+(arXiv:2012.08512). Differs: a reversed item does not affect the next; any number of frames up to 7 works; L can be
+computed from GT; caching works.
 Legend: T frames, H W pixels of GT, h w pixels of LQ. A sequence is a folder `00001/0001` of im1.png to im7.png.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,40 +23,72 @@ from data.resize import modcrop
 from data.sampler import Key, sample_rng
 from data.transforms import split_key, to_float
 from data.video import RandomWindow, check_scale, lq_maker
-from runtime.ranges import PositiveInt, Seed
+from runtime.ranges import PositiveInt, Seed, checked
 
-MIDDLE = 4  # the frame im4 that is compared, or made
+MIDDLE = 4  # the target frame, im4
 JITTER = 0.05  # FLAVR's: relative for brightness, contrast and saturation, of the full circle for hue
 
 
-class VideoRecurrentTrainVimeoDataset(Dataset):
-    """One window of the frames of a sequence, flipped and transposed at random.
+class VimeoTrainDataset(Dataset):
+    """The base of both training sets: named sequences, of which random windows are loaded."""
+
+    def _prepare(self, roots: tuple[str, str | None], meta_info_file: str | None, extension: str, random_reverse: bool,
+                 window: RandomWindow, seed: int) -> None:
+        self.names, self.roots, self.extension = names_of(meta_info_file, roots[0]), roots, extension
+        self.random_reverse, self.window, self.seed = random_reverse, window, seed
+        window.read(*self._paths(self.names[0], [MIDDLE]))  # raises errors of size or format now
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def sample_names(self) -> list[str]:
+        """Return the name of each sequence."""
+        return self.names
+
+    def _draw(self, key: Key | int, numbers: list[int],
+              more: Sequence[int] = ()) -> tuple[str, Tensor, Tensor, np.random.Generator]:
+        """Return name, LQ and GT of an item, perhaps reversed, with `more` frames behind, and its generator."""
+        epoch, index = split_key(key, len(self))
+        rng, name = sample_rng(self.seed, epoch, index), self.names[index]
+        reverse = self.random_reverse and rng.random() < 0.5
+        lq, gt = self.window(*self._paths(name, [*(numbers[::-1] if reverse else numbers), *more]), rng)
+        return name, lq, gt, rng
+
+    def _paths(self, name: str, numbers: Sequence[int]) -> tuple[list[str], list[str] | None]:
+        """Return the paths of GT and LQ frames of a sequence."""
+        gt, lq = (root and [frame_path(root, name, f"im{i}", self.extension) for i in numbers] for root in self.roots)
+        return gt, lq
+
+
+class VideoRecurrentTrainVimeoDataset(VimeoTrainDataset):
+    """Load random crops of sequences, flipped and transposed at random.
 
     Item `(epoch, index)` -> {"L": (T,3,h,w), "H": (T,3,H,W) float32 RGB in [0,1], "key": "00001/0001"}.
 
     Args:
         dataroot_gt: folder (or lmdb) of sequences.
-        dataroot_lq: folder (or lmdb) of the degraded frames; None makes them of GT, see `degradation`.
-        meta_info_file: list of sequences, named by the first field of each line, as Vimeo-90K's own sep_trainlist.txt;
-            None takes all.
-        num_frame: number of frames around im4.
-        temporal_scale: distance in frames from one frame that is taken to the next.
+        dataroot_lq: folder (or lmdb) of degraded frames; None: see `degradation`.
+        meta_info_file: list of sequences, named by the first field of each line, e.g. sep_trainlist.txt of Vimeo-90K;
+            None: all.
+        num_frame: number of frames around im4, 1 to 7.
+        temporal_scale: distance in frames between successive frames of an item.
         pad_sequence: repeat the last frame.
-        mirror_sequence: append the frames backwards.
-        gt_size: side of the GT window in pixels, a multiple of scale.
+        mirror_sequence: append the reversed frames.
+        gt_size: side of the GT crop in pixels, a multiple of scale.
         scale: GT pixels per LQ pixel.
-        random_reverse: play every other item backwards.
+        random_reverse: reverse an item with probability 1/2.
         use_hflip: mirror left-right with probability 1/2.
-        use_rot: turn upside down, and transpose, each with probability 1/2.
-        filename_ext: ending of the frames' file names.
+        use_rot: flip upside down, and transpose, each with probability 1/2.
+        filename_ext: extension of the file names of frames.
         io_backend: kind of the roots: {"type": "disk"}, or {"type": "lmdb"} for lmdbs of BasicSR's layout.
-        name: KAIR's label of the dataset; not used.
-        degradation: how L is made when there is no dataroot_lq, see `data.resize.Degradation`.
-        seed: seed of all draws, together with epoch and index.
+        name: label of the dataset, without effect.
+        degradation: computes L from GT without dataroot_lq, see `data.resize.Degradation`.
+        seed: seed of all draws, with epoch and index.
     Raises:
-        FileNotFoundError, ValueError: of one line.
+        FileNotFoundError, ValueError: options, names of files or the first frame are invalid.
     """
 
+    @checked
     def __init__(self, *, dataroot_gt: str, dataroot_lq: str | None = None, meta_info_file: str | None = None,
                  num_frame: PositiveInt = 7, temporal_scale: PositiveInt = 1, pad_sequence: bool = False,
                  mirror_sequence: bool = False, gt_size: PositiveInt = 256, scale: PositiveInt = 4,
@@ -63,46 +96,31 @@ class VideoRecurrentTrainVimeoDataset(Dataset):
                  io_backend: dict | None = None, name: str | None = None, degradation: dict | None = None,
                  seed: Seed = 0):
         check_backend(io_backend, dataroot_gt, dataroot_lq)
-        self.names = names_of(meta_info_file, dataroot_gt)
-        self.roots, self.extension, self.seed = (dataroot_gt, dataroot_lq), filename_ext, seed
-        self.numbers, self.random_reverse = numbers_of(num_frame, temporal_scale), random_reverse
+        self.numbers = numbers_of(num_frame, temporal_scale)
         self.order = order_of(len(self.numbers), pad_sequence, mirror_sequence)
-        self.window = RandomWindow(gt_size, scale, lq_maker(scale, dataroot_lq, degradation), use_hflip, use_rot)
-        self.window.read(*self._paths(self.names[0], self.numbers[:1]))  # a wrong size or format shows now
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def sample_names(self) -> list[str]:
-        """Name of each sequence."""
-        return self.names
+        window = RandomWindow(gt_size, scale, lq_maker(scale, dataroot_lq, degradation), use_hflip, use_rot)
+        self._prepare((dataroot_gt, dataroot_lq), meta_info_file, filename_ext, random_reverse, window, seed)
 
     def __getitem__(self, key: Key | int) -> dict[str, Tensor | str]:
-        epoch, index = split_key(key, len(self))
-        rng, name = sample_rng(self.seed, epoch, index), self.names[index]
-        back = self.random_reverse and rng.random() < 0.5
-        lq, gt = self.window(*self._paths(name, self.numbers[::-1] if back else self.numbers), rng)
+        name, lq, gt, _ = self._draw(key, self.numbers)
         return {"L": to_float(lq[self.order]), "H": to_float(gt[self.order]), "key": name}
 
-    def _paths(self, name: str, numbers: list[int]) -> tuple[list[str], list[str] | None]:
-        gt, lq = (root and [frame_path(root, name, f"im{i}", self.extension) for i in numbers] for root in self.roots)
-        return gt, lq
 
-
-class VideoRecurrentTrainVimeoVFIDataset(Dataset):
-    """Frames of a sequence around im4, and im4 itself for the network to make: frame interpolation.
+class VideoRecurrentTrainVimeoVFIDataset(VimeoTrainDataset):
+    """Load random crops of the frames around im4 and of im4, the target of frame interpolation.
 
     Item `(epoch, index)` -> {"L": (T,3,H,W), "H": (1,3,H,W) float32 RGB in [0,1], "key": "00001/0001"}.
 
     Args:
-        temporal_scale: distance in frames from one frame that is taken to the next: 2 takes im1, im3, im5, im7 out of
-            num_frame 7; im4 must not be among them.
-        color_jitter: change brightness, contrast, saturation and hue a little, all frames alike.
+        temporal_scale: distance in frames between successive frames of an item: with num_frame 7 the distance 2 selects
+            im1, im3, im5, im7; im4 must not be selected.
+        color_jitter: change brightness, contrast, saturation and hue slightly, equally for all frames.
         others: as `VideoRecurrentTrainVimeoDataset`.
     Raises:
-        FileNotFoundError, ValueError: of one line.
+        FileNotFoundError, ValueError: options, names of files or the first frame are invalid.
     """
 
+    @checked
     def __init__(self, *, dataroot_gt: str, meta_info_file: str | None = None, num_frame: PositiveInt = 7,
                  temporal_scale: PositiveInt = 2, gt_size: PositiveInt = 192, random_reverse: bool = False,
                  use_hflip: bool = True, use_rot: bool = True, color_jitter: bool = False, filename_ext: str = "png",
@@ -110,46 +128,34 @@ class VideoRecurrentTrainVimeoVFIDataset(Dataset):
         self.around = numbers_of(num_frame, temporal_scale)
         if MIDDLE in self.around or len(self.around) < 2:
             raise ValueError(f"num_frame {num_frame}, temporal_scale {temporal_scale} give frames {self.around}; im4, "
-                             "to be made of those around it, must not be one; 7 and 2 give [1, 3, 5, 7]")
+                             "the target, must not be one; 7 and 2 give [1, 3, 5, 7]")
         check_backend(io_backend, dataroot_gt)
-        self.names, self.root, self.extension = names_of(meta_info_file, dataroot_gt), dataroot_gt, filename_ext
-        self.random_reverse, self.color_jitter, self.seed = random_reverse, color_jitter, seed
-        self.window = RandomWindow(gt_size, 1, None, use_hflip, use_rot)
-        self.window.read(self._paths(self.names[0], [MIDDLE]), None)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def sample_names(self) -> list[str]:
-        """Name of each sequence."""
-        return self.names
+        self.color_jitter = color_jitter
+        self._prepare((dataroot_gt, None), meta_info_file, filename_ext, random_reverse,
+                      RandomWindow(gt_size, 1, None, use_hflip, use_rot), seed)
 
     def __getitem__(self, key: Key | int) -> dict[str, Tensor | str]:
-        epoch, index = split_key(key, len(self))
-        rng, name = sample_rng(self.seed, epoch, index), self.names[index]
-        back = self.random_reverse and rng.random() < 0.5
-        numbers = [*(self.around[::-1] if back else self.around), MIDDLE]
-        frames = to_float(self.window(self._paths(name, numbers), None, rng)[1])
+        name, _, gt, rng = self._draw(key, self.around, [MIDDLE])
+        frames = to_float(gt)
         if self.color_jitter:
             frames = jitter(frames, rng)
         return {"L": frames[:-1], "H": frames[-1:], "key": name}
 
-    def _paths(self, name: str, numbers: list[int]) -> list[str]:
-        return [frame_path(self.root, name, f"im{i}", self.extension) for i in numbers]
-
 
 class VideoTestVimeo90KDataset(Dataset):
-    """Whole sequences whose im4 is compared: of super-resolution, or of interpolation with temporal_scale 2.
+    """Load sequences to compare im4: of super-resolution, or with temporal_scale 2 of interpolation.
 
     Item `(epoch, index)` -> {"L": (T,3,h,w), "H": (1,3,H,W) float32 RGB in [0,1], "folder": "00001/0266",
-    "lq_path": file names, "target_frame": which frame of L is im4, -1 if none}.
+    "lq_path": file names, "target_frame": index of im4 in L, -1 where it is absent}.
 
-    Args: cache_data: decode all frames at the start and keep them (3 bytes per pixel).
+    Args:
+        cache_data: decode all frames at the start and keep them in memory (3 bytes per pixel).
         others: as `VideoRecurrentTrainVimeoDataset`.
     Raises:
-        FileNotFoundError, ValueError: of one line.
+        FileNotFoundError, ValueError: options, names of files or frames are invalid.
     """
 
+    @checked
     def __init__(self, *, dataroot_gt: str, dataroot_lq: str | None = None, meta_info_file: str | None = None,
                  num_frame: PositiveInt = 7, temporal_scale: PositiveInt = 1, pad_sequence: bool = False,
                  mirror_sequence: bool = False, scale: PositiveInt = 4, cache_data: bool = False,
@@ -159,12 +165,12 @@ class VideoTestVimeo90KDataset(Dataset):
         self.names, self.scale, self.seed = names_of(meta_info_file, dataroot_gt), scale, seed
         self.gt_root, self.lq_root, self.extension = dataroot_gt, dataroot_lq or dataroot_gt, filename_ext
         maker = lq_maker(scale, dataroot_lq, degradation)
-        self.degradation = maker if scale > 1 or degradation else None  # at scale 1 L is GT as it is
+        self.degradation = maker if scale > 1 or degradation else None  # at scale 1 L is GT
         self.numbers = numbers_of(num_frame, temporal_scale)
         self.order = order_of(len(self.numbers), pad_sequence, mirror_sequence)
         keep = range(len(self)) if cache_data else ()
         self.reader = FrameReader({path for index in keep for paths in self._paths(index) for path in paths})
-        self.reader([path for paths in self._paths(0) for path in paths][-1:])  # a wrong format shows now
+        self.reader([path for paths in self._paths(0) for path in paths][-1:])  # raises errors of format now
 
     def __len__(self) -> int:
         return len(self.names)
@@ -186,17 +192,17 @@ class VideoTestVimeo90KDataset(Dataset):
                 "target_frame": self.numbers.index(MIDDLE) if MIDDLE in self.numbers else -1}
 
     def _paths(self, index: int) -> tuple[list[str], list[str]]:
-        """Those of L's frames, and that of im4."""
+        """Return the paths of the frames of L, and of im4."""
         name = self.names[index]
         return ([frame_path(self.lq_root, name, f"im{i}", self.extension) for i in self.numbers],
                 [frame_path(self.gt_root, name, f"im{MIDDLE}", self.extension)])
 
 
 class InterpolationTestDataset(Dataset):
-    """Four frames and the one in their middle; a subclass says which, as rows (folder, four paths, one path).
+    """Load four frames and their middle frame, from rows (folder, four paths, one path) of a subclass.
 
     Item `(epoch, index)` -> {"L": (4,3,H,W), "H": (1,3,H,W) float32 RGB in [0,1], "folder": name,
-    "lq_path": four file names}. There is as little as possible to set: these are test sets as published.
+    "lq_path": four file names}.
     """
 
     def __init__(self, rows: list[tuple[str, list[str], str]]):
@@ -213,12 +219,12 @@ class InterpolationTestDataset(Dataset):
 
 
 class VFI_DAVIS(InterpolationTestDataset):
-    """DAVIS at 480p: in windows of seven frames, two frames apart, frame 3 of 0, 2, 4, 6.
+    """Load DAVIS at 480p: in windows of seven frames, two frames apart, frame 3 as target of 0, 2, 4, 6.
 
     Args:
         dataroot_gt: folder (or lmdb) of clip folders.
         others: as `VideoRecurrentTrainVimeoDataset`.
-    Raises: FileNotFoundError, ValueError: of one line.
+    Raises: FileNotFoundError, ValueError: names of files or frames are invalid.
     """
 
     def __init__(self, *, dataroot_gt: str, io_backend: dict | None = None, name: str | None = None):
@@ -231,12 +237,12 @@ class VFI_DAVIS(InterpolationTestDataset):
 
 
 class VFI_UCF101(InterpolationTestDataset):
-    """UCF101: in each folder frame0 to frame3 and, between the middle two, framet.
+    """Load UCF101: in each folder framet as target of frame0 to frame3.
 
     Args:
         dataroot_gt: folder (or lmdb) of these folders.
         others: as `VideoRecurrentTrainVimeoDataset`.
-    Raises: FileNotFoundError, ValueError: of one line.
+    Raises: FileNotFoundError, ValueError: names of files or frames are invalid.
     """
 
     def __init__(self, *, dataroot_gt: str, io_backend: dict | None = None, name: str | None = None):
@@ -253,13 +259,13 @@ class VFI_UCF101(InterpolationTestDataset):
 
 
 class VFI_Vimeo90K(InterpolationTestDataset):
-    """Vimeo-90K: im4 of im1, im3, im5, im7.
+    """Load Vimeo-90K: im4 as target of im1, im3, im5, im7.
 
     Args:
-        meta_info_file: list of sequences, named by the first field of each line, as Vimeo-90K's own sep_testlist.txt;
-            None takes all.
+        meta_info_file: list of sequences, named by the first field of each line, e.g. sep_testlist.txt of Vimeo-90K;
+            None: all.
         others: as `VideoRecurrentTrainVimeoDataset`.
-    Raises: FileNotFoundError, ValueError: of one line.
+    Raises: FileNotFoundError, ValueError: names of files or frames are invalid.
     """
 
     def __init__(self, *, dataroot_gt: str, meta_info_file: str | None = None, filename_ext: str = "png",
@@ -270,10 +276,10 @@ class VFI_Vimeo90K(InterpolationTestDataset):
                           for name in names_of(meta_info_file, dataroot_gt)])
 
 
-# What they share ---------------------------------------------------------------------------------------------------
+# Shared functions ------------------------------------------------------------------------------------------------
 
 def names_of(meta: str | None, root: str) -> list[str]:
-    """The sequences to take: those that a file lists, else all below the root, sorted."""
+    """Return the sequences that a file lists, else all below the root, sorted."""
     if meta:
         return [line.split()[0] for _, line in lines_of(meta)]
     if root.endswith(LMDB):
@@ -286,22 +292,22 @@ def names_of(meta: str | None, root: str) -> list[str]:
 
 
 def numbers_of(num_frame: int, temporal_scale: int) -> list[int]:
-    """Which of im1 to im7 are taken: num_frame around im4, of these every temporal_scale-th."""
-    if not 1 <= num_frame <= 7 or temporal_scale < 1:
-        raise ValueError(f"num_frame {num_frame} must be in 1..7, temporal_scale {temporal_scale} >= 1")
+    """Return the numbers of the frames im1 to im7 of an item: num_frame around im4, every temporal_scale-th."""
+    if num_frame > 7:
+        raise ValueError(f"num_frame {num_frame} must be in 1..7")
     first = (9 - num_frame) // 2
     return list(range(first, first + num_frame, temporal_scale))
 
 
 def order_of(length: int, pad: bool, mirror: bool) -> list[int]:
-    """The frames shown: all, and then the last one again, or all backwards."""
+    """Return the order of frames: all, then the last one again, or all reversed."""
     if pad and mirror:
         raise ValueError("pad_sequence and mirror_sequence both lengthen the sequence; choose one")
     return [*range(length), *([length - 1] if pad else []), *(range(length - 1, -1, -1) if mirror else [])]
 
 
 def jitter(frames: Tensor, rng: np.random.Generator) -> Tensor:
-    """All of (T,3,H,W) in [0,1] with brightness, contrast, saturation and hue changed alike, in random order."""
+    """Change brightness, contrast, saturation and hue of (T,3,H,W) in [0,1] equally, in random order."""
     for change in rng.permutation(4):
         amount = float(rng.uniform(-JITTER, JITTER))
         if change == 3:

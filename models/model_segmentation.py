@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.masks import ImageFolderDataset, by_stem, read_mask
+from data.masks import by_stem, images_in, read_image, read_mask
 from losses.tanimoto import activate
 from metrics.segmentation import confusion, segmentation_metrics
 from models import NETWORKS
@@ -254,14 +254,15 @@ class ModelSegmentation(ModelPlain):
 
     def infer(self, source: str, truth: str | None, wanted: Callable[[str], bool]) -> Iterator[Any]:
         """Yield of each image `{stem}_overlay.png`, then `{stem}_pred.png` with class ids, or 0 and 255."""
-        images = ImageFolderDataset(source)
+        images = images_in(source)
         masks = by_stem(Path(truth), "truth") if truth else {}
         yield 2 * len(images)
-        for i, stem in enumerate(path.stem for path in images.files):
+        for path in images:
+            stem = path.stem
             over, mask = f"{stem}_overlay.png", f"{stem}_pred.png"
             if not (wanted(over) or wanted(mask)):
                 continue
-            image = images[i]["L"]
+            image = read_image(path)
             ids, metrics = self.predict(image).cpu(), None
             if stem in masks:
                 target = read_mask(masks[stem], self.num_classes, self.ignore_index, self.data.get("mask_threshold"))

@@ -14,7 +14,7 @@ from data import prepare
 from data.folders import list_folder, passed_over, read_lines, walk
 from data.frames import FrameReader
 from data.images import ImageTrainDataset, VideoSequenceDataset, images_by_name, list_images
-from data.masks import ImageFolderDataset, MaskTrainDataset, chosen
+from data.masks import MaskTrainDataset, chosen, images_in, read_image
 from data.styles import StyleLatents
 from data.video import FrameFolder, VideoRecurrentTestDataset, VideoRecurrentTrainDataset
 from data.vimeo import names_of
@@ -50,7 +50,7 @@ def listed(root):
             [os.path.join(root, clip, frame) for clip, frames in prepare.clips_below(str(root)) for frame in frames],
             [path for files in StyleLatents(str(root), None, None, 16, True, None, None, 0).files.values()
              for path in files],
-            [str(path) for folder in "ab" for path in ImageFolderDataset(str(root / folder)).files],
+            [str(path) for folder in "ab" for path in images_in(str(root / folder))],
             [str(root / name / f"{i:03d}.png") for name in list_folder(str(root))[0] for i in range(3)]]
 
 
@@ -86,7 +86,7 @@ def test_other_formats_are_counted_in_one_line(root):
     assert line.startswith("passed over: 2 .bmp, 1 .tif, 1 .tiff files, as ") and "PNG, JPEG or WebP" in line
     assert not passed_over()  # told once
     for make in (lambda: list_images(str(root / "only")), lambda: FrameFolder(str(root / "only")),
-                 lambda: ImageFolderDataset(str(root / "only"))):
+                 lambda: images_in(str(root / "only"))):
         (root / "only").mkdir(exist_ok=True)
         (root / "only/x.tif").write_bytes(b"II*\0")
         with pytest.raises((ValueError, FileNotFoundError), match=r"; passed over: 1 \.tif files, as .*only/x\.tif"):
@@ -199,7 +199,7 @@ def test_a_missing_permission_is_called_so(root):
         os.chmod(path, 0)
         with somebody_else():
             for make in (lambda: [ImageTrainDataset(dataroot=str(root), size=8, skip_corrupt=True)[3]],
-                         lambda: FrameFolder(str(root))[1], lambda: ImageFolderDataset(str(root / "b"))[0],
+                         lambda: FrameFolder(str(root))[1], lambda: read_image(images_in(str(root / "b"))[0]),
                          lambda: StyleLatents(str(root), None, None, 16, True, None, None, 0)("b", 0)):
                 with told(f"{path}: can't be read: Permission denied; make it readable"):
                     make()
@@ -208,7 +208,7 @@ def test_a_missing_permission_is_called_so(root):
 
 def test_a_video_in_place_of_a_folder_is_told_what_is_wanted(tmp_path, shared):
     clip = str(shared / "field/not_frames.mp4")
-    for make in (lambda: FrameFolder(clip), lambda: images_by_name(clip), lambda: ImageFolderDataset(clip),
+    for make in (lambda: FrameFolder(clip), lambda: images_by_name(clip), lambda: images_in(clip),
                  lambda: VideoRecurrentTestDataset(dataroot_gt=clip)):
         with told(clip, "folder of", "PNG, JPEG or WebP", kind=(ValueError, FileNotFoundError)):
             make()

@@ -16,7 +16,7 @@ from data import prepare
 from data.frames import read_frame
 from data.image_files import ADAM7, CHANNELS, DEPTHS, BadPicture, levels_in, picture_in, read_picture
 from data.images import ImageTrainDataset, crop, strip
-from data.masks import ImageFolderDataset, MaskTrainDataset, read_mask
+from data.masks import MaskTrainDataset, images_in, read_image, read_mask
 from data.styles import StyleLatents
 from report.facts import AS_IT_IS, data_uri
 from tests.conftest import ROOT
@@ -118,14 +118,14 @@ def test_all_recipes_read_a_file_alike(tmp_path):
                              validation_split=0.0)
     images = ImageTrainDataset(dataroot=str(tmp_path / "in"), size=16, use_hflip=False)
     styles = StyleLatents(str(tmp_path / "in"), None, None, 16, True, None, None, 0)
-    shown = ImageFolderDataset(str(folder))
+    shown = images_in(str(folder))
     assert len(images) == len(masks) == len(shown) == 6
     for i, path in enumerate(sorted(folder.iterdir())):
         frame = read_frame(str(path))
         assert frame.dtype == torch.uint8 and frame.shape == (3, 16, 16)
         assert torch.equal(images[i]["H"][0].movedim(-1, 0), frame) and torch.equal(masks.read(i)[0], frame)
         assert torch.equal(styles.picture("style", i), frame.float() / 127.5 - 1)
-        assert torch.equal(shown[i]["L"], frame.float() / 255)
+        assert torch.equal(read_image(shown[i]), frame.float() / 255)
     deep = read_frame(str(folder / "d.png"))[0].numpy()
     assert (deep == np.round(pixels[..., 0] * 251.0 / 257)).all()  # the nearest of 256 levels
 

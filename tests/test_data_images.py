@@ -124,7 +124,7 @@ def test_empty_and_missing_folders_and_impossible_options_take_one_line(tmp_path
     cases = [({"dataroot": str(tmp_path / "empty")}, "holds no pictures; PNG, JPEG or WebP files"),
              ({"dataroot": str(tmp_path / "nowhere")}, "neither a folder of pictures nor a .txt"),
              ({"resize": 20}, "resize 20 must be .* at least size 24"), ({"size": 0}, "size 0"),
-             ({"num_images": 0}, "num_images must be 1"), ({"n_channels": 4}, "n_channels must be 3"),
+             ({"num_images": 0}, "num_images 0 must be >= 1"), ({"n_channels": 4}, "n_channels 4 must be one of 1, 3"),
              ({"dataroot": None, "generated": {"num_sample": 3}}, "did you mean 'num_samples'")]
     for changes, message in cases:
         with pytest.raises((ValueError, FileNotFoundError), match=message) as told:
@@ -163,5 +163,5 @@ def test_drawn_pictures_stay_the_same_and_test_sets_have_others():
     assert not torch.equal(test[0]["H"][0], still[0]["H"][0])
     clip = VideoSequenceDataset(generated={"num_samples": 2}, num_frame=3, size=32)[1]["H"]
     assert clip.shape == (3, 32, 32, 3) and not torch.equal(clip[0], clip[1])
-    with pytest.raises(ValueError, match="size 8 >= 16"):
+    with pytest.raises(ValueError, match="size 8 must be >= 16"):
         SyntheticImageDataset(size=8)

@@ -136,8 +136,8 @@ def test_the_curriculum_is_a_function_of_the_epoch():
 
 
 @pytest.mark.parametrize("over, message", [
-    ({"curriculum_stage": 10}, "0..9"), ({"curriculum_stage": 3, "curriculum_end": 2}, "and rise"),
-    ({"num_samples": 0}, "must be >= 1"), ({"img_size": 8}, "img_size 8 >= 16"),
+    ({"curriculum_stage": 10}, "from 0 to 9"), ({"curriculum_stage": 3, "curriculum_end": 2}, "must be >= curric"),
+    ({"num_samples": 0}, "must be >= 1"), ({"img_size": 8}, "img_size 8 must be >= 16"),
     ({"legacy": ["x"]}, "unknown x; valid")])
 def test_impossible_values_are_refused(over, message):
     with pytest.raises(ValueError, match=message):

@@ -327,7 +327,7 @@ def test_frames_to_restore(gt, lq, tmp_path):
         FrameFolder("")
     with told("gt: folder /nowhere", kind=FileNotFoundError):
         FrameFolder(lq, "/nowhere")
-    with told("sigma 300", "0..255"):
+    with told("sigma 300", "from 0 to 255"):
         FrameFolder(lq, sigma=300)
 
 

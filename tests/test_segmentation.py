@@ -9,7 +9,16 @@ import torch
 from torchvision.io import write_jpeg, write_png
 
 import checkpoint
-from data.masks import ImageFolderDataset, MaskTestDataset, MaskTrainDataset, boundary, chosen, distance, read_mask
+from data.masks import (
+    MaskTestDataset,
+    MaskTrainDataset,
+    boundary,
+    chosen,
+    distance,
+    images_in,
+    read_image,
+    read_mask,
+)
 from data.synthetic_masks import SyntheticMaskDataset
 from metrics.segmentation import confusion, segmentation_metrics
 from models.model_segmentation import HISTORIES, ModelSegmentation, blended, hsv
@@ -326,7 +335,7 @@ BAD = {  # what is done to good folders, options -> what is said
     "no folder": (lambda f: None, {"gt_path": "nowhere"}, "nowhere is not a folder"),
     "empty training": (lambda f: None, {"validation_split": 1.0}, "leaves none of the 6 images"),
     "one path": (lambda f: None, {"gt_path": None}, "gt_path is missing"),
-    "ignored class": (lambda f: None, {"ignore_index": 1}, "a value that no class has"),
+    "ignored class": (lambda f: None, {"ignore_index": 2, "num_classes": 3}, "a value that no class has"),
     "tiny": (lambda f: None, {"image_size": 4}, "image_size 4"),
 }
 
@@ -374,9 +383,9 @@ def test_options_that_contradict_each_other(tmp_path, over, says):
 
 def test_images_to_be_segmented(tmp_path):
     folders = pictures_in(tmp_path, sizes=[(24, 20), (16, 9)])
-    items = list(ImageFolderDataset(folders["image_path"]))
-    assert [tuple(item["L"].shape) for item in items] == [(3, 24, 20), (3, 16, 9)] and items[1]["folder"] == "image1"
-    assert len(ImageFolderDataset(items[0]["lq_path"])) == 1
+    paths = images_in(folders["image_path"])
+    assert [tuple(read_image(path).shape) for path in paths] == [(3, 24, 20), (3, 16, 9)] and paths[1].stem == "image1"
+    assert images_in(str(paths[0])) == paths[:1]
 
 
 def test_real_landscapes_are_read(shared):
