@@ -1,17 +1,16 @@
-"""Image files: which they are, what is in them, and how they are written; one rule for all recipes.
+"""Reading and writing of image files, with one set of rules for all recipes.
 
-PNG, JPEG and WebP are told by their first bytes, whatever the name says, and decoded by torchvision. Its PNG decoder
-dies by SIGSEGV where libpng finds anything wrong (530 of 1,000 damaged files), so it only gets what has been checked
-here: every chunk's checksum, the header, the order, and once for each file that its pixels can be unpacked and are as
-many as the header says. A picture is (3,H,W) uint8 RGB:
+PNG, JPEG and WebP are identified by their first bytes, whatever the file name, and decoded by torchvision. Its PNG
+decoder dies by SIGSEGV on damaged files (530 of 1,000), so it gets only data that is checked here: the checksums and
+the order of chunks, the header, and once per file the number of its pixels. A picture is (3,H,W) uint8 RGB:
 
-- grey is repeated, CMYK converted, a palette shown in its colours;
-- transparency is shown on white, as viewers show it;
-- 16 bits become 8 by rounding, 65535 being 255: off by half a level at most, where the high byte alone is off by one;
-- EXIF orientation is applied, so that a picture lies as it is seen, and its mask on it;
-- an animated file is an error: which of its frames is meant can't be known.
+- grey is repeated, CMYK is converted, a palette is replaced by its colours;
+- transparency is blended with white, as in viewers;
+- 16 bits are rounded to 8, with 65535 as 255: an error of half a level at most, while the high byte errs by one;
+- EXIF orientation is applied, so that pictures and masks match;
+- an animated file is an error.
 
-Of a mask the levels themselves count (`read_levels`): no colours, no transparency, the indices of a palette.
+Masks are read by `read_levels`: grey levels or indices of a palette, without colours and transparency.
 """
 
 from __future__ import annotations
@@ -27,25 +26,27 @@ from torch import Tensor
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 KINDS = "PNG, JPEG or WebP"
-MAX_SIDE, MAX_PIXELS = 65_535, 180_000_000  # of a picture; more is a damaged header, or needs tiles
-JPEG_DENSITY = 600  # pixels that a byte can tell at most: a bit for each block of 8x8 makes 512
-MIN_SIDE = 8  # pixels; what is smaller shows nothing that could be told apart
+MAX_SIDE, MAX_PIXELS = 65_535, 180_000_000  # of a picture; a header with more is damaged
+JPEG_DENSITY = 600  # largest number of pixels per byte: a bit for each block of 8x8 makes 512
+MIN_SIDE = 8  # smallest side of a usable picture in pixels
 SIGNATURES = {b"GIF8": "a GIF file", b"BM": "a BMP file", b"II*\0": "a TIFF file", b"MM\0*": "a TIFF file",
               b"<!": "an HTML page", b"<html": "an HTML page", b"version https://git-lfs": "a Git LFS pointer",
               b"%PDF": "a PDF file", b"PK\3\4": "a zip file", b"\x1aE\xdf\xa3": "a video"}
 
 
 class BadPicture(ValueError):
-    """A file whose content is not a picture that can be used, in one line; `skip_corrupt` passes over it."""
+    """Signal that a file does not hold a usable picture; `skip_corrupt` skips it."""
 
 
 class Levels(NamedTuple):
-    """What is stored for each pixel.
+    """Hold the stored values of all pixels.
 
     Attributes:
         planes: (C,H,W), uint8, or int32 at depth 16; C: 1 grey or index, 2 with opacity, 3 RGB, 4 with opacity.
-        depth: bits of a value. palette: (N,4) uint8 RGB and opacity that the one plane is an index of, or None.
-        clear: (C,) the colour that is transparent, or None. orientation: EXIF's, 1 to 8.
+        depth: bits of a value.
+        palette: (N,4) uint8 RGB and opacity, indexed by the only plane, or None.
+        clear: (C,) transparent colour, or None.
+        orientation: of EXIF, 1 to 8.
     """
 
     planes: Tensor
@@ -59,16 +60,16 @@ class Levels(NamedTuple):
 
 
 def read_picture(path: str, least: int = 1) -> Tensor:
-    """(3,H,W) uint8 RGB of an image file.
+    """Read an image file as (3,H,W) uint8 RGB.
 
-    Args: least: pixels that the shorter side must have.
-    Raises: FileNotFoundError; BadPicture, a ValueError; ValueError where the file can't be read at all: one line.
+    Args: least: smallest allowed side in pixels.
+    Raises: FileNotFoundError; BadPicture: the content is not a usable picture; ValueError: the file is unreadable.
     """
     return picture_in(read_bytes(path), path, least)
 
 
 def picture_in(content: bytes, name: str, least: int = 1) -> Tensor:
-    """`read_picture` of a file's content; `name` is what messages call it."""
+    """Decode the content of an image file as `read_picture` does; `name` is its name in messages."""
     picture = as_rgb(levels_in(content, name))
     if min(picture.shape[1:]) < least:
         raise BadPicture(f"{printable(name)}: {size_of(picture)} is too small; {least} pixels a side are needed")
@@ -76,12 +77,12 @@ def picture_in(content: bytes, name: str, least: int = 1) -> Tensor:
 
 
 def read_levels(path: str) -> Levels:
-    """What an image file stores, upright. Raises: as `read_picture`."""
+    """Read the stored values of an image file, upright. Raises: as `read_picture`."""
     return levels_in(read_bytes(path), path)
 
 
 def read_bytes(path: str) -> bytes:
-    """A file's content. Raises: FileNotFoundError, ValueError: one line that names it."""
+    """Read the content of a file. Raises FileNotFoundError, or ValueError where it is unreadable."""
     try:
         with open(path, "rb") as file:
             return file.read()
@@ -92,13 +93,13 @@ def read_bytes(path: str) -> bytes:
 
 
 def unreadable(path: str, error: OSError) -> str:
-    """What to say of a file or folder that the system does not give."""
+    """Return the message about an unreadable file or folder."""
     remedy = f"; make it readable: chmod -R u+rX {printable(path)}" if isinstance(error, PermissionError) else ""
     return f"{printable(path)}: can't be read: {error.strerror}{remedy}"
 
 
 def levels_in(content: bytes, name: str) -> Levels:
-    """What an image file with this content stores, upright. Raises: BadPicture, one line that begins with `name`."""
+    """Decode the stored values of an image file, upright. Raises BadPicture with `name` in its message."""
     try:
         if content[:8] == PNG:
             levels = _png(content)
@@ -107,7 +108,7 @@ def levels_in(content: bytes, name: str) -> Levels:
         elif content[:4] == b"RIFF" and content[8:12] == b"WEBP":
             levels = _webp(content)
         else:
-            raise ValueError(foreign(content))
+            raise ValueError(describe_foreign(content))
     except (ValueError, RuntimeError, zlib.error, struct.error) as error:
         reason = "it is damaged" if isinstance(error, struct.error) else str(error).splitlines()[0]
         reason = reason.rpartition(", ")[2] if isinstance(error, RuntimeError) else reason  # torch: where, what
@@ -115,8 +116,8 @@ def levels_in(content: bytes, name: str) -> Levels:
     return levels._replace(planes=upright(levels.planes, levels.orientation))
 
 
-def foreign(content: bytes) -> str:
-    """What a file is that is none of ours."""
+def describe_foreign(content: bytes) -> str:
+    """Name the kind of an unsupported file."""
     if content[4:8] == b"ftyp":
         return "a HEIC or AVIF file" if content[8:11] in (b"hei", b"avi", b"mif") else "a video"
     head = content[:64].lstrip()
@@ -125,7 +126,7 @@ def foreign(content: bytes) -> str:
 
 
 def as_rgb(levels: Levels) -> Tensor:
-    """(3,H,W) uint8, by the rules above."""
+    """Convert stored values to (3,H,W) uint8 RGB, by the rules of this module."""
     planes, white = levels.planes, 2**levels.depth - 1
     clear = None
     if levels.palette is not None:
@@ -144,11 +145,11 @@ def as_rgb(levels: Levels) -> Tensor:
         colours = (colours * share + 255 * (1 - share)).round().to(torch.uint8)
     if clear is not None:
         colours = torch.where(clear, 255, colours)
-    return colours  # whose values lie pixel by pixel in memory, as decoders give them: a copy would cost as much again
+    return colours  # channels are innermost in memory, as decoders return them: a copy would double the cost
 
 
 def upright(planes: Tensor, orientation: int) -> Tensor:
-    """(C,H,W) as it is seen, by EXIF's orientation."""
+    """Rotate and flip (C,H,W) upright by the orientation of EXIF."""
     if orientation > 4:
         planes = planes.transpose(1, 2)
     axes = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}.get(orientation)
@@ -156,15 +157,17 @@ def upright(planes: Tensor, orientation: int) -> Tensor:
 
 
 def size_of(frame: Tensor) -> str:
+    """Return the size of an image for messages."""
     return f"{frame.shape[-1]}x{frame.shape[-2]} (width x height)"
 
 
 def printable(text: str) -> str:
-    """A file's name in one line of UTF-8: control characters as question marks, bytes that are not text escaped."""
+    """Return a file name as one line of UTF-8: control characters as question marks, other bytes escaped."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", "?", text.encode(errors="backslashreplace").decode())
 
 
 def _check_size(width: int, height: int) -> None:
+    """Raise ValueError for sizes that are not read."""
     if not 0 < width <= MAX_SIDE or not 0 < height <= MAX_SIDE or width * height > MAX_PIXELS:
         raise ValueError(f"{width}x{height} pixels; at least 1, at most {MAX_SIDE:,} a side and {MAX_PIXELS:,} in all, "
                          "are read")
@@ -175,7 +178,7 @@ def _bytes(content: bytes) -> Tensor:
 
 
 def _orientation(tiff: bytes) -> int:
-    """EXIF's orientation; 1 where it does not say one."""
+    """Return the orientation of EXIF, 1 without an entry."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order and len(tiff) >= 10:
         (start,) = struct.unpack_from(order + "I", tiff, 4)
@@ -192,10 +195,10 @@ PNG = b"\x89PNG\r\n\x1a\n"
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a colour type
 DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-PIECE = 1 << 20  # bytes of a chunk that libpng gets; it has a limit
-MOST_SOUND = 1_000_000  # files known to be sound inside, some 100 bytes each
+PIECE = 1 << 20  # largest chunk in bytes passed to libpng, which has a limit
+MOST_SOUND = 1_000_000  # largest number of files remembered as undamaged, about 100 bytes each
 
-_sound: set[int] = set()  # hashes of header and checksums of what was unpacked once, as a whole
+_sound: set[int] = set()  # hashes of header and checksums of files that were fully unpacked once
 
 
 def _png(content: bytes) -> Levels:
@@ -205,7 +208,7 @@ def _png(content: bytes) -> Levels:
     if depth not in DEPTHS.get(colour, ()) or packing or filtering or interlaced > 1:
         raise ValueError("the header is damaged")
     if b"acTL" in chunks and chunks[b"acTL"][:4] > b"\0\0\0\1":
-        raise ValueError("it is animated: save the frame that is meant as a file of its own")
+        raise ValueError("it is animated: save one frame as a separate file")
     bits = depth * CHANNELS[colour]
     passes = [(x, y, dx, dy, -(-(width - x) // dx), -(-(height - y) // dy))
               for x, y, dx, dy in (ADAM7 if interlaced else ((0, 0, 1, 1),)) if width > x and height > y]
@@ -223,7 +226,7 @@ def _png(content: bytes) -> Levels:
             if max(raw[begin:end:length]) > 4:
                 raise ValueError("a row is damaged")
             stored = _pieces(zlib.compress(raw[begin:end], 0))
-            if depth < 8 or colour == 3:  # several values a byte, which torchvision takes for one: rows of bytes
+            if depth < 8 or colour == 3:  # several values per byte are decoded as rows of bytes
                 parts.append(_values(_decode_png(length - 1, h, 8, 0, stored)[0], depth)[None, :, :w])
             else:
                 parts.append(_decode_png(w, h, depth, colour, stored))
@@ -238,7 +241,7 @@ def _png(content: bytes) -> Levels:
 
 
 def _chunks(content: bytes) -> tuple[dict[bytes, bytes], list[memoryview]]:
-    """What a PNG file's chunks hold by name, and its IDAT chunks whole. Raises: ValueError: damage, a wrong order."""
+    """Return the data of the chunks of a PNG file by name, and its complete IDAT chunks. Raises ValueError: damage."""
     view, place, found, pixels, name = memoryview(content), len(PNG), {}, [], b""
     while name != b"IEND":
         before, name = name, content[place + 4 : place + 8]
@@ -266,7 +269,7 @@ def _chunks(content: bytes) -> tuple[dict[bytes, bytes], list[memoryview]]:
 
 
 def _unpack(packed: bytes, size: int) -> bytes:
-    """Exactly `size` bytes of a zlib stream, no more memory than they take. Raises: ValueError, zlib.error."""
+    """Unpack exactly `size` bytes of a zlib stream, with no more memory. Raises ValueError, zlib.error: damage."""
     unpacker = zlib.decompressobj()
     raw = unpacker.decompress(packed, size + 1)
     if len(raw) != size or not unpacker.eof:
@@ -275,28 +278,31 @@ def _unpack(packed: bytes, size: int) -> bytes:
 
 
 def _chunk(name: bytes, data: bytes) -> bytes:
+    """Return a PNG chunk with its checksum."""
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(name)))
 
 
 def _packed(pixels: Sequence[memoryview]) -> bytes:
+    """Return the zlib stream of IDAT chunks."""
     return b"".join(piece[8:-4] for piece in pixels)
 
 
 def _pieces(packed: bytes) -> list[bytes]:
+    """Split a zlib stream into IDAT chunks."""
     return [_chunk(b"IDAT", packed[i : i + PIECE]) for i in range(0, len(packed), PIECE)]
 
 
 def _decode_png(width: int, height: int, depth: int, colour: int, pixels: Sequence[bytes]) -> Tensor:
-    """(C,height,width) of IDAT chunks that are known to be sound."""
+    """Decode checked IDAT chunks to (C,height,width)."""
     from torchvision.io import decode_png
 
     header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     planes = decode_png(_bytes(b"".join((PNG, header, *pixels, _chunk(b"IEND", b"")))))
-    return planes.int() if depth == 16 else planes  # of uint16 torch can do little
+    return planes.int() if depth == 16 else planes  # torch supports few operations of uint16
 
 
 def _values(rows: Tensor, depth: int) -> Tensor:
-    """Rows of bytes (H,N) -> values of `depth` bits (H, N * 8 / depth), the high bits first."""
+    """Unpack rows of bytes (H,N) to values of `depth` bits (H, N * 8 / depth), high bits first."""
     if depth == 8:
         return rows
     shifts = torch.arange(8 - depth, -1, -depth, dtype=torch.uint8)
@@ -304,7 +310,7 @@ def _values(rows: Tensor, depth: int) -> Tensor:
 
 
 def _colours(chunks: dict[bytes, bytes], colour: int, planes: Tensor) -> tuple[Tensor | None, list[int] | None]:
-    """The palette with opacity, and the colour that is transparent, as of `Levels`."""
+    """Return palette and transparent colour of `Levels`."""
     clear = chunks.get(b"tRNS", b"")
     if colour != 3:
         count = {0: 1, 2: 3}.get(colour, 0)
@@ -333,7 +339,7 @@ def _jpeg(content: bytes) -> Levels:
             raise ValueError("the file ends too early")
         place += 1 if marker == b"\xff" else 2
         if marker in b"\xff\0\1" or b"\xd0" <= marker <= b"\xd8":
-            continue  # padding, and what has no content
+            continue  # padding, or a marker without content
         if marker == b"\xd9" or len(content) < place + 2:
             raise ValueError("it holds no pixels")
         (length,) = struct.unpack_from(">H", content, place)
@@ -364,7 +370,7 @@ def _webp(content: bytes) -> Levels:
         name, length = struct.unpack_from("<4sI", content, place)
         data = content[place + 8 : place + 8 + length]
         if name in (b"ANIM", b"ANMF"):
-            raise ValueError("it is animated: save the frame that is meant as a file of its own")
+            raise ValueError("it is animated: save one frame as a separate file")
         if name == b"VP8 ":
             size = [side & 0x3FFF for side in struct.unpack_from("<HH", data, 6)]
         elif name == b"VP8L":
@@ -383,8 +389,8 @@ def _webp(content: bytes) -> Levels:
 
 
 def encode(picture: Tensor, kind: str = "png", quality: int = 95) -> bytes:
-    """A picture (C,H,W) uint8, C 1 or 3, as a PNG file's content, or a "jpeg" one's of this quality."""
-    from torchvision.io import encode_jpeg, encode_png  # which take longer to import than torch
+    """Encode a picture (C,H,W) uint8, C 1 or 3, as PNG, or as "jpeg" of this quality (0..100)."""
+    from torchvision.io import encode_jpeg, encode_png  # this import takes longer than that of torch
 
     encoded = encode_jpeg(picture, quality=quality) if kind == "jpeg" else encode_png(picture)
     return encoded.numpy().tobytes()

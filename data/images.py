@@ -48,8 +48,7 @@ class ImageTrainDataset(Dataset):
         cache_data: keep every picture in memory after its first use (3 bytes per pixel of the file).
         name: label of the dataset, without effect.
         seed: seed of all draws, with epoch and index.
-    Raises:
-        FileNotFoundError, ValueError: options or the folder are invalid.
+    Raises: FileNotFoundError, ValueError: options or the folder are invalid.
     """
 
     @checked

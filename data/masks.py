@@ -37,7 +37,7 @@ Angle = Annotated[float, Range(ge=0, le=180)]
 
 
 class MaskDataset(Dataset):
-    """The base of training and validation sets; a subclass defines its part of the split and its augmentation.
+    """Read pairs of images and masks; a subclass defines its part of the split and its augmentation.
 
     Args:
         image_path: folder of images (PNG, JPEG, WebP); None: drawn fields and buildings.
@@ -52,8 +52,7 @@ class MaskDataset(Dataset):
         skip_unmatched: ignore images without mask and masks without image, instead of an error.
         multitask: add maps of boundary and distance, the targets of the conditioned head.
         seed: seed of the split, and with epoch and index of all draws.
-    Raises:
-        FileNotFoundError, ValueError: options, names of files or the first pair are invalid.
+    Raises: FileNotFoundError, ValueError: options, names of files or the first pair are invalid.
     """
 
     validates = False

@@ -23,10 +23,8 @@ def imresize(img: Tensor | np.ndarray, scale: float, antialiasing: bool = True) 
         img: (..., H, W), floating point of any range.
         scale: factor > 0 of both sides; the result has ceil(H * scale) rows.
         antialiasing: widen the kernel for scales below 1.
-    Returns:
-        (..., h, w) of equal kind and dtype, neither clipped nor rounded.
-    Raises:
-        ValueError: img is not floating point, or scale is not positive.
+    Returns: (..., h, w) of equal kind and dtype, neither clipped nor rounded.
+    Raises: ValueError: img is not floating point, or scale is not positive.
     Source: KAIR's imresize_np. Differs: KAIR fails for scale <= 1/4 without antialiasing, and adds an axis to the
         2-D tensor of its caller.
     """
@@ -100,8 +98,7 @@ class Degradation:
             sigma in sharp pixels, of which pixels 0, scale, 2 * scale, ... remain: the result is shifted against
             bicubic by (scale - 1) / 2 sharp pixels. Both take `"noise_sigma"`: standard deviation of Gaussian noise
             that is added to L before it is rounded, in 8-bit levels (0..255).
-    Raises:
-        ValueError: a key, a type or a value is invalid.
+    Raises: ValueError: a key, a type or a value is invalid.
     """
 
     def __init__(self, scale: int, options: Mapping | None = None):

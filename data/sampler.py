@@ -59,8 +59,7 @@ class EndlessBatches:
         shuffle: whether to permute each epoch.
         position: `(epoch, offset)` to start at; offset counts the samples of that epoch that are already used.
         rank, world_size: of this process.
-    Raises:
-        ValueError: the dataset is smaller than a batch, or the world size does not divide the batch.
+    Raises: ValueError: the dataset is smaller than a batch, or the world size does not divide the batch.
     """
 
     def __init__(self, length: int, batch_size: int, *, seed: int = 0, shuffle: bool = True,
@@ -74,6 +73,7 @@ class EndlessBatches:
 
     @property
     def batches_per_epoch(self) -> int:
+        """Return the number of batches of an epoch."""
         return self.length // self.batch_size
 
     def after(self, batches: int) -> tuple[int, int]:

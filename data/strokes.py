@@ -64,8 +64,7 @@ class StrokeDataset(Dataset):
         legacy: errors of the original to reproduce, names of LEGACY.
         name: label of the dataset, without effect.
         seed: seed of all strokes.
-    Raises:
-        ValueError: a number is out of range, or a name unknown.
+    Raises: ValueError: a number is out of range, or a name unknown.
     """
 
     @checked

@@ -52,8 +52,7 @@ class StyleLatents:
             in memory only.
         seed: seed of drawn pictures.
         allow_empty: ignore style folders without pictures.
-    Raises:
-        FileNotFoundError, ValueError: a folder or an option is invalid.
+    Raises: FileNotFoundError, ValueError: a folder or an option is invalid.
     """
 
     def __init__(self, dataroot: str | None, style_subdirs: Sequence[str] | None, generated: dict | None,
@@ -170,8 +169,7 @@ class StyleTestDataset(Dataset):
         image_size: side in pixels to which both sides of a picture are resized, without a crop.
         num_references: number R of the first pictures of each style; a folder with fewer repeats them.
         others: as `StyleDataset`.
-    Raises:
-        FileNotFoundError, ValueError: no folder has pictures, or an option is invalid.
+    Raises: FileNotFoundError, ValueError: no folder has pictures, or an option is invalid.
     """
 
     @checked

@@ -44,8 +44,7 @@ class SyntheticVideoDataset(Dataset):
         degradation: computes L from H, see `data.resize.Degradation`.
         name: label of the dataset, without effect.
         seed: seed of all clips.
-    Raises:
-        ValueError: a size or number is invalid.
+    Raises: ValueError: a size or number is invalid.
     """
 
     @checked
@@ -94,8 +93,7 @@ class SyntheticImageDataset(Dataset):
         use_hflip: mirror left-right with probability 1/2.
         use_rot: flip upside down, and transpose, each with probability 1/2.
         seed: seed of all scenes.
-    Raises:
-        ValueError: a size or number is out of range.
+    Raises: ValueError: a size or number is out of range.
     """
 
     @checked
@@ -240,21 +238,25 @@ def pick(rng: np.random.Generator, names: Sequence[str]) -> str:
 # Shapes: signed distance to the outline, negative inside -----------------------------------------------------------
 
 def box(u: np.ndarray, v: np.ndarray, sprite: Sprite) -> np.ndarray:
+    """Return the distance to a rectangle."""
     return np.maximum(np.abs(u) - sprite.half[0], np.abs(v) - sprite.half[1])
 
 
 def ellipse(u: np.ndarray, v: np.ndarray, sprite: Sprite) -> np.ndarray:
+    """Return the distance to an ellipse."""
     a, b = sprite.half
     level = np.sqrt((u / a) ** 2 + (v / b) ** 2) + 1e-6  # 1e-6 avoids 0 / 0 in the centre
     return level * (level - 1) / (np.sqrt((u / a**2) ** 2 + (v / b**2) ** 2) + 1e-6 / b)
 
 
 def ring(u: np.ndarray, v: np.ndarray, sprite: Sprite) -> np.ndarray:
+    """Return the distance to an elliptic ring."""
     width = 0.15 * sprite.half[1] + 0.7
     return np.abs(ellipse(u, v, sprite) + width) - width
 
 
 def polygon(corners: int) -> Callable[[np.ndarray, np.ndarray, Sprite], np.ndarray]:
+    """Return the function of the distance to a regular polygon, stretched to the sprite."""
     def distance(u: np.ndarray, v: np.ndarray, sprite: Sprite) -> np.ndarray:
         result = np.float32(-np.inf)
         for edge in range(corners):
@@ -296,19 +298,23 @@ def off_centre(x: np.ndarray, period: float) -> np.ndarray:
 
 
 def stripes(u: np.ndarray, v: np.ndarray, texture: Texture) -> np.ndarray:
+    """Draw parallel bands."""
     return bands(u, texture.period, texture.duty * texture.period)
 
 
 def checker(u: np.ndarray, v: np.ndarray, texture: Texture) -> np.ndarray:
+    """Draw a checkerboard."""
     a, b = (bands(x, texture.period, texture.period / 2) for x in (u, v))
     return a + b - 2 * a * b
 
 
 def grid(u: np.ndarray, v: np.ndarray, texture: Texture) -> np.ndarray:
+    """Draw crossing lines."""
     return np.maximum(*(bands(x, texture.period, 0.6 + 0.1 * texture.period) for x in (u, v)))
 
 
 def bricks(u: np.ndarray, v: np.ndarray, texture: Texture) -> np.ndarray:
+    """Draw a brick wall."""
     row = texture.period / 2
     shifted = u + np.rint(v * (1 / row) - 0.5) * row  # every second row by half a brick
     gap = 0.6 + 0.05 * texture.period
@@ -316,16 +322,19 @@ def bricks(u: np.ndarray, v: np.ndarray, texture: Texture) -> np.ndarray:
 
 
 def dots(u: np.ndarray, v: np.ndarray, texture: Texture) -> np.ndarray:
+    """Draw discs on a grid."""
     distance = np.hypot(off_centre(u, texture.period), off_centre(v, texture.period))
     return np.clip(texture.duty * texture.period / 2 + 1 - distance, 0, 1)
 
 
 def waves(u: np.ndarray, v: np.ndarray, texture: Texture) -> np.ndarray:
+    """Draw bent bands with soft borders."""
     k = 2 * math.pi / texture.period
     return 0.5 + 0.5 * np.sin(k * u + 1.5 * np.sin(0.6 * k * v))
 
 
 def gradient(u: np.ndarray, v: np.ndarray, texture: Texture) -> np.ndarray:
+    """Draw a linear gradient."""
     return np.clip(0.5 + u * (1 / (4 * texture.period)), 0, 1)
 
 
@@ -362,7 +371,7 @@ def render(scene: Scene, times: np.ndarray) -> Tensor:
 
 
 def rotation(angles: np.ndarray) -> np.ndarray:
-    """(T,) -> (T,2,2)"""
+    """Return rotation matrices (T,2,2) of angles (T,)."""
     cos, sin = np.cos(angles), np.sin(angles)
     return np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2)
 

@@ -55,8 +55,7 @@ class DrawnStyles:
         first_image: number of the first picture; test sets use others than training.
         size: side of a picture in pixels.
         seed: seed of all pictures.
-    Raises:
-        ValueError: a style is unknown, or a number out of range.
+    Raises: ValueError: a style is unknown, or a number out of range.
     """
 
     @checked

@@ -74,8 +74,7 @@ class VideoRecurrentTrainDataset(Dataset):
         sigma_max: largest noise level of nonblind denoising, 0..255; one level is drawn for each item: L = H + noise of
             level / 255, not clipped, with level / 255 as fourth channel. Needs scale 1; dataroot_lq has no effect.
         seed: seed of all draws, with epoch and index.
-    Raises:
-        FileNotFoundError, ValueError: options, names of files or the first frame are invalid.
+    Raises: FileNotFoundError, ValueError: options, names of files or the first frame are invalid.
     """
 
     nonblind = False
@@ -162,7 +161,7 @@ class VideoRecurrentTrainNonblindDenoisingDataset(VideoRecurrentTrainDataset):
 
 @dataclass(frozen=True)
 class LazyClip:
-    """A clip of a test set that is read in windows, so that memory does not depend on its length.
+    """Give access to a clip of a test set in windows, so that memory does not depend on its length.
 
     Attributes:
         name: of the clip.
@@ -199,8 +198,7 @@ class VideoRecurrentTestDataset(Dataset):
         sigma: noise level of nonblind denoising, 0..255: L = GT + noise of sigma / 255, not clipped, with sigma / 255
             as fourth channel. Needs scale 1; dataroot_lq has no effect.
         seed: seed of the noise, with index and frame.
-    Raises:
-        FileNotFoundError, ValueError: options, names of files or frames are invalid.
+    Raises: FileNotFoundError, ValueError: options, names of files or frames are invalid.
     """
 
     sides = SIDES
@@ -296,8 +294,7 @@ class FrameFolder(VideoRecurrentTestDataset):
         gt: ground truth with equal names of frames; None: unknown.
         scale: GT pixels per input pixel.
         sigma: noise level of the input, 0..255, as fourth channel for nonblind denoising; None: no channel.
-    Raises:
-        FileNotFoundError, ValueError: options, names of files or frames are invalid.
+    Raises: FileNotFoundError, ValueError: options, names of files or frames are invalid.
     """
 
     sides = ("gt", "input")

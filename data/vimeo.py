@@ -30,7 +30,7 @@ JITTER = 0.05  # FLAVR's: relative for brightness, contrast and saturation, of t
 
 
 class VimeoTrainDataset(Dataset):
-    """The base of both training sets: named sequences, of which random windows are loaded."""
+    """Load random windows of named sequences, for both training sets."""
 
     def _prepare(self, roots: tuple[str, str | None], meta_info_file: str | None, extension: str, random_reverse: bool,
                  window: RandomWindow, seed: int) -> None:
@@ -84,8 +84,7 @@ class VideoRecurrentTrainVimeoDataset(VimeoTrainDataset):
         name: label of the dataset, without effect.
         degradation: computes L from GT without dataroot_lq, see `data.resize.Degradation`.
         seed: seed of all draws, with epoch and index.
-    Raises:
-        FileNotFoundError, ValueError: options, names of files or the first frame are invalid.
+    Raises: FileNotFoundError, ValueError: options, names of files or the first frame are invalid.
     """
 
     @checked
@@ -116,8 +115,7 @@ class VideoRecurrentTrainVimeoVFIDataset(VimeoTrainDataset):
             im1, im3, im5, im7; im4 must not be selected.
         color_jitter: change brightness, contrast, saturation and hue slightly, equally for all frames.
         others: as `VideoRecurrentTrainVimeoDataset`.
-    Raises:
-        FileNotFoundError, ValueError: options, names of files or the first frame are invalid.
+    Raises: FileNotFoundError, ValueError: options, names of files or the first frame are invalid.
     """
 
     @checked
@@ -151,8 +149,7 @@ class VideoTestVimeo90KDataset(Dataset):
     Args:
         cache_data: decode all frames at the start and keep them in memory (3 bytes per pixel).
         others: as `VideoRecurrentTrainVimeoDataset`.
-    Raises:
-        FileNotFoundError, ValueError: options, names of files or frames are invalid.
+    Raises: FileNotFoundError, ValueError: options, names of files or frames are invalid.
     """
 
     @checked

@@ -62,8 +62,7 @@ class PatchSlicedWassersteinLoss(nn.Module):
 class CosineSSMLoss(nn.Module):
     """Compare self-similarities: the mean squared difference of the n x n cosine similarities within two images.
 
-    Args:
-        max_spatial_samples: most latent pixels compared, drawn at random; None: all.
+    Args: max_spatial_samples: most latent pixels compared, drawn at random; None: all.
 
     Source: CosineSSMLoss. Differs: with x, y (c, n), |x'x - y'y|^2 = |xx'|^2 + |yy'|^2 - 2 |xy'|^2 needs c x c matrices
     instead of n x n; they are summed in float64, since the terms cancel.
@@ -151,6 +150,7 @@ def divergence(velocity: Tensor) -> Tensor:
 
 
 def require_same(x: Tensor, y: Tensor) -> None:
+    """Raise ValueError unless both have one shape (B, c, h, w)."""
     if x.ndim != 4 or x.shape != y.shape:
         raise ValueError(f"both must be (batch, channels, height, width) of one shape, got {tuple(x.shape)} and "
                          f"{tuple(y.shape)}")

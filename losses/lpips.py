@@ -109,11 +109,9 @@ class LPIPS(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the distance of each pair of images.
 
-        Args:
-            x, y: (B, 3, H, W), RGB in [-1, 1], 16 x 16 pixels or more.
+        Args: x, y: (B, 3, H, W), RGB in [-1, 1], 16 x 16 pixels or more.
 
-        Returns:
-            (B, 1, 1, 1), 0 for equal images.
+        Returns: (B, 1, 1, 1), 0 for equal images.
         """
         return sum(self.distances(self.net(self.scaling_layer(x)), self.net(self.scaling_layer(y))))
 

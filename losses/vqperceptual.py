@@ -115,11 +115,9 @@ class VQLPIPSWithDiscriminator(nn.Module):
             cond: (B, C', H, W), condition of the discriminator, with disc_conditional.
             split: prefix of the keys of the terms.
 
-        Returns:
-            loss; its terms without gradient, of which rec_loss includes the perceptual term.
+        Returns: loss; its terms without gradient, of which rec_loss includes the perceptual term.
 
-        Raises:
-            ValueError: images differ in shape or are too small for the discriminator; cond is missing or unused.
+        Raises: ValueError: images differ in shape or are too small for the discriminator; cond is missing or unused.
         """
         self._check(inputs, reconstructions, cond)
         pixel = self.pixelloss(reconstructions, inputs, reduction="none")

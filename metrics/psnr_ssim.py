@@ -26,10 +26,8 @@ def calculate_psnr(img1: Image, img2: Image, border: int = 0) -> float:
     Args:
         img1, img2: (H,W) or (H,W,C), C = 1 or 3, uint8 or float, 0..255.
         border: pixels to crop on each side.
-    Returns:
-        decibels; inf for identical images.
-    Raises:
-        ValueError: the shapes differ or are not those of images.
+    Returns: decibels; inf for identical images.
+    Raises: ValueError: the shapes differ or are not those of images.
     """
     return psnr(*_planes(img1, img2, border)).item()
 
@@ -49,8 +47,7 @@ def rgb2ycbcr(img: Image, only_y: bool = True) -> Image:
     Args:
         img: (...,3) uint8 in 0..255 or float in [0,1].
         only_y: return Y (...) instead of (...,3).
-    Returns:
-        an image of equal kind and dtype: uint8 in 16..235 (Cb, Cr 16..240), or float, divided by 255.
+    Returns: an image of equal kind and dtype: uint8 in 16..235 (Cb, Cr 16..240), or float, divided by 255.
     """
     return _ycbcr(img, YCBCR, only_y)
 

@@ -11,12 +11,9 @@ from metrics.psnr_ssim import psnr
 def image_metrics(restored: Tensor, target: Tensor) -> dict[str, float]:
     """Return the mean PSNR of images rounded to 8 bits, and that of a baseline of one colour.
 
-    Args:
-        restored, target: (B,C,H,W) in [0,1]; other values are clamped.
-    Returns:
-        {"psnr", "psnr_mean_colour"} in decibels; the baseline is the mean colour of each target.
-    Raises:
-        ValueError: the shapes differ or are not (B,C,H,W).
+    Args: restored, target: (B,C,H,W) in [0,1]; other values are clamped.
+    Returns: {"psnr", "psnr_mean_colour"} in decibels; the baseline is the mean colour of each target.
+    Raises: ValueError: the shapes differ or are not (B,C,H,W).
     """
     if restored.shape != target.shape or restored.ndim != 4:
         raise ValueError(f"images of shape {tuple(restored.shape)} and {tuple(target.shape)}; both must be (B,C,H,W)")
@@ -28,8 +25,7 @@ def image_metrics(restored: Tensor, target: Tensor) -> dict[str, float]:
 def codebook_use(indices: Tensor, num_codes: int) -> dict[str, Tensor]:
     """Return the use of a codebook.
 
-    Args:
-        indices: of any shape, 0..num_codes - 1.
+    Args: indices: of any shape, 0..num_codes - 1.
     Returns:
         {"codes_used": fraction of the codes that occur, "perplexity": exp of the entropy of the indices,
         1..num_codes}, scalars on the device of the indices.

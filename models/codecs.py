@@ -33,8 +33,7 @@ INSTALL = "pip install diffusers"
 class PixelCodec(nn.Module):
     """Rearrange squares of pixels as channels, without loss.
 
-    Args:
-        factor: side of a square in pixels.
+    Args: factor: side of a square in pixels.
     """
 
     fingerprint = ""
@@ -62,8 +61,7 @@ class VQGANCodec(nn.Module):
         scale: factor of the latents; None: 1 / standard deviation of the codes.
         quantize: replace latents by their nearest codes before decoding, as in the training of the decoder.
 
-    Raises:
-        ValueError: the checkpoint does not hold a VQGAN, or not its options.
+    Raises: ValueError: the checkpoint does not hold a VQGAN, or not its options.
     """
 
     @checked
@@ -103,8 +101,7 @@ class SDVAECodec(nn.Module):
         scale: factor of the latents.
         posterior: "sample": latents drawn with a seed that depends on the image alone, as published; or "mean".
 
-    Raises:
-        ValueError: diffusers is not installed, or the autoencoder does not exist.
+    Raises: ValueError: diffusers is not installed, or the autoencoder does not exist.
     """
 
     @checked

@@ -33,8 +33,6 @@ class ModelInkTrace(ModelPlain):
 
     @dataclass
     class TrainOptions(ModelPlain.TrainOptions):
-        """Declare the keys of both training modes."""
-
         G_lossfn_type: Literal["structural", "dense"] = "structural"  # training mode; dense needs netG.full_heads
         skeleton_weight: NonNegativeFloat | None = None  # factor of the skeleton loss; null: 1 structural, 10 dense
         tangent_weight: NonNegativeFloat | None = None  # factor of the tangent loss; null: 1
@@ -59,8 +57,6 @@ class ModelInkTrace(ModelPlain):
 
     @dataclass
     class ValOptions(ModelPlain.ValOptions):
-        """Declare the thresholds of the metrics."""
-
         skeleton_threshold: Fraction = 0.5  # probability above which a pixel is skeleton
         keypoint_threshold: Fraction = 0.3  # probability above which a peak is a keypoint
         keypoint_radius: NonNegativeFloat = 2.0  # largest distance of a found keypoint, in pixels
@@ -129,9 +125,11 @@ class ModelInkTrace(ModelPlain):
             self.degraded = self.image * (1 - self.mask)
 
     def netG_forward(self) -> None:
+        """Run G on `degraded`, into `restored`."""
         self.restored = self.restore(self.forward_G, self.degraded)
 
     def optimize_parameters(self, current_step: int) -> None:
+        """Hide blocks, train on the batch, and log the mean of each loss term."""
         self.hide(0, current_step)
         self.terms.clear()
         super().optimize_parameters(current_step)
@@ -142,11 +140,13 @@ class ModelInkTrace(ModelPlain):
     # ------------------------------------------------ testing
 
     def test(self) -> None:
+        """Predict the maps of the batch, with hidden blocks in structural mode."""
         self.hide(1, self.index)
         super().test()
         self.restored = self.restored.float()
 
     def restore(self, network: nn.Module, degraded: Tensor) -> Tensor:
+        """Predict packed maps; only dense mode uses skips."""
         return pack(network(degraded, use_skips=self.dense))
 
     def metrics(self) -> dict[str, float]:
@@ -183,7 +183,7 @@ def hidden_blocks(count: int, ratio: float, generator: torch.Generator, block: i
     """Draw masks (count, 1, size, size) that are 1 where blocks are hidden, else 0.
 
     Args:
-        count: number of images; each has blocks of its own.
+        count: number of images; each hides other blocks.
         ratio: fraction of blocks to hide, rounded down.
         block: side of a block in pixels, a divisor of size.
     Source: the original hides the first blocks of a permutation of each image.

@@ -56,8 +56,6 @@ class ModelLGT(ModelPlain):
 
     @dataclass
     class TrainOptions(ModelPlain.TrainOptions):
-        """Declare the keys of the energy and of the ODE."""
-
         G_lossfn_type: str = "lgt_energy"
         w_style: NonNegativeFloat = 1.0  # factor of the style energy, a sliced Wasserstein distance
         w_content: NonNegativeFloat = 1.0  # factor of the content energy, a distance of self-similarities
@@ -85,8 +83,6 @@ class ModelLGT(ModelPlain):
 
     @dataclass
     class ValOptions(ModelPlain.ValOptions):
-        """Declare the keys of the sampler."""
-
         save_img: bool = False  # write a PNG of each row of the contact sheet, too
         num_steps: PositiveInt = 15  # Euler steps of the inversion, and of the generation
         temperature_lambda: NonNegativeFloat = 0.1  # strength of the Langevin noise
@@ -136,11 +132,13 @@ class ModelLGT(ModelPlain):
     # ------------------------------------------------ state
 
     def extra_state(self, finished: int) -> dict[str, Any]:
+        """Return the extra state with styles, codec and sums of the epoch."""
         return super().extra_state(finished) | {
             "styles": self.styles, "codec": self.codec.fingerprint,
             "epoch_log": {"epoch": self.epoch, "count": self.count, "sums": dict(self.sums)}}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Restore the sums. Raises CheckpointError: styles or codec differ."""
         super().load_extra_state(state)
         if state.get("styles", self.styles) != self.styles:
             raise CheckpointError(f"{self.opt['opt_path']}: the styles are {', '.join(self.styles)}; the checkpoint "
@@ -172,6 +170,7 @@ class ModelLGT(ModelPlain):
         self.references = dict(zip(there, data["reference"][0].to(self.device)))  # style -> (R,c,h,w)
 
     def optimize_parameters(self, current_step: int) -> None:
+        """Train on the batch: integrate from random times to the ends, and lower their energy."""
         t = self.opt_train
         generator = cpu_generator(t["manual_seed"], 0, 0, current_step)
         count = len(self.source) * distributed.world_size()  # draws cover the batch of all ranks
@@ -306,7 +305,7 @@ class ModelLGT(ModelPlain):
 
     @property
     def pictures_folder(self) -> Path:
-        """The folder of the pictures of this test."""
+        """Return the folder of the pictures of this test."""
         return self.save_dir.parent / "inference" / ("use" if self.inferring else f"epoch_{self.epoch:04d}")
 
     def write_pictures(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,8 +30,6 @@ class ModelPlain(ModelBase):
 
     @dataclass
     class StepOptions(ModelBase.TrainOptions):
-        """Declare the keys of optimizer and schedule, without the loss, for recipes with their own."""
-
         E_decay: ProperFraction = 0.0  # share of the moving average (E) that a step keeps, usually 0.999; 0: no E
         G_optimizer_type: Literal["adam", "adamw"] = "adam"  # optimizer of G; adamw decouples the weight decay
         G_optimizer_lr: NonNegativeFloat = 1e-4  # learning rate of G at the start of the schedule
@@ -52,8 +50,6 @@ class ModelPlain(ModelBase):
 
     @dataclass
     class TrainOptions(StepOptions):
-        """Declare the keys of the loss of G."""
-
         G_lossfn_type: str = "l1"  # loss of G, a name of losses.LOSSES
         G_lossfn_weight: NonNegativeFloat = 1.0  # factor of the loss of G
         G_charbonnier_eps: NonNegativeFloat = 1e-9  # constant under the square root of the Charbonnier loss
@@ -67,6 +63,7 @@ class ModelPlain(ModelBase):
             self.netE = None
 
     def init_train(self, parts: Mapping[str, Any] | None = None, source: str = "checkpoint") -> list[str]:
+        """Load weights, and build loss, optimizer and schedule; see `ModelBase`."""
         reports = self.load(parts, source)
         self.netG.train()
         wrapped = self.distribute(self.netG)
@@ -163,6 +160,7 @@ class ModelPlain(ModelBase):
         self.restored = self.forward_G(self.degraded)
 
     def optimize_parameters(self, current_step: int) -> None:
+        """Train G on the batch in micro-batches, and update E."""
         t, batch = self.opt_train, (self.degraded, self.target)
         self.G_optimizer.zero_grad(set_to_none=True)
         losses, parts = [], list(zip(*(tensor.chunk(t["accumulate"]) for tensor in batch)))
@@ -253,6 +251,33 @@ def window_starts(length: int, size: int, overlap: int) -> list[int]:
     if not size or length <= size:
         return [0]
     return [*range(0, length - size, size - overlap), length - size]
+
+
+def merge_tiles(predict: Callable[[Tensor], Tensor], image: Tensor, size: int, overlap: int,
+                weights: Callable[[int, int, int], Tensor], scale: int = 1) -> Tensor:
+    """Predict overlapping square tiles of an image and return the weighted mean.
+
+    Args:
+        predict: function of a tile (..., h, w) that returns (..., scale * h, scale * w).
+        image: (..., H, W).
+        size, overlap: side and overlap of the tiles, in pixels of the image.
+        weights: function of (start, length, end) that returns the weights (length,) of a tile on one axis; start and
+            length locate it, and end is the length of the axis, all in pixels of the result.
+    Returns: (..., scale * H, scale * W).
+    """
+    height, width = image.shape[-2:]
+    total, weight = None, image.new_zeros(height * scale, width * scale)
+    for top in window_starts(height, size, overlap):
+        for left in window_starts(width, size, overlap):
+            part = predict(image[..., top : top + size, left : left + size])
+            rows, columns = (slice(start * scale, start * scale + length)
+                             for start, length in zip((top, left), part.shape[-2:]))
+            ramp = torch.outer(*(weights(at.start, at.stop - at.start, end).to(image)
+                                 for at, end in zip((rows, columns), weight.shape)))
+            total = part.new_zeros(*part.shape[:-2], *weight.shape) if total is None else total
+            total[..., rows, columns] += part * ramp
+            weight[rows, columns] += ramp
+    return total / weight
 
 
 def build_schedule(t: Mapping[str, Any], periods: int | None = None) -> schedules.Schedule:

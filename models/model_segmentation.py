@@ -21,7 +21,7 @@ from data.masks import by_stem, images_in, read_image, read_mask
 from losses.tanimoto import activate
 from metrics.segmentation import confusion, segmentation_metrics
 from models import NETWORKS
-from models.model_plain import ModelPlain, window_starts
+from models.model_plain import ModelPlain, merge_tiles
 from options import build
 from runtime import distributed
 from runtime.ranges import Fraction, NonNegativeInt
@@ -40,8 +40,6 @@ class ModelSegmentation(ModelPlain):
 
     @dataclass
     class TrainOptions(ModelPlain.TrainOptions):
-        """Declare the keys of the loss and of the schedule."""
-
         G_lossfn_type: Literal["tanimoto", "tanimoto_pooled", "dice", "bce"] = "tanimoto"
         loss_complement: bool = True  # average Tanimoto losses of p, l with those of 1 - p, 1 - l
         loss_alpha: Fraction = 0.5  # weight of the foreground in tanimoto_pooled; 1 - it: the background
@@ -52,8 +50,6 @@ class ModelSegmentation(ModelPlain):
 
     @dataclass
     class ValOptions(ModelPlain.ValOptions):
-        """Declare the tiles of the prediction."""
-
         tile: NonNegativeInt = 0  # side of the tiles of a prediction in pixels; 0: no tiles, resize to image_size
         tile_overlap: NonNegativeInt = 64  # pixels that neighbouring tiles share and blend
 
@@ -239,7 +235,8 @@ class ModelSegmentation(ModelPlain):
         tile, overlap = self.opt["val"]["tile"], self.opt["val"]["tile_overlap"]
         image = image[None].to(self.device)
         if tile:
-            p = blended(lambda x: self.probabilities(network, x), image, tile, overlap)
+            p = merge_tiles(lambda x: self.probabilities(network, x), image, tile, overlap,
+                            lambda _, length, __: fade(length, overlap))
         else:
             side = [self.data["image_size"]] * 2
             small = F.interpolate(image, side, mode="bilinear", antialias=True, align_corners=False)
@@ -319,28 +316,6 @@ class ModelSegmentation(ModelPlain):
 def by_name(counts: Tensor) -> dict[str, float]:
     """Return the counts of `confusion` by name: tp_0, fp_0, fn_0, tp_1, ..."""
     return {f"{kind}_{c}": float(n) for c, row in enumerate(counts.tolist()) for kind, n in zip(COUNTS, row)}
-
-
-def blended(predict, image: Tensor, tile: int, overlap: int) -> Tensor:
-    """Predict square tiles and blend them, weighted by ramps that fall towards their edges.
-
-    Args:
-        predict: function of a tile (1,3,h,w) that returns (1,K,h,w).
-        image: (1,3,H,W).
-        tile, overlap: side and overlap of the tiles in pixels.
-    Returns: (1,K,H,W).
-    """
-    height, width = image.shape[-2:]
-    total, weight = None, image.new_zeros(height, width)
-    for top in window_starts(height, tile, overlap):
-        for left in window_starts(width, tile, overlap):
-            rows, columns = slice(top, top + tile), slice(left, left + tile)
-            part = predict(image[..., rows, columns])
-            ramp = torch.outer(*(fade(n, overlap).to(image) for n in part.shape[-2:]))
-            total = part.new_zeros(*part.shape[:2], height, width) if total is None else total
-            total[..., rows, columns] += part * ramp
-            weight[rows, columns] += ramp
-    return total / weight
 
 
 def fade(length: int, overlap: int) -> Tensor:

@@ -48,8 +48,6 @@ class ModelVQGAN(ModelPlain):
 
     @dataclass
     class TrainOptions(ModelPlain.StepOptions):
-        """Declare the keys of the loss and of the discriminator."""
-
         lossconfig: dict = field(default_factory=dict)  # keys of VQLPIPSWithDiscriminator; disc_start is needed
         use_taming_loss: bool | None = None  # absolute (true) or squared pixel difference; null: by network
         disc_every: PositiveInt = 3  # iterations between two steps of the discriminator
@@ -126,6 +124,7 @@ class ModelVQGAN(ModelPlain):
     # ------------------------------------------------ before training
 
     def init_train(self, parts: Mapping[str, Any] | None = None, source: str = "checkpoint") -> list[str]:
+        """Prepare both networks for training, and LPIPS for validation."""
         reports = super().init_train(parts, source)
         self.loss.train()
         self.loss.discriminator = self.distribute(self.netD)
@@ -185,6 +184,7 @@ class ModelVQGAN(ModelPlain):
         self.images = (pictures * 2 - 1).contiguous(memory_format=torch.channels_last)
 
     def optimize_parameters(self, current_step: int) -> None:
+        """Train G on the batch, in due iterations D, and update codebooks and E."""
         try:
             self.get_bare_model(self.netG).check_images(self.images)
         except ValueError as error:
@@ -238,16 +238,20 @@ class ModelVQGAN(ModelPlain):
         return {name: sum(use[name] for use in uses) / len(uses) for name in uses[0]}
 
     def extra_state(self, finished: int) -> dict[str, Any]:
+        """Return the extra state with the last loss terms of D."""
         return super().extra_state(finished) | {"discriminator_log": dict(self.discriminator_log)}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Restore the last loss terms of D."""
         super().load_extra_state(state)
         self.load_local_state([state])
 
     def local_state(self) -> dict[str, Any]:
+        """Return the last loss terms of D on this rank."""
         return {"discriminator_log": dict(self.discriminator_log)}
 
     def load_local_state(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Restore the last loss terms of D on this rank."""
         log = states[distributed.rank() % len(states)].get("discriminator_log", {})
         self.discriminator_log = {name: value.to(self.device) for name, value in log.items()}
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data.video import FrameFolder
 from models.model_base import mean_of
-from models.model_plain import ModelPlain, window_starts
+from models.model_plain import ModelPlain, merge_tiles, window_starts
 from runtime.ranges import NonNegativeFloat, NonNegativeInt, Range
 
 TILE_OVERLAP = 20  # input pixels that neighbouring tiles share, as in KAIR
@@ -29,8 +29,6 @@ class ModelVRT(ModelPlain):
 
     @dataclass
     class TrainOptions(ModelPlain.TrainOptions):
-        """Declare the keys of parameters that are frozen at first."""
-
         # Number of first iterations that freeze the parameters named by fix_keys; 0 or -1: none.
         fix_iter: Annotated[int, Range(ge=-1)] = 0
         fix_keys: list[str] = field(default_factory=list)  # parts of names of parameters, e.g. "spynet", "deform"
@@ -210,23 +208,13 @@ class ModelVRT(ModelPlain):
         size, scale = self.opt["val"]["size_patch_testing"], self.opt["scale"]
         overlap = self.opt["val"]["size_patch_overlapping"]
         trim = TILE_TRIM if overlap == TILE_OVERLAP else overlap * scale // 4
-        height, width = degraded.shape[-2:]
-        if not size or (height <= size and width <= size):
+        if not size or max(degraded.shape[-2:]) <= size:
             return network(degraded)
-        total, weight = None, degraded.new_zeros(height * scale, width * scale)
-        for top in window_starts(height, size, overlap):
-            for left in window_starts(width, size, overlap):
-                part = network(degraded[..., top : top + size, left : left + size])  # (B, T, C, tile H, tile W)
-                total = part.new_zeros(*part.shape[:-2], *weight.shape) if total is None else total
-                rows, part_rows = inner(top * scale, part.shape[-2], height * scale, trim)
-                columns, part_columns = inner(left * scale, part.shape[-1], width * scale, trim)
-                total[..., rows, columns] += part[..., part_rows, part_columns]
-                weight[rows, columns] += 1
-        return total / weight
 
+        def without_inner_edges(start: int, length: int, end: int) -> Tensor:
+            kept = torch.ones(length)
+            kept[: trim if start > 0 else 0] = 0
+            kept[length - (trim if start + length < end else 0) :] = 0
+            return kept
 
-def inner(start: int, size: int, length: int, trim: int) -> tuple[slice, slice]:
-    """Trim the inner edges of a tile on one axis: return its slice in the frame and the slice in the tile."""
-    first = trim if start > 0 else 0
-    last = size - (trim if start + size < length else 0)
-    return slice(start + first, start + last), slice(first, last)
+        return merge_tiles(network, degraded, size, overlap, without_inner_edges, scale)

@@ -294,8 +294,7 @@ class UnifiedModel(nn.Module):
         dropout: fraction of values that the transformer drops in training.
         full_heads: predict width, offset and keypoints, too; training needs micro-batches of two images or more.
 
-    Raises:
-        ValueError: a size out of range, or embed_dim is not a multiple of num_heads.
+    Raises: ValueError: a size out of range, or embed_dim is not a multiple of num_heads.
 
     Source: models.py and factory of the original, with its defaults. Differs: the layers of the transformer do not
     start as copies of one another.

@@ -114,8 +114,7 @@ class LGTUNet(nn.Module):
         num_encoder_blocks: number of residual blocks at each of the upper two levels of the encoder.
         num_decoder_blocks: number of style blocks at each of the upper two levels of the decoder.
 
-    Raises:
-        ValueError: a number out of range, or base_channels or time_dim is not a multiple as stated.
+    Raises: ValueError: a number out of range, or base_channels or time_dim is not a multiple as stated.
 
     Source: LGTUNet of LGT/model.py. Differs in the average style, see StyleEmbedding.
     """
@@ -158,11 +157,9 @@ class LGTUNet(nn.Module):
             style_id: (B,) numbers of the styles.
             use_avg_style: use the average style instead, for all images.
 
-        Returns:
-            (B, c, h, w).
+        Returns: (B, c, h, w).
 
-        Raises:
-            ValueError: the latents have another shape.
+        Raises: ValueError: the latents have another shape.
         """
         if x.ndim != 4 or x.shape[1] != self.latent_channels or x.shape[2] % 4 or x.shape[3] % 4:
             raise ValueError(f"latents must be (batch, {self.latent_channels}, height, width), both sides multiples "

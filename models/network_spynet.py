@@ -38,11 +38,9 @@ def flow_warp(x: Tensor, flow: Tensor, interpolation: str = "bilinear", padding_
         padding_mode: values outside of x: "zeros", "border" or "reflection".
         align_corners: as in torch.nn.functional.grid_sample.
 
-    Returns:
-        (N, C, H, W), or (N, 4*C, H, W) for "nearest4".
+    Returns: (N, C, H, W), or (N, 4*C, H, W) for "nearest4".
 
-    Raises:
-        ValueError: sizes of flow and x differ, or interpolation or padding_mode is unknown.
+    Raises: ValueError: sizes of flow and x differ, or interpolation or padding_mode is unknown.
 
     Source: flow_warp of KAIR and BasicSR, with equal numbers.
     """
@@ -132,8 +130,7 @@ def deform_conv(x: Tensor, offset: Tensor, modulation: Tensor, weight: Tensor, b
         weight: (C_out, C_in / G, 3, 3) for G groups of the convolution.
         bias: (C_out,).
 
-    Returns:
-        (N, C_out, H, W).
+    Returns: (N, C_out, H, W).
     """
     if needs_fixed_order(x):
         return deform_conv_by_gather(x, offset, modulation, weight, bias)
@@ -189,6 +186,7 @@ class TapSum(torch.autograd.Function):
     @once_differentiable
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradients of all inputs."""
         *saved, weight = ctx.saved_tensors
         to_weight, to_samples = torch.zeros_like(weight), []
         for x, grid, modulation, to_out in zip(*saved, gradient):
@@ -271,8 +269,7 @@ class SpyNet(nn.Module):
             ref: (N, 3, H, W), RGB in [0, 1].
             supp: (N, 3, H, W), RGB in [0, 1].
 
-        Returns:
-            Flows (N, 2, H // s, W // s) for s = 1, 2, 4, 8, each in pixels of its scale.
+        Returns: Flows (N, 2, H // s, W // s) for s = 1, 2, 4, 8, each in pixels of its scale.
         """
         height, width = ref.shape[-2:]
         ref, supp = self._pyramid(ref), self._pyramid(supp)

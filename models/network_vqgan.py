@@ -328,8 +328,7 @@ class VectorQuantizer(Indices):
     def forward(self, z: Tensor) -> Encoded:
         """Replace each latent by its closest code.
 
-        Args:
-            z: (B, C, h, w).
+        Args: z: (B, C, h, w).
 
         Returns:
             codes (B, C, h, w), whose gradient passes to z; loss, scalar; (perplexity, None, indices). All in float32:
@@ -498,7 +497,7 @@ class GumbelQuantize(Indices):
 
 
 class VQNetwork(nn.Module):
-    """The interface of autoencoders with codebooks; a subclass adds encode, decode and decode_code.
+    """Define the interface of autoencoders with codebooks; a subclass adds encode, decode and decode_code.
 
     Attributes:
         in_channels, factor: images are (B, in_channels, H, W), H and W multiples of factor.
@@ -512,14 +511,11 @@ class VQNetwork(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Encode and decode.
 
-        Args:
-            images: (B, C, H, W) in [-1, 1].
+        Args: images: (B, C, H, W) in [-1, 1].
 
-        Returns:
-            loss of the codebook, scalar; reconstructed images, not clipped; perplexity, scalar; indices.
+        Returns: loss of the codebook, scalar; reconstructed images, not clipped; perplexity, scalar; indices.
 
-        Raises:
-            ValueError: sides of the images are not multiples of factor.
+        Raises: ValueError: sides of the images are not multiples of factor.
         """
         codes, loss, (usage, _, indices) = self.encode(images)
         return loss, self.decode(codes), usage, indices
@@ -542,7 +538,7 @@ class VQNetwork(nn.Module):
 
 
 class VQModel(VQNetwork):
-    """VQGAN's autoencoder with a codebook that learns by gradient.
+    """Encode and decode images as VQGAN does, with a codebook that learns by gradient.
 
     Args:
         ddconfig: shape of encoder and decoder, the keys of DDConfig.
@@ -553,8 +549,7 @@ class VQModel(VQNetwork):
         beta: factor of the commitment loss; the codebook loss has factor 1.
         legacy: apply beta to the codebook loss instead, as taming does.
 
-    Raises:
-        ValueError: options are out of range or do not fit each other.
+    Raises: ValueError: options are out of range or do not fit each other.
 
     Source: VQModel of taming, with equal weights and numbers. Published files load strictly; the weights of their loss
     are ignored. Differs: beta scales the commitment loss unless legacy is set; the loss is not a part of the network;
@@ -605,14 +600,13 @@ class VQModel(VQNetwork):
             indices: (B, h, w), or flat.
             shape: of flat indices: (B, h, w), or taming's (B, h, w, embed_dim).
 
-        Raises:
-            ValueError: flat indices have no shape or do not fit it.
+        Raises: ValueError: flat indices have no shape or do not fit it.
         """
         return self.decode(self.quantize.lookup(self.quantize.inward(indices, shape)))
 
 
 class EMAVQ(VQModel):
-    """VQGAN's autoencoder with a codebook of moving averages; see update_codebook.
+    """Encode and decode images as VQGAN does, with a codebook of moving averages; see update_codebook.
 
     Args:
         decay: fraction of the moving average that an update of the codebook keeps.
@@ -632,7 +626,7 @@ class EMAVQ(VQModel):
 
 
 class GumbelVQ(VQModel):
-    """VQGAN's autoencoder with codes drawn from predicted probabilities.
+    """Encode and decode images as VQGAN does, with codes drawn from predicted probabilities.
 
     Args:
         embed_dim: width of a code; equal to z_channels.

@@ -57,7 +57,7 @@ def codebook(n_embed: int, embed_dim: int, beta: float, decay: float, restart_be
 
 
 class VqVae(VQNetwork):
-    """An autoencoder with one codebook at a quarter of the size.
+    """Encode and decode images with one codebook at a quarter of the size.
 
     Args:
         in_channels: channels of the images.
@@ -71,8 +71,7 @@ class VqVae(VQNetwork):
             by gradient, as in section 3.2.
         restart_below: fraction of uniform use below which a code is replaced by a latent of the batch; 0: never.
 
-    Raises:
-        ValueError: options are out of range or do not fit each other.
+    Raises: ValueError: options are out of range or do not fit each other.
 
     Source: section 4.1. As in the example of its authors, layers at half size have half the width, a 3x3 convolution
     precedes the residual blocks, and codes are 64 wide.
@@ -112,14 +111,13 @@ class VqVae(VQNetwork):
 
 
 class VQVAE2(VQNetwork):
-    """An autoencoder with two codebooks: top, at 1/8 of the size, and bottom, at 1/4, conditioned on the top.
+    """Encode and decode images with two codebooks: top, at 1/8 of the size, and bottom, at 1/4, given the top.
 
     Codes and indices are pairs (top, bottom); the loss is the sum over both levels, the perplexity their mean.
 
     Args: as `VqVae`.
 
-    Raises:
-        ValueError: options are out of range or do not fit each other.
+    Raises: ValueError: options are out of range or do not fit each other.
     """
 
     factor = 8

@@ -447,7 +447,7 @@ class ReconstructionGroup(nn.Module):
 
 
 def upsampler(upscale: int) -> nn.Sequential:
-    """(B*D, 64, H, W) -> (B*D, 64, H * upscale, W * upscale); the layers bear their published numbers."""
+    """Build the upsampling (B*D, 64, H, W) -> (B*D, 64, H * upscale, W * upscale), with published layer numbers."""
     factors = [3] if upscale == 3 else [2] * int(math.log2(upscale))
     layers = OrderedDict()
     for i, factor in enumerate(factors):
@@ -490,8 +490,7 @@ class VRT(nn.Module):
         no_checkpoint_attn_blocks: indices of the entries of depths without use_checkpoint_attn.
         no_checkpoint_ffn_blocks: indices of the entries of depths without use_checkpoint_ffn.
 
-    Raises:
-        ValueError: options are out of range or do not fit each other.
+    Raises: ValueError: options are out of range or do not fit each other.
 
     Source: models/network_vrt.py of KAIR, with equal weights and numbers. Differs: inputs of any size; correct relative
     positions in windows that shrink in space; checkpointing only as the options set it; zero flow at the start.
@@ -582,14 +581,11 @@ class VRT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Restore a clip, or interpolate its frames.
 
-        Args:
-            x: (B, D, 3, H, W), RGB in [0, 1]; with nonblind_denoising a fourth channel, the noise level.
+        Args: x: (B, D, 3, H, W), RGB in [0, 1]; with nonblind_denoising a fourth channel, the noise level.
 
-        Returns:
-            (B, D, 3, H * upscale, W * upscale), not clipped; with pa_frames 0 (B, out_chans / 3, 3, H, W).
+        Returns: (B, D, 3, H * upscale, W * upscale), not clipped; with pa_frames 0 (B, out_chans / 3, 3, H, W).
 
-        Raises:
-            ValueError: the shape is not that of a clip, or with pa_frames 0 not of img_size[0] frames.
+        Raises: ValueError: the shape is not that of a clip, or with pa_frames 0 not of img_size[0] frames.
         """
         channels = self.in_chans + self.nonblind_denoising
         require(x.ndim == 5 and x.shape[2] == channels and x.numel() > 0,

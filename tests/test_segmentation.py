@@ -21,7 +21,8 @@ from data.masks import (
 )
 from data.synthetic_masks import SyntheticMaskDataset
 from metrics.segmentation import confusion, segmentation_metrics
-from models.model_segmentation import HISTORIES, ModelSegmentation, blended, hsv
+from models.model_plain import merge_tiles
+from models.model_segmentation import HISTORIES, ModelSegmentation, fade, hsv
 from options import OptionError
 from tests.conftest import ROOT, write_json
 from tests.runs import StopInCall, assert_equal_runs, final, run, run_until, straight_and_stopped
@@ -197,8 +198,12 @@ def test_prediction_of_any_size_whole_and_in_tiles(tmp_path):
     assert made.predict(image).shape == (50, 41) and made.predict(image[:, :9, :12]).shape == (9, 12)
     local = torch.nn.functional.avg_pool2d  # what looks no further than 1 pixel is the same in tiles, but for seams
     whole = local(image[None], 3, 1, 1)
-    torch.testing.assert_close(blended(lambda x: x, image[None], 16, 8), image[None])
-    tiles = blended(lambda x: local(x, 3, 1, 1), image[None], 16, 8)
+
+    def blended(predict):
+        return merge_tiles(predict, image[None], 16, 8, lambda _, length, __: fade(length, 8))
+
+    torch.testing.assert_close(blended(lambda x: x), image[None])
+    tiles = blended(lambda x: local(x, 3, 1, 1))
     assert (tiles - whole)[..., 1:-1, 1:-1].abs().max() < 0.15
     over = made.overlay(image, torch.eye(41)[:1].expand(50, 41).long())
     assert torch.equal(over[:, :, 1:], image[:, :, 1:]) and not torch.equal(over[:, :, 0], image[:, :, 0])
