@@ -1,4 +1,4 @@
-"""The table of datasets: name in an option file -> "module:Class", imported only when it is built."""
+"""The table of datasets: name in an option file -> "module:Class", imported when it is built."""
 
 DATASETS = {
     "VideoRecurrentTrainDataset": "data.video:VideoRecurrentTrainDataset",

@@ -1,6 +1,6 @@
 """Reading and writing of image files, with one set of rules for all recipes.
 
-PNG, JPEG and WebP are identified by their first bytes, whatever the file name, and decoded by torchvision. Its PNG
+PNG, JPEG and WebP are identified by their first bytes, not by the file name, and decoded by torchvision. Its PNG
 decoder dies by SIGSEGV on damaged files (530 of 1,000), so it gets only data that is checked here: the checksums and
 the order of chunks, the header, and once per file the number of its pixels. A picture is (3,H,W) uint8 RGB:
 

@@ -218,7 +218,7 @@ def paired(image_path: Path, gt_path: Path, skip_unmatched: bool) -> dict[str, t
 
 
 def chosen(stems: Iterable[str], share: float, seed: int) -> set[str]:
-    """Return the stems for validation: those of the smallest hashes, whatever the order of the files."""
+    """Return the stems for validation: those of the smallest hashes, independent of the order of files."""
     ranked = sorted(stems, key=lambda stem: hashlib.sha256(os.fsencode(f"{seed}/{stem}")).digest())
     return set(ranked[: round(share * len(ranked))])
 
@@ -234,7 +234,7 @@ def some(names: list[str]) -> str:
 def read_mask(path: Path, num_classes: int, ignore_index: int | None = None, threshold: int | None = None) -> Tensor:
     """Read a mask as class ids (H,W) uint8 from grey levels or indices of a palette.
 
-    White is 255 in masks of 1, 8 and 16 bits. In a palette of black and white alone white is class 1, whatever its
+    White is 255 in masks of 1, 8 and 16 bits. In a palette of black and white alone, white is class 1 at any
     index. A palette whose grey levels equal their indices is ignored.
 
     Raises: ValueError: the mask has colours, or values of no class, which are listed.

@@ -1,4 +1,4 @@
-"""Models and networks by the name an option file uses; imported when asked for."""
+"""The tables of models and networks: name in an option file -> "module:Class", imported when it is built."""
 
 MODELS = {
     "plain": "models.model_plain:ModelPlain",

@@ -117,8 +117,8 @@ class ModelLGT(ModelPlain):
                              "the first")
         super().__init__(opt)
         self.baseline_name = "source"
-        self.made: dict[str, Tensor] = {}  # rows of the contact sheet by source style, (S,3,H,W)
-        self.measured: dict[tuple[str, str], dict[str, float]] = {}  # metrics by (source style, target style)
+        self.sheet_rows: dict[str, Tensor] = {}  # rows of the contact sheet by source style, (S,3,H,W)
+        self.pair_metrics: dict[tuple[str, str], dict[str, float]] = {}  # metrics by (source style, target style)
         self.inferring = False  # whether the model was loaded for inference on files
         self.epoch = 0  # current or last epoch, from 1
         self.sums: dict[str, Tensor] = {}  # of the losses of the epoch, by name
@@ -317,7 +317,7 @@ class ModelLGT(ModelPlain):
             for style, picture in zip(self.styles, row):
                 if style in self.ends:
                     write_picture(self.pictures_folder / f"{self.source_name}_to_{style}.jpg", picture)
-        self.made[self.source_name] = row
+        self.sheet_rows[self.source_name] = row
 
     def metrics(self) -> dict[str, float]:
         """Return for each pair of styles the distances to the target style (swd) and to the source (ssm).
@@ -332,7 +332,7 @@ class ModelLGT(ModelPlain):
                 for key, latent in (("swd", end), ("swd_source", self.source[0])):
                     generator = cpu_generator(self.opt["val"]["sample_seed"], 0, 0, 0)
                     values[key] = float(swd(latent.expand_as(references), references, generator))
-            self.measured[self.source_name, target] = values
+            self.pair_metrics[self.source_name, target] = values
             row |= {f"{key}_{self.source_name}_to_{target}": value for key, value in values.items()}
         return row
 
@@ -341,19 +341,20 @@ class ModelLGT(ModelPlain):
 
         The sheet has a row for each source and a column for each style; the diagonal shows the decoded source.
         """
-        made, measured, self.made, self.measured = self.made, list(self.measured.values()), {}, {}
-        if not made:
+        sheet_rows, self.sheet_rows = self.sheet_rows, {}
+        pair_metrics, self.pair_metrics = list(self.pair_metrics.values()), {}
+        if not sheet_rows:
             raise OptionError(f"none of the test folders is a style of {', '.join(self.styles)}")
         for style in self.styles:
-            if style not in made:
+            if style not in sheet_rows:
                 warnings.warn(f"style {style!r} has no picture in the test folder: it is not translated",
                               stacklevel=2)
-        sheet = make_grid(torch.cat(list(made.values())), nrow=len(self.styles), padding=4, pad_value=1)
+        sheet = make_grid(torch.cat(list(sheet_rows.values())), nrow=len(self.styles), padding=4, pad_value=1)
         with tolerated(self.pictures_folder, warnings.warn):
             write_picture(self.pictures_folder / "sheet.jpg", sheet)
         means = {}
         for key in ("swd", "swd_source", "ssm"):
-            values = [pair[key] for pair in measured if key in pair]
+            values = [pair[key] for pair in pair_metrics if key in pair]
             means[key] = sum(values) / len(values) if values else math.nan
         return means | {key: value for row in rows for key, value in row.items()}
 
@@ -363,11 +364,11 @@ class ModelLGT(ModelPlain):
 
     def pictures(self) -> list[Tensor]:
         """Return the row of the source in the contact sheet."""
-        return list(self.made[self.source_name])
+        return list(self.sheet_rows[self.source_name])
 
     def current_visuals(self, need_H: bool = True) -> dict[str, Tensor]:
         """Return by KAIR's keys L, the source, and E, its first translation; (3,H,W) in [0, 1] on the CPU."""
-        row, source = self.made[self.source_name], self.styles.index(self.source_name)
+        row, source = self.sheet_rows[self.source_name], self.styles.index(self.source_name)
         return {"L": row[source], "E": row[int(source == 0)]}
 
     # ------------------------------------------------ inference

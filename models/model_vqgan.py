@@ -67,7 +67,7 @@ class ModelVQGAN(ModelPlain):
             raise OptionError(f"{opt['opt_path']}: netG.net_type: {opt['netG']['net_type']} has no codebook; valid: "
                               "vqgan, emavq, gumbelvq, vqvae, vqvae2")
         self.taming = isinstance(bare, VQModel) if t["use_taming_loss"] is None else t["use_taming_loss"]
-        self.books = [module for module in bare.modules() if isinstance(module, Indices)]
+        self.codebooks = [module for module in bare.modules() if isinstance(module, Indices)]
         self.loss = self.build_vq_loss()
         for network in (self.netG, self.netE, self.loss.discriminator):
             if network is not None:  # a step takes 20 to 30 % less time
@@ -220,7 +220,7 @@ class ModelVQGAN(ModelPlain):
     def lower_temperature(self, step: int) -> None:
         """Set the temperature of Gumbel codebooks for a step."""
         done = min(step / self.opt_train["total_iter"], 1.0)
-        for book in self.books:
+        for book in self.codebooks:
             if isinstance(book, GumbelQuantize):
                 end = self.opt_train["temperature_end"]
                 book.temperature = end + (1 - end) * (1 + math.cos(math.pi * done)) / 2
@@ -234,7 +234,7 @@ class ModelVQGAN(ModelPlain):
     def codebook_use(self, indices: list[Tensor]) -> dict[str, Tensor]:
         """Return the fraction of codes in use and the perplexity, means over codebooks."""
         uses = [codebook_use(index, book.n_embed if book.used is None else len(book.used))
-                for index, book in zip(indices, self.books)]
+                for index, book in zip(indices, self.codebooks)]
         return {name: sum(use[name] for use in uses) / len(uses) for name in uses[0]}
 
     def extra_state(self, finished: int) -> dict[str, Any]:

@@ -50,6 +50,13 @@ def imports(source):
             yield from inner or {node.module}
 
 
+def test_networks_do_not_import_options():
+    """A network is built from plain arguments, so that other programs can use it."""
+    for module, path in zip(map(name_of, FILES), FILES):
+        if module.startswith("models.network_") or module == "models.codecs":
+            assert "options" not in set(imports(path.read_text())), module
+
+
 def upward(module, source):
     """What a file imports that is not below it, in words."""
     own = row(module)
