@@ -107,12 +107,14 @@ class ModelLGT(ModelPlain):
                                   ("num_styles", len(self.styles), f"styles: {', '.join(self.styles)}")):
             if net.setdefault(key, count) != count:
                 raise ValueError(f"{where}: netG.{key}: {net[key]} does not fit the {count} {whose}")
-            if section["phase"] == "test" and os.path.isdir(section.get("dataroot") or "") and self.styles != [UNNAMED]:
+        tests = {name: section for name, section in opt["datasets"].items() if section["phase"] == "test"}
+        for name, section in tests.items():
+            if os.path.isdir(section.get("dataroot") or "") and self.styles != [UNNAMED]:
                 there = style_names(section["dataroot"], section.get("style_subdirs"), None)
                 if not set(there) & set(self.styles):
                     raise ValueError(f"{where}: datasets.{name}.dataroot: none of its folders {', '.join(there)} is a "
                                      f"style of {', '.join(self.styles)}")
-        if sum(section["phase"] == "test" for section in opt["datasets"].values()) > 1:
+        if len(tests) > 1:
             raise ValueError(f"{where}: datasets: one test set at most; a second would replace the pictures of "
                              "the first")
         super().__init__(opt)
