@@ -41,7 +41,7 @@ class SyntheticVideoDataset(Dataset):
         first_clip: number of the first clip; test sets use others than training, e.g. from 100000.
         use_hflip: mirror left-right with probability 1/2.
         use_rot: flip upside down, and (if square) transpose, each with probability 1/2.
-        degradation: computes L from H, see `data.resize.Degradation`.
+        degradation: options of `data.resize.Degradation`, which computes L from H.
         name: label of the dataset, without effect.
         seed: seed of all clips.
     Raises: ValueError: a size or number is invalid.

@@ -69,7 +69,7 @@ class VideoRecurrentTrainDataset(Dataset):
         io_backend: kind of the roots: {"type": "disk"}, or {"type": "lmdb"} for lmdbs of BasicSR's layout.
         cache_data: decode all frames at the start and keep them in memory (3 bytes per pixel).
         name: label of the dataset, without effect.
-        degradation: computes L from GT without dataroot_lq, see `data.resize.Degradation`.
+        degradation: options of `data.resize.Degradation`, which computes L from GT without dataroot_lq.
         sigma_min: smallest noise level of nonblind denoising, see sigma_max.
         sigma_max: largest noise level of nonblind denoising, 0..255; one level is drawn for each item: L = H + noise of
             level / 255, not clipped, with level / 255 as fourth channel. Needs scale 1; dataroot_lq has no effect.
@@ -194,7 +194,7 @@ class VideoRecurrentTestDataset(Dataset):
         cache_data: decode all frames at the start and keep them in memory (3 bytes per pixel).
         io_backend: kind of the roots: {"type": "disk"}, or {"type": "lmdb"} for lmdbs of BasicSR's layout.
         name: label of the dataset, without effect.
-        degradation: computes L from GT without dataroot_lq, see `data.resize.Degradation`.
+        degradation: options of `data.resize.Degradation`, which computes L from GT without dataroot_lq.
         sigma: noise level of nonblind denoising, 0..255: L = GT + noise of sigma / 255, not clipped, with sigma / 255
             as fourth channel. Needs scale 1; dataroot_lq has no effect.
         seed: seed of the noise, with index and frame.
@@ -275,7 +275,13 @@ class VideoRecurrentTestDataset(Dataset):
 
 
 class SingleVideoRecurrentTestDataset(VideoRecurrentTestDataset):
-    """Load clips without ground truth, as `VideoRecurrentTestDataset` with dataroot_lq alone."""
+    """Load clips without ground truth, as `VideoRecurrentTestDataset` with dataroot_lq alone.
+
+    Args:
+        dataroot_lq: folder or lmdb of degraded frames.
+        meta_info_file: list of clips to load, named by the first field of each line; None: all.
+        name: label of the dataset, without effect.
+    """
 
     def __init__(self, *, dataroot_lq: str, meta_info_file: str | None = None,
                  num_frame: Annotated[int, Range(ge=-1)] = -1, cache_data: bool = False,

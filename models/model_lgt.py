@@ -61,13 +61,14 @@ class ModelLGT(ModelPlain):
         w_content: NonNegativeFloat = 1.0  # factor of the content energy, a distance of self-similarities
         patch_size: PositiveInt = 3  # side of the patches of the style energy, in latent pixels
         num_projections: PositiveInt = 64  # number of random projections of the style energy
-        max_samples: PositiveInt | None = 4096  # most patches that the style energy compares; null: all
-        max_spatial_samples: PositiveInt | None = None  # most latent pixels of the content energy; null: all
+        max_samples: PositiveInt | None = 4096  # largest number of patches in the style energy; null: all
+        # Largest number of latent pixels in the content energy; null: all.
+        max_spatial_samples: PositiveInt | None = None
         swd_groups: Literal["style", "batch"] = "style"  # one distribution per style, or per batch (as published)
         use_velocity_reg: bool = False  # penalize fast velocities at x_t, with a second forward pass
         velocity_weight: NonNegativeFloat = 0.01  # factor of the mean squared velocity, with use_velocity_reg
         divergence_weight: NonNegativeFloat = 0.0  # factor of the divergence of the velocity, with use_velocity_reg
-        ode_integration_steps: PositiveInt = 5  # Euler steps from x_t to the end of the trajectory
+        ode_integration_steps: PositiveInt = 5  # number of Euler steps from x_t to the end of the trajectory
         ode_step: Literal["constant", "shrinking"] = "constant"  # length of Euler steps; shrinking: as published
         gradient_checkpointing: bool = False  # recompute Euler steps for the gradient: less memory, more time
         label_drop_prob: Fraction = 0.1  # fraction of the batches that train the average style
@@ -84,7 +85,7 @@ class ModelLGT(ModelPlain):
     @dataclass
     class ValOptions(ModelPlain.ValOptions):
         save_img: bool = False  # write a PNG of each row of the contact sheet, too
-        num_steps: PositiveInt = 15  # Euler steps of the inversion, and of the generation
+        num_steps: PositiveInt = 15  # number of Euler steps of the inversion, and of the generation
         temperature_lambda: NonNegativeFloat = 0.1  # strength of the Langevin noise
         temperature_threshold: Fraction = 0.5  # time t from which Langevin noise is added
         use_cfg: bool = True  # apply guidance away from the average style

@@ -45,7 +45,7 @@ class ModelPlain(ModelBase):
         G_scheduler_periods: PositiveInt | None = None  # iterations of the first cosine; null: total_iter
         G_scheduler_restart_weights: PositiveInt = 1  # length of a cosine divided by that of the previous one
         G_scheduler_eta_min: NonNegativeFloat = 0.0  # lowest learning rate of a cosine
-        G_param_strict: bool = True  # require that path.pretrained_netG or path.init_from fits G
+        G_param_strict: bool = True  # require that path.pretrained_netG, or shapes in path.init_from, fit G
         E_param_strict: bool = True  # require that path.pretrained_netE fits E
 
     @dataclass

@@ -42,7 +42,7 @@ class ModelSegmentation(ModelPlain):
     class TrainOptions(ModelPlain.TrainOptions):
         G_lossfn_type: Literal["tanimoto", "tanimoto_pooled", "dice", "bce"] = "tanimoto"
         loss_complement: bool = True  # average Tanimoto losses of p, l with those of 1 - p, 1 - l
-        loss_alpha: Fraction = 0.5  # weight of the foreground in tanimoto_pooled; 1 - it: the background
+        loss_alpha: Fraction = 0.5  # weight of the foreground in tanimoto_pooled, between 0 and 1
         # Schedule of the learning rate: steps at milestones, restarting cosines, lower after a plateau, or constant.
         G_scheduler_type: Literal["MultiStepLR", "CosineAnnealingWarmRestarts", "ReduceLROnPlateau",
                                   "constant"] = "constant"

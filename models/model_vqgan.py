@@ -48,8 +48,9 @@ class ModelVQGAN(ModelPlain):
 
     @dataclass
     class TrainOptions(ModelPlain.StepOptions):
-        lossconfig: dict = field(default_factory=dict)  # keys of VQLPIPSWithDiscriminator; disc_start is needed
-        use_taming_loss: bool | None = None  # absolute (true) or squared pixel difference; null: by network
+        lossconfig: dict = field(default_factory=dict)  # keys of VQLPIPSWithDiscriminator; disc_start is required
+        # Absolute (true) or squared (false) pixel difference; null: absolute for VQModel, EMAVQ and GumbelVQ only.
+        use_taming_loss: bool | None = None
         disc_every: PositiveInt = 3  # iterations between two steps of the discriminator
         temperature_end: PositiveFloat = 1.0  # last temperature of GumbelVQ, reached from 1 by half a cosine
         # Learning rate of G; taming's is 4.5e-6 times the number of images in a batch.

@@ -211,14 +211,13 @@ class Block(nn.Module):
     """Apply a transformer block: add window attention to x, then a gated feed-forward layer."""
 
     def __init__(self, dim: int, window: Size, num_heads: int, mutual: bool, mlp_ratio: float, qkv_bias: bool,
-                 qk_scale: float | None, drop_path: float, norm_layer: type[nn.Module],
-                 checkpoint_attn: bool, checkpoint_ffn: bool):
+                 qk_scale: float | None, drop_path: float, checkpoint_attn: bool, checkpoint_ffn: bool):
         super().__init__()
         self.drop_path = drop_path
         self.checkpoint_attn, self.checkpoint_ffn = checkpoint_attn, checkpoint_ffn
-        self.norm1 = norm_layer(dim)
+        self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, window, num_heads, mutual, qkv_bias, qk_scale)
-        self.norm2 = norm_layer(dim)
+        self.norm2 = nn.LayerNorm(dim)
         self.mlp = GatedMLP(dim, int(dim * mlp_ratio), dim)
 
     def forward(self, x: Tensor, window: Size, shift: Size, mask: Tensor | None) -> Tensor:
@@ -394,14 +393,14 @@ class DepthToSpace(nn.Module):
         return x.unflatten(4, (2, 2, -1)).permute(0, 1, 2, 5, 3, 4, 6).flatten(4, 5).flatten(2, 3)
 
 
-def change_scale(i: int, dims: Sequence[int], norm_layer: type[nn.Module]) -> nn.Sequential:
+def change_scale(i: int, dims: Sequence[int]) -> nn.Sequential:
     """Build the first layers of stage i + 1, which keep, halve or double the size."""
     if i == 0:
-        return nn.Sequential(nn.Identity(), norm_layer(dims[0]))
+        return nn.Sequential(nn.Identity(), nn.LayerNorm(dims[0]))
     down = SCALES[i] > SCALES[i - 1]
     width = dims[i - 1] * 4 if down else dims[i - 1] // 4
     fold = SpaceToDepth() if down else DepthToSpace()
-    return nn.Sequential(fold, norm_layer(width), nn.Linear(width, dims[i]))
+    return nn.Sequential(fold, nn.LayerNorm(width), nn.Linear(width, dims[i]))
 
 
 class Stage(nn.Module):
@@ -479,7 +478,6 @@ class VRT(nn.Module):
         qkv_bias: whether queries, keys and values have a bias.
         qk_scale: factor of query-key products; None: 1 / sqrt(channels of a head).
         drop_path_rate: probability that a sample skips the last block in training, linear from 0 at the first.
-        norm_layer: class of the normalisation over channels.
         spynet_path: file of pretrained SPyNet weights; None: training starts from zero flow.
         pa_frames: number of neighbours aligned to a frame; 0: frame interpolation, without flow and alignment.
         deformable_groups: number of groups of channels with separate offsets.
@@ -513,7 +511,6 @@ class VRT(nn.Module):
         qkv_bias: bool = True,
         qk_scale: PositiveFloat | None = None,
         drop_path_rate: ProperFraction = 0.2,
-        norm_layer: type[nn.Module] = nn.LayerNorm,
         spynet_path: str | None = None,
         pa_frames: Literal[0, 2, 4, 6] = 2,
         deformable_groups: NonNegativeInt = 16,
@@ -545,7 +542,6 @@ class VRT(nn.Module):
             return {
                 "dim": embed_dims[i], "depth": depths[i], "drop_path": rates[start : start + depths[i]],
                 "num_heads": num_heads[i], "mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "qk_scale": qk_scale,
-                "norm_layer": norm_layer,
                 "checkpoint_attn": use_checkpoint_attn and i not in no_checkpoint_attn_blocks,
                 "checkpoint_ffn": use_checkpoint_ffn and i not in no_checkpoint_ffn_blocks,
             }
@@ -555,14 +551,14 @@ class VRT(nn.Module):
             self.spynet = SpyNet(spynet_path)
         for i, scale in enumerate(SCALES):
             self.add_module(f"stage{i + 1}", Stage(
-                change_scale(i, embed_dims, norm_layer), num_mutual=num_mutual[i], window=window,
+                change_scale(i, embed_dims), num_mutual=num_mutual[i], window=window,
                 pa_frames=pa_frames, deformable_groups=deformable_groups, max_residue=10 / 2**scale,
                 **options(i)))
-        widen = nn.Sequential(nn.Identity(), norm_layer(first), nn.Linear(first, embed_dims[NUM_STAGES]))
+        widen = nn.Sequential(nn.Identity(), nn.LayerNorm(first), nn.Linear(first, embed_dims[NUM_STAGES]))
         self.stage8 = nn.Sequential(widen, *(
             ReconstructionGroup(window=(1, *window[1:]) if i in indep_reconsts else window, **options(i))
             for i in range(NUM_STAGES, len(depths))))
-        self.norm = norm_layer(last)
+        self.norm = nn.LayerNorm(last)
         self.conv_after_body = nn.Linear(last, first)
         self._add_head(first, out_chans)
 
