@@ -13,7 +13,6 @@ import os
 import shutil
 import socket
 import struct
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,30 +42,6 @@ class _Writer:
         self.file.flush()
 
 
-@contextlib.contextmanager
-def _written_back(descriptor: int) -> Iterator[None]:
-    """Move a file to the disk while it is being written, so that little is left for the fsync at the end."""
-    done, errors = threading.Event(), []
-
-    def write_back() -> None:
-        try:
-            while not done.wait(0.02):
-                os.fdatasync(descriptor)
-        except OSError as error:  # Linux reports a write error once; the data may be lost, so the file is discarded
-            if error.errno not in UNSUPPORTED:  # else the fsync at the end does it
-                errors.append(error)
-
-    thread = threading.Thread(target=write_back, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-    if errors:
-        raise errors[0]
-
-
 def write_durably(path: Path, payload: Any, about: Mapping[str, Any] | None = None) -> dict[str, int]:
     """Create a file and force it to the disk; remove it when that fails.
 
@@ -79,12 +54,11 @@ def write_durably(path: Path, payload: Any, about: Mapping[str, Any] | None = No
         if isinstance(payload, bytes):
             writer.write(payload)
         else:
-            with _written_back(file.fileno()):
-                try:
-                    torch.save(payload, writer)
-                except RuntimeError:
-                    raise writer.error or OSError("torch.save failed") from None
-                facts = add_seal(writer, about or {})
+            try:
+                torch.save(payload, writer)
+            except RuntimeError:
+                raise writer.error or OSError("torch.save failed") from None
+            facts = add_seal(writer, about or {})
         file.flush()
         with _unsupported_noted("files"):
             os.fsync(file.fileno())

@@ -109,11 +109,6 @@ class _Unpickler(pickle._Unpickler):
     def load_empty_dict(self) -> None:
         self.append(Unread("builtins.dict", ()))
 
-    def load_dict(self) -> None:
-        pairs = self.pop_mark()
-        self.load_empty_dict()
-        self._target().extend(zip(pairs[::2], pairs[1::2]))
-
     def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
         self._target().append((key, value))
@@ -127,11 +122,12 @@ class _Unpickler(pickle._Unpickler):
 
     dispatch |= {
         pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_reduce, pickle.NEWOBJ_EX[0]: load_newobj_ex,
-        pickle.BUILD[0]: load_build, pickle.EMPTY_DICT[0]: load_empty_dict, pickle.DICT[0]: load_dict,
+        pickle.BUILD[0]: load_build, pickle.EMPTY_DICT[0]: load_empty_dict,
         pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems,
         pickle.EMPTY_SET[0]: dispatch[pickle.EMPTY_LIST[0]], pickle.ADDITEMS[0]: dispatch[pickle.APPENDS[0]],
         pickle.FROZENSET[0]: dispatch[pickle.TUPLE[0]]}
-    for _code in (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.PERSID):
+    for _code in (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.PERSID,
+                  pickle.DICT):
         dispatch[_code[0]] = load_forbidden
 
 

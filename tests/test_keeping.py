@@ -378,20 +378,6 @@ def test_a_disk_without_fsync_is_accepted_and_said_once(tmp_path, monkeypatch, c
         assert "iter " not in capsys.readouterr().out and os.listdir(tmp_path / "run/models") == []
 
 
-@pytest.mark.parametrize("number, harmless", [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
-def test_a_disk_without_fdatasync_is_accepted(tmp_path, monkeypatch, number, harmless):
-    asked = threading.Event()
-
-    def refuse(_):
-        asked.set()
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fdatasync", refuse)
-    with open(tmp_path / "x", "w+b") as file, contextlib.nullcontext() if harmless else pytest.raises(OSError):
-        with files._written_back(file.fileno()):
-            assert asked.wait(10)
-
-
 @pytest.mark.parametrize("call, number, remedy", [("replace", errno.EROFS, "give this user the right to write"),
                                                   ("fsync", errno.EIO, "set path.root to another disk"),
                                                   ("replace", errno.ENOSPC, "make room there")])
