@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ import checkpoint
 from checkpoint import commit, find_newest, locate
 from commands.checkpoints import main
 from tests import tiny
-from tests.conftest import ROOT, write_json
+from tests.conftest import write_json
 from tests.runs import differing, run
 from tests.test_checkpoint import flip
 
@@ -36,12 +34,6 @@ def ask(capsys, *words):
     code = main([str(word) for word in words])
     said = capsys.readouterr()
     return code, (said.out + said.err).splitlines()
-
-
-def test_it_is_a_program(runs):
-    done = subprocess.run([sys.executable, "-m", "checkpoint", "verify", str(runs / "split")], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "5 sets, 0 bad" and not done.stderr
 
 
 def test_inspect_tells_what_is_in_a_folder_and_in_a_file(runs, capsys):

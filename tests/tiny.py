@@ -12,6 +12,7 @@ import sys
 
 import torch
 import torch._dynamo  # the first step of an optimizer imports it, which takes 1.3 s: here once for all forked processes
+import torchvision.io  # noqa: F401  0.3 s, likewise
 from torch import nn
 
 import losses.pixel  # noqa: F401  imported by name at a start: once here as well
