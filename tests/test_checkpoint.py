@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import random
 import shutil
 
@@ -51,24 +50,18 @@ def test_nine_comes_before_ten_and_other_names_are_ignored(tmp_path):
     assert find_last_checkpoint(tmp_path / "none", "G") == (0, None)
 
 
-@pytest.mark.parametrize("damage", ["bit", "truncate", "zero tail", "empty", "missing", "swap", "record"])
+@pytest.mark.parametrize("damage", ["bit", "empty", "missing", "record"])
 def test_a_damaged_set_is_reported_and_the_one_before_is_used(tmp_path, damage):
+    """Every kind of damage: tests/test_attacks.py."""
     for n in (1, 2):
         commit(tmp_path, n, parts(n))
     victim = tmp_path / "2_optimizerG.pth"
     if damage == "bit":
         flip(victim)
-    elif damage == "truncate":
-        os.truncate(victim, 100)
-    elif damage == "zero tail":
-        data = victim.read_bytes()
-        victim.write_bytes(data[:-64] + bytes(64))
     elif damage == "empty":
         os.truncate(victim, 0)
     elif damage == "missing":
         victim.unlink()
-    elif damage == "swap":
-        shutil.copy(tmp_path / "1_G.pth", tmp_path / "2_G.pth")
     elif damage == "record":
         text = (tmp_path / "2.json").read_text()
         (tmp_path / "2.json").write_text(text.replace('"iteration": 2', '"iteration": 3'))
@@ -79,70 +72,6 @@ def test_a_damaged_set_is_reported_and_the_one_before_is_used(tmp_path, damage):
     if damage != "record":
         with pytest.raises(CheckpointError, match="is damaged|is empty"):
             locate(tmp_path / "2_G.pth")
-
-
-@pytest.mark.parametrize("stop_at", range(12))
-def test_stopped_at_any_file_operation_a_set_is_whole_or_absent(tmp_path, monkeypatch, stop_at):
-    """The operations of a commit, cut off one by one as a power loss would; a first set must survive each."""
-    commit(tmp_path, 1, parts(1))
-
-    class Lost(BaseException):
-        pass
-
-    calls = iter(range(100))
-
-    def counted(real):
-        def call(*args, **kwargs):
-            if next(calls) == stop_at:
-                raise Lost
-            return real(*args, **kwargs)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        for name in ("replace", "fsync"):
-            patch.setattr(os, name, counted(getattr(os, name)))
-        patch.setattr(checkpoint.Path, "unlink", lambda *a, **k: None)  # nobody tidies up after a power loss
-        try:
-            commit(tmp_path, 2, parts(2))
-            whole = True
-        except Lost:
-            whole = False
-    found = find_newest(tmp_path)
-    assert found.fault() is None and found.iteration in (1, 2)
-    assert found.iteration == 2 or not whole
-    assert torch.equal(found.load()["G"]["w"], torch.full((64,), float(found.iteration)))
-    checkpoint.clean(tmp_path)
-    assert not list(tmp_path.glob("*.tmp"))
-    assert len(os.listdir(tmp_path)) == 4 * len(find_sets(tmp_path))
-
-
-def test_a_refused_write_leaves_nothing_and_harms_nothing(tmp_path, monkeypatch):
-    commit(tmp_path, 1, parts(1))
-    before = sorted(os.listdir(tmp_path))
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        commit(tmp_path, 2, parts(2))
-    assert sorted(os.listdir(tmp_path)) == before and find_newest(tmp_path).iteration == 1
-
-
-def test_a_real_size_limit_leaves_nothing(tmp_path):
-    import resource
-
-    commit(tmp_path, 1, parts(1))
-    before = sorted(os.listdir(tmp_path))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        with pytest.raises((OSError, RuntimeError)):
-            commit(tmp_path, 2, parts(2) | {"E": {"w": torch.randn(100_000)}})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(os.listdir(tmp_path)) == before and find_newest(tmp_path).fault() is None
 
 
 def test_kairs_folder_is_read_and_differing_iterations_are_said(tmp_path):
@@ -160,25 +89,6 @@ def test_kairs_folder_is_read_and_differing_iterations_are_said(tmp_path):
 def test_kairs_folder_with_weights_only(tmp_path):
     torch.save({"w": torch.zeros(2)}, tmp_path / "300_G.pth")
     assert find_newest(tmp_path).labels == ("G",)
-
-
-class Hostile:
-    def __reduce__(self):
-        return os.system, ("touch HOSTILE",)
-
-
-@pytest.mark.parametrize("label", ["G", "optimizerG", "state"])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_file_is_refused_and_not_run(tmp_path, monkeypatch, label, zipped):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / f"1_{label}.pth"
-    if zipped:
-        torch.save({"w": Hostile()}, path)
-    else:
-        path.write_bytes(pickle.dumps({"w": Hostile()}))
-    with pytest.raises(CheckpointError, match="refused") as caught:
-        checkpoint.load_file(path)
-    assert "\n" not in str(caught.value) and not os.path.exists("HOSTILE")
 
 
 def test_locate_takes_members_records_and_folders_but_no_optimizer(tmp_path):

@@ -2,7 +2,7 @@
 
 import json
 import os
-import subprocess
+import runpy
 import sys
 from typing import get_args, get_type_hints
 
@@ -116,10 +116,10 @@ def test_the_start_says_that_cuda_without_deterministic_is_not_exact(tmp_path, m
         torch.use_deterministic_algorithms(False)
 
 
-def test_the_cards_are_hidden_from_tests_unless_asked_for():
-    program = "import os, tests.conftest; print(os.environ.get('CUDA_VISIBLE_DEVICES', 'all'))"
+def test_the_cards_are_hidden_from_tests_unless_asked_for(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
     for asked, wanted in (("", ""), ("1", "0")):
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0", "PERDURE_TEST_CUDA": asked}
-        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True,
-                              text=True)
-        assert done.stdout.strip() == wanted, done.stderr
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        monkeypatch.setenv("PERDURE_TEST_CUDA", asked)
+        runpy.run_path(str(ROOT / "tests/conftest.py"))
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == wanted

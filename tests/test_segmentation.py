@@ -119,7 +119,8 @@ def test_a_checkpoint_without_history_loads_and_says_so(tmp_path, straight, caps
     torch.save(old | {"epoch": 1}, tmp_path / "checkpoint_epoch_1.pth")  # counted from 0, as others do
     assert run("-opt", options_in(tmp_path), "--resume", tmp_path / "checkpoint_epoch_1.pth") == 0
     said = capsys.readouterr().out
-    assert "holds no train_losses, train_metrics_history, val_losses" in said and "iteration 6 of 9" in said
+    assert "holds no train_losses, train_metrics_history, val_losses" in said and "not bit for bit" in said
+    assert "iteration 6 of 9" in said
     assert len(final(tmp_path / "run")["state"]["train_losses"]) == 1
 
 
@@ -402,15 +403,3 @@ def test_real_landscapes_are_read(shared):
         assert item["L"].shape == (3, 64, 64) and set(item["H"].unique().tolist()) == {0, 1}
 
 
-def test_an_older_checkpoint_without_history_goes_on_and_says_so(tmp_path, capsys):
-    assert run("-opt", options_in(tmp_path, "old")) == 0
-    parts = final(tmp_path / "old")
-    capsys.readouterr()
-    torch.save({"epoch": 0, "model_state_dict": parts["G"], "optimizer_state_dict": parts["optimizerG"]},
-               tmp_path / "latest_checkpoint.pth")
-    assert run("-opt", options_in(tmp_path, "new"), "--resume", tmp_path / "latest_checkpoint.pth") == 0
-    said = capsys.readouterr().out
-    assert "resume   from" in said and "epoch 1" in said
-    (line,) = [line for line in said.splitlines() if line.startswith("absent")]
-    for name in ("train_losses", "val_metrics_history", "rng_state", "not bit for bit"):
-        assert name in line
