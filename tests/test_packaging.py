@@ -39,7 +39,7 @@ def test_old_words_answer_with_the_new_ones(words, answer):
     assert (done.returncode, done.stdout, done.stderr) == (2, "", answer)
 
 
-@pytest.mark.parametrize("words", [["report", "nowhere"], ["checkpoint", "verify", "nowhere"]])
+@pytest.mark.parametrize("words", [["report", "nowhere"], ["checkpoint", "inspect", "nowhere"]])
 def test_the_commands_run_as_modules(words):
     done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout and done.stderr.startswith("error: nowhere: ")
