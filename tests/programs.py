@@ -6,31 +6,55 @@ A process of its own takes four seconds to import torch. Where the interpreter's
 import itertools
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
+
+from runtime.hooks import Hooks
 from tests import tiny
 from tests.conftest import ROOT
-from tests.world import CONTEXT
 
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.world", "tests.runs"])
 COUNTER = itertools.count()
 
 
-def main_of(arguments: list[str], cwd: str, output: str, before: Callable | None) -> None:
-    """Run main.py in this process, with the rows of tests/tiny.py in its tables."""
-    os.chdir(cwd)
-    for number, stream in ((1, "out"), (2, "err")):
-        with open(f"{output}.{stream}", "w") as file:
-            os.dup2(file.fileno(), number)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)
-    sys.stderr = open(2, "w", buffering=1, closefd=False)
+def fork(target: Callable, *args) -> multiprocessing.Process:
+    """Start a function in a forked process. The server that forks starts in the checkout, where its imports are."""
+    process, folder = CONTEXT.Process(target=target, args=args), os.getcwd()
+    os.chdir(ROOT)
+    try:
+        process.start()
+    finally:
+        os.chdir(folder)
+    return process
+
+
+def print_to(out: str, err: str | None = None) -> None:
+    """Let this process print into files; both streams into one if there is no other."""
+    with open(out, "w") as file, open(err or out, "a") as errors:
+        os.dup2(file.fileno(), 1)
+        os.dup2(errors.fileno() if err else 1, 2)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+
+
+def run_main_here(arguments: list[str], out: str, err: str | None = None, hooks: Iterable[Hooks] = ()) -> None:
+    """Run main.py in this forked process, with the rows of tests/tiny.py in its tables, and exit."""
+    print_to(out, err)
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as everywhere else
+    torch.set_num_threads(1)
     for table, name, row in tiny.ROWS:
         table[name] = row
-    tiny.door.program(arguments, hooks=(before and before()) or ())
+    tiny.door.program(arguments, hooks=hooks)
+
+
+def main_of(arguments: list[str], cwd: str, output: str, before: Callable | None) -> None:
+    """Be the process of a `Program`."""
+    os.chdir(cwd)
+    run_main_here(arguments, f"{output}.out", f"{output}.err", (before and before()) or ())
 
 
 class Program:
@@ -42,9 +66,7 @@ class Program:
 
     def __init__(self, folder: Path, *arguments, cwd: Path = ROOT, before: Callable | None = None):
         self.output = folder / f"program{next(COUNTER)}"
-        words = [str(argument) for argument in arguments]
-        self.process = CONTEXT.Process(target=main_of, args=(words, str(cwd), str(self.output), before))
-        self.process.start()
+        self.process = fork(main_of, [str(argument) for argument in arguments], str(cwd), str(self.output), before)
         self.pid = self.process.pid
 
     @property
@@ -59,12 +81,8 @@ class Program:
     def stderr(self) -> str:
         return self.output.with_suffix(".err").read_text()
 
-    def send_signal(self, number: int) -> None:
-        if self.process.is_alive():
-            os.kill(self.pid, number)
-
     def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
+        self.process.kill()
 
     def wait(self, timeout: float = 60) -> int:
         """Return the exit code. Raises TimeoutExpired after `timeout` seconds; the process is left running."""

@@ -26,7 +26,7 @@ from storage import files
 from storage.tree import Snapshot
 from tests import tiny, world
 from tests.conftest import write_json
-from tests.programs import Program
+from tests.programs import Program, fork, print_to
 from tests.runs import final, run, run_until
 from tests.test_checkpoint import parts
 
@@ -236,9 +236,7 @@ def test_a_kill_between_a_commit_and_its_links_is_put_right_at_the_next_start(tm
 
 def prove_child(task, output):
     """Be the process of a run of prove.py, forked."""
-    with open(output, "w") as file:
-        os.dup2(file.fileno(), 1)
-    sys.stdout = open(1, "w", closefd=False)
+    print_to(output)
     sys.argv = ["", task]
     prove.child()
 
@@ -246,8 +244,7 @@ def prove_child(task, output):
 def test_prove_resume_says_exact_on_the_users_own_options(tmp_path, monkeypatch, capsys):
     def forked(command, **_):
         assert command[:3] == [sys.executable, "-c", prove.CHILD]
-        process = world.CONTEXT.Process(target=prove_child, args=(command[3], str(tmp_path / "said")))
-        process.start()
+        process = fork(prove_child, command[3], str(tmp_path / "said"))
         process.join(60)
         return subprocess.CompletedProcess(command, process.exitcode, (tmp_path / "said").read_text(), "")
 

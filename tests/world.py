@@ -1,4 +1,4 @@
-"""Several processes of one run, forked from a process that has imported everything: a world starts in a second."""
+"""The processes of one run: what happens in them, and how they end; and small options of every recipe."""
 
 import builtins
 import copy
@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 import time
 
 import torch
@@ -17,9 +16,8 @@ from runtime import distributed
 from runtime.hooks import Hooks
 from tests import tiny
 from tests.conftest import ROOT, write_json
+from tests.programs import fork, run_main_here
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.world", "tests.tiny"])
 BATCH = 12  # of all recipes: shared by 1, 2, 3, 4
 DDCONFIG = {"in_channels": 3, "out_ch": 3, "resolution": 16, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
             "attn_resolutions": [], "z_channels": 4}
@@ -30,16 +28,7 @@ def member(rank, size, port, arguments, output, acts):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="", TORCHELASTIC_USE_AGENT_STORE="True",
                       TORCHELASTIC_RESTART_COUNT="0")
-    with open(output, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.stdout = open(1, "w", closefd=False)
-    sys.stderr = open(2, "w", closefd=False)
-    multiprocessing.set_start_method("fork", force=True)  # of data workers, as everywhere else
-    torch.set_num_threads(1)
-    for table, name, row in tiny.ROWS:
-        table[name] = row
-    tiny.door.program(arguments, hooks=[Acts({(step, what) for who, step, what in acts if who == rank})])
+    run_main_here(arguments, output, hooks=[Acts({(step, what) for who, step, what in acts if who == rank})])
 
 
 class Acts(Hooks):
@@ -175,10 +164,8 @@ class World:
         stem = f"{time.monotonic_ns()}"
         self.outputs = [folder / f"{stem}_{rank}.txt" for rank in range(size)]
         words = [str(argument) for argument in arguments]
-        self.processes = [CONTEXT.Process(target=member, args=(rank, size, self.store.port, words, str(path), acts))
+        self.processes = [fork(member, rank, size, self.store.port, words, str(path), acts)
                           for rank, path in enumerate(self.outputs)]
-        for process in self.processes:
-            process.start()
 
     def said(self, rank):
         return self.outputs[rank].read_text() if self.outputs[rank].exists() else ""
