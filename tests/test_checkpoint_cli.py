@@ -118,7 +118,7 @@ def test_convert_makes_what_others_read_and_touches_nothing(runs, tmp_path, caps
 def test_a_bundle_made_of_kairs_folder_resumes_and_says_what_it_lacks(runs, tmp_path, capsys):
     assert ask(capsys, "convert", runs / "split", "--to", "kair", tmp_path / "kair")[0] == 0
     assert ask(capsys, "convert", tmp_path / "kair", "--to", "bundle", tmp_path / "kair.pt")[0] == 0
-    path = write_json(tmp_path / "two.json", tiny.options(tmp_path, "two", train={"total_iter": 10}))
+    path = tiny.write(tmp_path, "two", train={"total_iter": 10})
     assert run("-opt", path, "--resume", tmp_path / "kair.pt") == 0
     said = capsys.readouterr().out
     assert "iteration 9 of 10" in said and "absent   rng_state, sampler_state" in said

@@ -90,11 +90,11 @@ def test_kernels_are_timed_in_training_only(tmp_path, monkeypatch):
         seen["step"].add(torch.backends.cudnn.benchmark), step(self, n)))
     monkeypatch.setattr(ModelPlain, "test", lambda self: (
         seen["test"].add(torch.backends.cudnn.benchmark), test(self)))
-    assert run("-opt", write_json(tmp_path / "run.json", tiny.options(tmp_path, "run"))) == 0
+    assert run("-opt", tiny.write(tmp_path)) == 0
     assert seen == {"step": {True}, "test": {False}} and not torch.backends.cudnn.benchmark
     seen["step"].clear()
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert run("-opt", write_json(tmp_path / "run.json", tiny.options(tmp_path, "run")), "--fresh") == 0
+    assert run("-opt", tiny.write(tmp_path), "--fresh") == 0
     assert seen["step"] == {False}
 
 
@@ -107,7 +107,7 @@ def test_the_start_says_that_cuda_without_deterministic_is_not_exact(tmp_path, m
         run.model.device = before
 
     monkeypatch.setattr(resume, "banner", on_cuda)
-    path = write_json(tmp_path / "run.json", tiny.options(tmp_path, "run", train={"total_iter": 1}))
+    path = tiny.write(tmp_path, train={"total_iter": 1})
     try:
         for value in ("false", "true"):
             assert run("-opt", path, "--fresh", "--set", f"deterministic={value}") == 0

@@ -15,18 +15,12 @@ import torch
 
 import checkpoint
 from data.sampler import EndlessBatches
-from tests import tiny, world
-from tests.conftest import ROOT, write_json
+from tests import world
+from tests.conftest import ROOT
 from tests.runs import assert_equal_runs, final, straight_and_stopped
+from tests.test_signals import TOTAL, tiny_file
 
-TOTAL = 6
 SIZES = (2, 3, 4)
-
-
-def tiny_file(folder, name, **over):
-    train = {"total_iter": TOTAL, **over.pop("train", {})}
-    path = write_json(folder / f"{name}.json", tiny.options(folder, name, train=train, **over))
-    return path
 
 
 def resumed(folder, size, make, stops):
@@ -136,7 +130,7 @@ def test_parts_of_a_batch_and_recomputed_steps(tmp_path):
 
 def failed(folder, acts, *words, path=None, **over):
     """What is said when it happens in one of two processes: the cause once, and all are gone in seconds."""
-    codes, said = world.run(folder / "out", 2, "-opt", path or tiny_file(folder, "run", **over), *words, acts=acts,
+    codes, said = world.run(folder / "out", 2, "-opt", path or tiny_file(folder, **over), *words, acts=acts,
                             seconds=30)
     assert 0 not in codes
     return codes, "".join(said)
@@ -166,7 +160,7 @@ def test_nan_in_one_process_is_told_once(tmp_path):
 
 
 def test_nan_in_one_process_makes_all_leave_the_step_out(tmp_path):
-    path = tiny_file(tmp_path, "run", train={"on_nan": "skip"})
+    path = tiny_file(tmp_path, train={"on_nan": "skip"})
     codes, said = world.run(tmp_path / "out", 2, "-opt", path, acts=[(1, 3, "nan")])
     assert codes == [0, 0] and "1 steps skipped" in said[0], said
 
@@ -185,7 +179,7 @@ def test_a_mistake_is_one_line(tmp_path, words, complaint):
 def test_a_refused_save_ends_all_or_none(tmp_path):
     codes, said = failed(tmp_path, [(0, 2, "full disk")])
     assert codes[0] == 2 and said.count("error:") == 1 and "checkpoint 2 was not saved" in said
-    warn = tiny_file(tmp_path, "run", checkpoint={"on_save_error": "warn"})
+    warn = tiny_file(tmp_path, checkpoint={"on_save_error": "warn"})
     codes, said = world.run(tmp_path / "out", 2, "-opt", warn, acts=[(0, 2, "full disk")])
     assert codes == [0, 0] and "the next interval tries again" in said[0], said
 
@@ -267,7 +261,7 @@ def test_a_killed_worker_leads_to_a_restart_that_goes_on_exactly(tmp_path):
 
 @pytest.mark.slow
 def test_a_failing_process_is_torchruns_root_cause(tmp_path):
-    broken = tiny_file(tmp_path, "run", train={"total_iter": 300, "G_optimizer_lr": 1e38})
+    broken = tiny_file(tmp_path, train={"total_iter": 300, "G_optimizer_lr": 1e38})
     process = torchrun(2, "-m", "tests.tiny", "-opt", broken, mark="cause")
     seconds, said = ended(process, "cause", 60)
     assert process.returncode == 1 and said.count("\nerror: the loss is not finite") == 1, said

@@ -13,7 +13,6 @@ import checkpoint
 from models.model_plain import ModelPlain
 from options import OptionError
 from tests import tiny
-from tests.conftest import write_json
 from tests.runs import assert_equal_runs, differing, final, rows, run, run_until, straight_and_stopped
 
 TOTAL = 9  # 11 samples in batches of 4: epochs of 2 steps, so that these cross four boundaries
@@ -28,15 +27,11 @@ STEPS = {"plain": {}, "parts": {"accumulate": 3}, "bf16": {"amp": "bf16"}, "fp16
 pytestmark = pytest.mark.usefixtures("tiny_tables")
 
 
-def option_file(folder, name="one", **over):
-    return write_json(folder / f"{name}.json", tiny.options(folder, name, **over))
-
-
 @pytest.mark.parametrize("background", [False, True], ids=["waiting", "in background"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_stopped_at_each_place_in_an_epoch(tmp_path, layout, background):
     keep = {**LAYOUTS[layout], "async": background}
-    one, two = straight_and_stopped(lambda name, _: option_file(tmp_path, name, checkpoint=keep), [1, 2, 3, 4, 8])
+    one, two = straight_and_stopped(lambda name, _: tiny.write(tmp_path, name, checkpoint=keep), [1, 2, 3, 4, 8])
     assert_equal_runs(one, two, TOTAL)
     assert sorted(os.listdir(one / "models")) == sorted(os.listdir(two / "models"))  # also what is kept is the same
 
@@ -45,7 +40,7 @@ def test_every_layout_stopped_at_each_place_in_an_epoch(tmp_path, layout, backgr
     *((kind, "split") for kind in STEPS), ("fp16", "bundle"), ("epochs", "bundle")])
 def test_every_kind_of_step(tmp_path, kind, layout):
     over = {"train": STEPS[kind], "checkpoint": LAYOUTS[layout]}
-    one, two = straight_and_stopped(lambda name, _: option_file(tmp_path, name, **over), [3, 6])
+    one, two = straight_and_stopped(lambda name, _: tiny.write(tmp_path, name, **over), [3, 6])
     assert_equal_runs(one, two, TOTAL)
     state = final(one)["state"]
     assert bool(state["scaler_state_dict"]) == (kind == "fp16") and state["history"] and state["best"]
@@ -54,7 +49,7 @@ def test_every_kind_of_step(tmp_path, kind, layout):
 @pytest.mark.slow  # the compiler takes most of a minute
 def test_compiled_steps(tmp_path):
     over = {"train": {"compile": True}}
-    assert_equal_runs(*straight_and_stopped(lambda name, _: option_file(tmp_path, name, **over), [3, 6]))
+    assert_equal_runs(*straight_and_stopped(lambda name, _: tiny.write(tmp_path, name, **over), [3, 6]))
 
 
 def test_workers_and_layout_changed_at_each_resume(tmp_path):
@@ -62,7 +57,7 @@ def test_workers_and_layout_changed_at_each_resume(tmp_path):
 
     def write(name, launch):
         workers, layout = launches[launch] if name == "two" else (0, "split")
-        return option_file(tmp_path, name, workers=workers, checkpoint=LAYOUTS[layout])
+        return tiny.write(tmp_path, name, workers=workers, checkpoint=LAYOUTS[layout])
 
     assert_equal_runs(*straight_and_stopped(write, [3, 6]), TOTAL)
 
@@ -70,7 +65,7 @@ def test_workers_and_layout_changed_at_each_resume(tmp_path):
 def test_what_a_validation_draws_leaves_the_training_alone(tmp_path, monkeypatch):
     real = ModelPlain.test
     for name in ("one", "two"):
-        assert run("-opt", option_file(tmp_path, name)) == 0
+        assert run("-opt", tiny.write(tmp_path, name)) == 0
         monkeypatch.setattr(ModelPlain, "test", lambda self: (real(self), torch.rand(1), random.random(),
                                                               np.random.random()))
     assert_equal_runs(tmp_path / "one", tmp_path / "two", TOTAL)
@@ -98,7 +93,7 @@ def test_parts_of_a_batch_make_the_same_step(tmp_path):
 
 def test_latest_and_best_are_links_that_retention_leaves(tmp_path):
     keep = {"layout": "bundle", "keep_last_n": 1, "name": "it{iter}.pt", "best_metric": "psnr", "best_mode": "min"}
-    assert run("-opt", option_file(tmp_path, checkpoint=keep, train={"checkpoint_test": 1})) == 0
+    assert run("-opt", tiny.write(tmp_path, "one", checkpoint=keep, train={"checkpoint_test": 1})) == 0
     models, history = tmp_path / "one/models", final(tmp_path / "one")["state"]["history"]
     worst = min(history, key=lambda row: row["test.psnr"])["iteration"]
     assert sorted(os.listdir(models)) == ["best.pt", "it9.pt", "latest.pt"]
@@ -112,12 +107,12 @@ def test_an_operation_without_a_deterministic_kernel_is_named(tmp_path, monkeypa
 
     monkeypatch.setattr(ModelPlain, "optimize_parameters", refused)
     with pytest.raises(OptionError, match="grid_sampler_2d_backward_cuda has no deterministic kernel on"):
-        run("-opt", option_file(tmp_path))
+        run("-opt", tiny.write(tmp_path, "one"))
 
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2], ids=lambda s: s.name)
 def test_every_signal_stops_after_the_step_with_its_exit_code_and_the_command_that_resumes(tmp_path, capsys, sig):
-    path = option_file(tmp_path)
+    path = tiny.write(tmp_path, "one")
     run_until(5, "-opt", path, sig=sig)
     said = capsys.readouterr().out
     assert f"stopped  by {sig.name} after iteration 5; resume with: python main.py -opt {path}" in said
@@ -125,7 +120,7 @@ def test_every_signal_stops_after_the_step_with_its_exit_code_and_the_command_th
 
 
 def test_an_interrupted_save_has_one_slot_that_the_next_regular_one_frees(tmp_path):
-    path = option_file(tmp_path, checkpoint=LAYOUTS["bundle"])
+    path = tiny.write(tmp_path, "one", checkpoint=LAYOUTS["bundle"])
     for step in (3, 5):  # 3 is validated and the best, so it is kept under that name
         run_until(step, "-opt", path)
         assert "interrupted.pt" in os.listdir(tmp_path / "one/models")
@@ -136,7 +131,7 @@ def test_an_interrupted_save_has_one_slot_that_the_next_regular_one_frees(tmp_pa
 
 @pytest.mark.parametrize("layout, named", [("iterations", "it4.pth"), ("split", "4_G.pth")])
 def test_an_older_one_archives_the_newer_and_leads_to_the_same_end_as_does_fresh(tmp_path, capsys, layout, named):
-    path, folder = option_file(tmp_path, checkpoint=LAYOUTS[layout]), tmp_path / "one"
+    path, folder = tiny.write(tmp_path, "one", checkpoint=LAYOUTS[layout]), tmp_path / "one"
     assert run("-opt", path) == 0
     kept = final(folder)
     assert run("-opt", path, "--resume", folder / "models" / named) == 0
@@ -162,4 +157,4 @@ def test_parameters_in_another_memory_format_resume_exactly(tmp_path, monkeypatc
 
     monkeypatch.setattr(ModelPlain, "__init__", channels_last)
     over = {"checkpoint": {"async": background}}
-    assert_equal_runs(*straight_and_stopped(lambda name, _: option_file(tmp_path, name, **over), [3, 6]))
+    assert_equal_runs(*straight_and_stopped(lambda name, _: tiny.write(tmp_path, name, **over), [3, 6]))

@@ -31,7 +31,7 @@ ALL = [(what, workers, size) for what in SAID for workers in (0, 2) for size in 
 @pytest.mark.parametrize("what, workers, size", [
     pytest.param(*case, marks=() if case in SOON else pytest.mark.slow) for case in dict.fromkeys([*SOON, *ALL])])
 def test_a_sample_that_fails_costs_no_step(tmp_path, what, workers, size):
-    path = tiny_file(tmp_path, "run", workers=workers)
+    path = tiny_file(tmp_path, workers=workers)
     codes, said = world.run(tmp_path / "out", size, "-opt", path, acts=[(size - 1, 4, f"sample {what}")], seconds=60)
     everything = "".join(said)
     assert codes == [2] * size and everything.count("error:") == 1 and "Traceback" not in everything, said
@@ -43,7 +43,7 @@ def test_a_sample_that_fails_costs_no_step(tmp_path, what, workers, size):
 
 
 def test_a_worker_that_dies_in_a_save_does_not_harm_it(tmp_path):
-    path = tiny_file(tmp_path, "run", workers=2)
+    path = tiny_file(tmp_path, workers=2)
     codes, (said,) = world.run(tmp_path / "out", 1, "-opt", path, acts=[(0, 1, "worker dies in save")])
     assert codes == [2] and "not saved" not in said, said
     assert "models/2.json in " in said and "error: a data worker was ended by SIGKILL" in said, said

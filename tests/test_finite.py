@@ -54,7 +54,7 @@ def test_a_gradient_that_is_not_finite_stops_before_its_step(tmp_path, shared):
 def test_a_gradient_that_is_not_finite_is_named_with_its_step(tmp_path, monkeypatch):
     spoil_gradients(monkeypatch, {5})
     with pytest.raises(train.NonFiniteLoss, match="the gradient is not finite at iteration 5: "):
-        run("-opt", write_json(tmp_path / "one.json", tiny.options(tmp_path, "one")))
+        run("-opt", tiny.write(tmp_path, "one"))
     assert checkpoint.find_newest(tmp_path / "one/models").iteration == 4 and all_finite(tmp_path / "one")
 
 
@@ -62,7 +62,7 @@ def test_a_gradient_that_is_not_finite_is_named_with_its_step(tmp_path, monkeypa
 def test_skipping_leaves_such_a_step_out_and_resumes_exactly(tmp_path, monkeypatch, clip):
     over = {"train": {"on_nan": "skip", "G_optimizer_clipgrad": clip}}
     for name in ("one", "two"):
-        path = write_json(tmp_path / f"{name}.json", tiny.options(tmp_path, name, **over))
+        path = tiny.write(tmp_path, name, **over)
         with monkeypatch.context() as patch:
             spoil_gradients(patch, {3})
             run_until(4 if name == "two" else None, "-opt", path)
@@ -76,7 +76,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_or_is_skipped_with_its_batc
     def poison(run):
         run.model.degraded = run.model.degraded * float("nan")
 
-    path = write_json(tmp_path / "one.json", tiny.options(tmp_path, "one"))
+    path = tiny.write(tmp_path, "one")
     with pytest.raises(train.NonFiniteLoss, match="not finite at iteration 3: G_loss nan"):
         run("-opt", path, hooks=[tiny.At("before_step", 3, poison)])
     assert checkpoint.find_newest(tmp_path / "one/models").iteration == 2 and all_finite(tmp_path / "one")
@@ -87,7 +87,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_or_is_skipped_with_its_batc
 
 def test_many_skips_in_a_row_end_the_run(tmp_path, monkeypatch):
     spoil_gradients(monkeypatch, set(range(4, 100)))
-    path = write_json(tmp_path / "one.json", tiny.options(tmp_path, "one", train={"on_nan": "skip", "nan_limit": 3}))
+    path = tiny.write(tmp_path, "one", train={"on_nan": "skip", "nan_limit": 3})
     with pytest.raises(train.NonFiniteLoss, match="3 steps in a row were skipped until iteration 6"):
         run("-opt", path)
     assert all_finite(tmp_path / "one")
@@ -101,7 +101,7 @@ def test_weights_or_moments_that_are_not_finite_are_never_committed(tmp_path, pa
                   "moment": next(iter(model.G_optimizer.state.values()))["exp_avg_sq"]}[part]
         target.view(-1)[0] = float("nan") if part == "batch statistics" else float("inf")
 
-    path = write_json(tmp_path / "one.json", tiny.options(tmp_path, "one", train={"checkpoint_save": 5}))
+    path = tiny.write(tmp_path, "one", train={"checkpoint_save": 5})
     with pytest.raises(train.NonFiniteLoss, match="after iteration 5 .* is not finite, so no checkpoint"):
         run("-opt", path, hooks=[tiny.At("after_step", 5, overflow)])
     assert not checkpoint.find_newest(tmp_path / "one/models") or \
@@ -121,7 +121,7 @@ def test_infinity_in_a_buffer_is_a_mask_and_is_saved():
 def test_fp16_that_never_finds_a_finite_gradient_ends_the_run(tmp_path, monkeypatch):
     spoil_gradients(monkeypatch, set(range(4, 100)))
     train_options = {"amp": "fp16", "total_iter": 60, "checkpoint_print": 5}
-    path = write_json(tmp_path / "one.json", tiny.options(tmp_path, "one", train=train_options))
+    path = tiny.write(tmp_path, "one", train=train_options)
     with pytest.raises(train.NonFiniteLoss, match="fp16's loss scale fell to"):
         run("-opt", path)
     assert all_finite(tmp_path / "one")
@@ -129,13 +129,13 @@ def test_fp16_that_never_finds_a_finite_gradient_ends_the_run(tmp_path, monkeypa
 
 def test_a_run_of_nothing_but_skipped_steps_is_not_finished(tmp_path, monkeypatch):
     spoil_gradients(monkeypatch, set(range(1, 100)))
-    path = write_json(tmp_path / "one.json", tiny.options(tmp_path, "one", train={"on_nan": "skip", "nan_limit": 50}))
+    path = tiny.write(tmp_path, "one", train={"on_nan": "skip", "nan_limit": 50})
     with pytest.raises(train.NonFiniteLoss, match="9 steps in a row were skipped"):
         run("-opt", path)
 
 
 def test_a_checkpoint_of_weights_that_are_not_finite_is_named(tmp_path):
-    path = write_json(tmp_path / "one.json", tiny.options(tmp_path, "one"))
+    path = tiny.write(tmp_path, "one")
     assert run("-opt", path) == 0
     parts = checkpoint.find_newest(tmp_path / "one/models").load()
     parts["G"]["body.0.bias"][0] = float("nan")

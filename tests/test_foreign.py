@@ -28,7 +28,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         tiny.add_rows(patch)
-        assert run("-opt", write_json(folder / "one.json", tiny.options(folder, "one"))) == 0
+        assert run("-opt", tiny.write(folder, "one")) == 0
     return folder / "one"
 
 
@@ -68,7 +68,7 @@ def test_an_old_dictionary_says_what_it_lacks(tmp_path, state, capsys):
     torch.save({"epoch": 2, "model_state_dict": state["G"], "loss": 0.25, "config": {"embed_dim": 64, "lr": 1e-3}},
                tmp_path / "old.pth")
     assert locate(tmp_path / "old.pth").load()["state"]["metric"] == 0.25
-    path = write_json(tmp_path / "two.json", tiny.options(tmp_path, "two", train={"total_iter": 7}))
+    path = tiny.write(tmp_path, "two", train={"total_iter": 7})
     assert run("-opt", path, "--resume", tmp_path / "old.pth") == 0
     said = capsys.readouterr().out
     assert "absent   E, optimizerG, rng_state, sampler_state: starts over" in said and "embed_dim" not in said
@@ -125,7 +125,7 @@ def test_kairs_and_basicsrs_weights_start_a_run(tmp_path, state, capsys):
     torch.save({"params": state["G"], "params_ema": state["E"]}, tmp_path / "basicsr.pth")
     with pytest.raises(CheckpointError, match="holds weights only, no iteration; start from them with --init-from"):
         locate(tmp_path / "basicsr.pth")
-    path = write_json(tmp_path / "two.json", tiny.options(tmp_path, "two", train={"total_iter": 1}))
+    path = tiny.write(tmp_path, "two", train={"total_iter": 1})
     assert run("-opt", path, "--init-from", tmp_path / "basicsr.pth") == 0
     assert "loaded      9 tensors" in capsys.readouterr().out
 
@@ -141,7 +141,7 @@ def test_weights_below_a_prefix_are_found_for_the_network_that_they_fit():
 def test_an_optimizer_of_another_network_is_refused_by_name(tmp_path, state):
     state["optimizerG"]["state"][0]["exp_avg"] = torch.zeros(5)
     torch.save({"global_step": 2, "state_dict": state["G"], "optimizer": state["optimizerG"]}, tmp_path / "x.ckpt")
-    path = write_json(tmp_path / "two.json", tiny.options(tmp_path, "two"))
+    path = tiny.write(tmp_path, "two")
     with pytest.raises(CheckpointError, match=r"x.ckpt: optimizerG: exp_avg \(5,\) does not fit a parameter of \(8, 3"):
         run("-opt", path, "--resume", tmp_path / "x.ckpt")
     assert not (tmp_path / "two").exists()
@@ -177,11 +177,11 @@ def test_without_a_network_to_load_there_is_no_resume(tmp_path, state, capsys, k
     models = tmp_path / "own/models"
     models.mkdir(parents=True)
     capsys.readouterr()
-    own = write_json(tmp_path / "own.json", tiny.options(tmp_path, "own"))
+    own = tiny.write(tmp_path, "own")
     there = tmp_path / "theirs.pth"
     for source, words in ((there, ("--resume", there)), (models / "theirs.pth", ())):
         torch.save(payload, source)
-        path = own if not words else write_json(tmp_path / "two.json", tiny.options(tmp_path, "two"))
+        path = own if not words else tiny.write(tmp_path, "two")
         with pytest.raises(CheckpointError, match="holds no weights under a known key") as caught:
             run("-opt", path, *words)
         said = str(caught.value)
@@ -353,7 +353,7 @@ def test_a_scheduler_that_stood_elsewhere_is_said(tmp_path, state, capsys, key):
 
 def test_version_1_resumes_exactly(tmp_path, state):
     """A folder as 0.1.0 left it: no seals, one process's generators, no best."""
-    run_until(4, "-opt", write_json(tmp_path / "old.json", tiny.options(tmp_path, "old")))
+    run_until(4, "-opt", tiny.write(tmp_path, "old"))
     found = find_newest(tmp_path / "old/models")
     loaded = found.load()
     loaded["state"] = {key: value for key, value in loaded["state"].items()

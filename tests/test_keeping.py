@@ -37,8 +37,7 @@ pytestmark = pytest.mark.usefixtures("tiny_tables")
 
 
 def test_a_run_is_refused_by_the_owners_name_until_that_dies_and_its_workers_hold_no_lock(tmp_path):
-    tree = tiny.options(tmp_path, "run", workers=2, train={"total_iter": 100000, "checkpoint_save": 5})
-    path = write_json(tmp_path / "run.json", tree)
+    path = tiny.write(tmp_path, workers=2, train={"total_iter": 100000, "checkpoint_save": 5})
     first = Program(tmp_path, "-opt", path)
     try:
         deadline = time.monotonic() + 60
@@ -132,7 +131,7 @@ def test_an_error_on_the_thread_surfaces_at_the_next_step(tmp_path, monkeypatch,
             steps.append(run.iteration)
 
     keep = {"async": True, "on_save_error": policy}
-    path = write_json(tmp_path / "run.json", tiny.options(tmp_path, "run", checkpoint=keep))
+    path = tiny.write(tmp_path, checkpoint=keep)
     if policy == "stop":
         with pytest.raises(CheckpointError, match="checkpoint 2 was not saved: .*No space left on device; older"):
             run("-opt", path, hooks=[Counting()])
@@ -154,7 +153,7 @@ def test_a_signal_in_the_middle_of_a_background_save_ends_with_both_committed(tm
         return real(folder, iteration, *args, **kwargs)
 
     keep = {"async": True}
-    path = write_json(tmp_path / "run.json", tiny.options(tmp_path, "run", checkpoint=keep))
+    path = tiny.write(tmp_path, checkpoint=keep)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "commit", slow)
         assert run("-opt", path) == 143
@@ -219,7 +218,7 @@ def test_links_become_copies_where_a_disk_has_none(tmp_path, monkeypatch):
 
 
 def test_a_kill_between_a_commit_and_its_links_is_put_right_at_the_next_start(tmp_path, monkeypatch):
-    path = write_json(tmp_path / "run.json", tiny.options(tmp_path, "run", train={"total_iter": 20}))
+    path = tiny.write(tmp_path, train={"total_iter": 20})
     for step in (8, 9):
         run_until(step, "-opt", path)
         latest, best = (tmp_path / f"run/models/{name}.json" for name in ("latest", "best"))
@@ -313,7 +312,7 @@ def test_prove_resume_says_whether_and_why(tmp_path, monkeypatch, in_this_proces
         self.degraded = self.degraded + more.get(fault, next(clock)) * 1e-3
 
     monkeypatch.setattr(ModelPlain, "feed_data", feed_data)
-    code = prove.prove(str(write_json(tmp_path / "run.json", tiny.options(tmp_path, "run"))), [], 4)
+    code = prove.prove(str(tiny.write(tmp_path)), [], 4)
     said = capsys.readouterr().out
     assert code == (fault != "none") and words in said
     assert ("differs " in said and "first G.body.0.weight" in said) == (fault != "none")
@@ -343,7 +342,7 @@ def test_a_proof_that_did_not_resume_is_an_error(tmp_path, monkeypatch, in_this_
         return call(folder, name, *args)
 
     monkeypatch.setattr(prove, "_run", forget)
-    path = write_json(tmp_path / "run.json", tiny.options(tmp_path, "run"))
+    path = tiny.write(tmp_path)
     with pytest.raises(CheckpointError, match="started again at iteration 0 instead of 2, so nothing was proved"):
         prove.prove(str(path), [], 4)
 
@@ -361,7 +360,7 @@ def test_a_disk_without_fsync_is_accepted_and_said_once(tmp_path, monkeypatch, c
             raise OSError(number, os.strerror(number))
         real(descriptor)
 
-    path = write_json(tmp_path / "run.json", tiny.options(tmp_path, "run"))
+    path = tiny.write(tmp_path)
     monkeypatch.setattr(os, "fsync", refuse)
     monkeypatch.setattr(files, "notices", [])
     if number in (errno.EINVAL, errno.ENOTSUP) or kind == "folders" and number in (errno.EBADF, errno.EACCES):
@@ -380,7 +379,7 @@ def test_a_disk_without_fsync_is_accepted_and_said_once(tmp_path, monkeypatch, c
                                                   ("replace", errno.ENOSPC, "make room there")])
 def test_a_folder_that_takes_no_checkpoint_is_found_before_the_first_step(tmp_path, monkeypatch, capsys, call, number,
                                                                         remedy):
-    path = write_json(tmp_path / "run.json", tiny.options(tmp_path, "run"))
+    path = tiny.write(tmp_path)
     (tmp_path / "run/models/.probe").mkdir(parents=True)  # a kill in the trial of an earlier start
     (tmp_path / "run/models/.probe/1.json").write_text("{}")
 
@@ -429,7 +428,7 @@ def test_a_run_never_starts_over_silently_beside_what_it_cant_use(tmp_path, caps
         if left != "refused":
             os.truncate(file, 900)
     before = sorted(os.listdir(models))
-    path = write_json(tmp_path / "run.json", tiny.options(tmp_path, "run"))
+    path = tiny.write(tmp_path)
     reason = {"refused": "holds an object .torch.optim", "cut": "damaged", "members": "state is missing"}
     with pytest.raises(CheckpointError,
                        match=f"none is usable .*{reason.get(left.split()[0], 'network_of_mine .1 tensors')}"):
@@ -450,8 +449,8 @@ def test_a_run_that_was_moved_and_renamed_resumes_in_its_new_folder(tmp_path, ca
 
 
 def test_a_checkpoint_past_the_end_is_no_finished_run(tmp_path):
-    assert run("-opt", write_json(tmp_path / "a.json", tiny.options(tmp_path, "a", train={"total_iter": 4}))) == 0
-    path = write_json(tmp_path / "b.json", tiny.options(tmp_path, "b", train={"total_iter": 3}))
+    assert run("-opt", tiny.write(tmp_path, "a", train={"total_iter": 4})) == 0
+    path = tiny.write(tmp_path, "b", train={"total_iter": 3})
     with pytest.raises(options.OptionError, match=r"4.json: is at iteration 4, past train.total_iter 3; raise that"):
         run("-opt", path, "--resume", tmp_path / "a/models/4.json")
     assert not (tmp_path / "b").exists()

@@ -44,7 +44,7 @@ def facts_in(page):
 
 def resumed_run(tmp_path, name="one", step=5, **train):
     """A tiny run that was stopped by a signal once and resumed. Returns its folder."""
-    path = write_json(tmp_path / f"{name}.json", tiny.options(tmp_path, name, val={"save_img": True}, train=train))
+    path = tiny.write(tmp_path, name, val={"save_img": True}, train=train)
     run_until(step, "-opt", path)
     states = facts_in(tmp_path / name / "log/report.html")["runs"][0]
     assert (states["state"], states["reason"], states["iteration"]) == ("interrupted", "by SIGTERM", step)
@@ -195,7 +195,7 @@ def test_status_tells_how_a_run_ended_and_what_was_set(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("tiny_tables")
 def test_a_report_that_cannot_be_written_stops_no_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "one/log/report.html").mkdir(parents=True)  # nothing can be renamed to it
-    assert run("-opt", write_json(tmp_path / "one.json", tiny.options(tmp_path, "one"))) == 0
+    assert run("-opt", tiny.write(tmp_path, "one")) == 0
     said = capsys.readouterr().out
     assert said.count("warning  the report was not written: IsADirectoryError") == 1 and "finished 9" in said
     assert not (tmp_path / "one/log/report.html.tmp").exists()

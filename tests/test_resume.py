@@ -11,7 +11,7 @@ from torchvision.io import write_png
 import checkpoint
 import options
 from tests import tiny
-from tests.conftest import run_main, write_json
+from tests.conftest import run_main
 from tests.programs import run_program
 from tests.runs import assert_equal_runs, differing, final, rows, run, straight_and_stopped
 from tests.vrt import vrt_file
@@ -20,24 +20,20 @@ TOTAL = 9  # 11 samples in batches of 4: epochs of 2 steps
 pytestmark = pytest.mark.usefixtures("tiny_tables")
 
 
-def tiny_file(folder, name="run", **over):
-    return write_json(folder / f"{name}.json", tiny.options(folder, name, **over))
-
-
 @pytest.fixture(scope="module")
 def never_stopped(tmp_path_factory):
     """A run that was never stopped: its folder, where `straight` may not be changed by a test."""
     folder = tmp_path_factory.mktemp("never_stopped")
     with pytest.MonkeyPatch.context() as patch:
         tiny.add_rows(patch)
-        assert run("-opt", tiny_file(folder, "straight")) == 0
+        assert run("-opt", tiny.write(folder, "straight")) == 0
     return folder / "straight"
 
 
 @pytest.fixture
 def straight(tmp_path, never_stopped):
     """The same run for one test alone: `straight.json` leads to its folder."""
-    tiny_file(tmp_path, "straight")
+    tiny.write(tmp_path, "straight")
     shutil.copytree(never_stopped, tmp_path / "straight")
     for which in ("latest", "best"):  # hard links, which copying takes apart
         link = tmp_path / f"straight/models/{which}.json"
@@ -93,7 +89,7 @@ def die_in_step_5():
 
 
 def test_a_run_that_was_killed_resumes_from_its_last_commit(straight, tmp_path, capsys):
-    path = tiny_file(tmp_path, "killed", workers=2)
+    path = tiny.write(tmp_path, "killed", workers=2)
     assert run_program(tmp_path, "-opt", path, before=die_in_step_5).returncode == -signal.SIGKILL
     assert run("-opt", path) == 0
     assert f"killed/models/4.json: iteration 4 of {TOTAL}" in capsys.readouterr().out
@@ -101,7 +97,7 @@ def test_a_run_that_was_killed_resumes_from_its_last_commit(straight, tmp_path, 
 
 
 def test_a_finished_run_says_so_and_goes_on_when_raised(straight, tmp_path, capsys):
-    assert run("-opt", tiny_file(tmp_path, "short", train={"total_iter": 4, "G_scheduler_periods": TOTAL})) == 0
+    assert run("-opt", tiny.write(tmp_path, "short", train={"total_iter": 4, "G_scheduler_periods": TOTAL})) == 0
     before = os.stat(tmp_path / "short/models/4.json").st_mtime_ns
     capsys.readouterr()
     assert run("-opt", tmp_path / "short.json") == 0
@@ -118,19 +114,19 @@ def test_a_finished_run_says_so_and_goes_on_when_raised(straight, tmp_path, caps
 
 
 def test_epochs_count_for_total_and_intervals(tmp_path):
-    assert run("-opt", tiny_file(tmp_path, train={"save_interval": 2, "eval_interval": 3}), "--epochs", 4) == 0
+    assert run("-opt", tiny.write(tmp_path, train={"save_interval": 2, "eval_interval": 3}), "--epochs", 4) == 0
     assert [int(row["iteration"]) for row in rows(tmp_path / "run", "test")] == [6, 8]
     best = checkpoint.locate(tmp_path / "run/models/best.json").iteration
     assert [s.iteration for s in checkpoint.find_sets(tmp_path / "run/models")] == sorted({4, best, 8})
 
 
 def test_resume_from_another_folder_gives_the_same_end(straight, tmp_path):
-    assert run("-opt", tiny_file(tmp_path, "elsewhere"), "--resume", straight / "models/4.json") == 0
+    assert run("-opt", tiny.write(tmp_path, "elsewhere"), "--resume", straight / "models/4.json") == 0
     assert differing(final(straight), final(tmp_path / "elsewhere")) == []
 
 
 def test_init_from_takes_weights_only_and_starts_at_zero(straight, tmp_path, capsys):
-    path = tiny_file(tmp_path, "tuned", train={"total_iter": 1})
+    path = tiny.write(tmp_path, "tuned", train={"total_iter": 1})
     assert run("-opt", path, "--init-from", straight / "models/9_E.pth") == 0
     said = capsys.readouterr().out
     assert "start    at iteration 0 of 1" in said and "dropped     0 tensors" in said
@@ -161,7 +157,7 @@ def test_a_kair_folder_is_resumed_and_what_is_absent_is_said(straight, tmp_path,
     folder.mkdir(parents=True)
     for label in ("G", "E"):
         torch.save(checkpoint.locate(straight / "models/4.json").load()[label], folder / f"4_{label}.pth")
-    assert run("-opt", tiny_file(tmp_path, "kair")) == 0
+    assert run("-opt", tiny.write(tmp_path, "kair")) == 0
     said = capsys.readouterr().out
     assert f"iteration 4 of {TOTAL}" in said and "absent   optimizerG, state" in said
 
@@ -182,12 +178,12 @@ def test_a_full_disk_stops_with_a_line_or_warns_and_tries_again(tmp_path, monkey
         return real(descriptor)
 
     monkeypatch.setattr(os, "fsync", full_once)
-    assert run("-opt", tiny_file(tmp_path, "warned", checkpoint={"on_save_error": "warn"})) == 0
+    assert run("-opt", tiny.write(tmp_path, "warned", checkpoint={"on_save_error": "warn"})) == 0
     assert "warning  checkpoint 2 was not saved: [Errno 28] No space left" in capsys.readouterr().out
     assert [s.iteration for s in checkpoint.find_sets(tmp_path / "warned/models")] == [4, 6, 8, 9]
     refusals = iter(range(100))
     with pytest.raises(checkpoint.CheckpointError, match="No space left on device; older checkpoints are intact"):
-        run("-opt", tiny_file(tmp_path, "stopped"))
+        run("-opt", tiny.write(tmp_path, "stopped"))
     assert not list((tmp_path / "stopped/models").iterdir())
 
 
@@ -224,7 +220,7 @@ def test_bad_input_is_one_line_and_makes_nothing(tmp_path, monkeypatch, argument
 
 
 def test_weights_of_another_architecture_are_refused(straight, tmp_path):
-    path = tiny_file(tmp_path, "wide", netG={"net_type": "tiny", "width": 16})
+    path = tiny.write(tmp_path, "wide", netG={"net_type": "tiny", "width": 16})
     with pytest.raises(checkpoint.CheckpointError, match="of another architecture: .* instead of"):
         run("-opt", path, "--resume", straight / "models/4.json")
     assert not (tmp_path / "wide").exists()

@@ -10,21 +10,14 @@ import pytest
 
 import checkpoint
 from tests import tiny, world
-from tests.conftest import ROOT, write_json
-from tests.runs import differing
+from tests.conftest import ROOT
+from tests.runs import assert_equal_runs
 
 TOTAL = 6
 
 
-def tiny_file(folder, name, **over):
-    train = {"total_iter": TOTAL, **over.pop("train", {})}
-    return write_json(folder / f"{name}.json", tiny.options(folder, name, train=train, **over))
-
-
-def final(folder, name):
-    found = checkpoint.find_newest(folder / name / "models")
-    assert found.iteration == TOTAL
-    return found.load()
+def tiny_file(folder, name="run", **over):
+    return tiny.write(folder, name, train={"total_iter": TOTAL, **over.pop("train", {})}, **over)
 
 
 def saved(folder, name="run"):
@@ -40,11 +33,11 @@ def assert_resumes_equal(folder, path, size=1):
     straight.write_text(path.read_text().replace('"task": "run"', '"task": "straight"'))
     codes, said = world.run(folder / "out", size, "-opt", straight)
     assert codes == [0] * size, said
-    assert differing(final(folder, "run"), final(folder, "straight")) == []
+    assert_equal_runs(folder / "run", folder / "straight", TOTAL)
 
 
 def test_a_closed_terminal_stops_and_saves(tmp_path):
-    path = tiny_file(tmp_path, "run")
+    path = tiny_file(tmp_path)
     codes, said = world.run(tmp_path / "out", 1, "-opt", path, acts=[(0, 3, "SIGHUP")])
     assert codes == [-signal.SIGHUP] and "stopped  by SIGHUP after iteration 3" in said[0], said
     assert saved(tmp_path) == 3
@@ -52,13 +45,13 @@ def test_a_closed_terminal_stops_and_saves(tmp_path):
 
 
 def test_nohup_goes_on_when_the_terminal_closes(tmp_path):
-    path = tiny_file(tmp_path, "run")
+    path = tiny_file(tmp_path)
     codes, said = world.run(tmp_path / "out", 1, "-opt", path, acts=[(0, 0, "nohup"), (0, 3, "SIGHUP")])
     assert codes == [0] and f"finished {TOTAL}" in said[0], said
 
 
 def test_ctrl_c_is_answered_at_once_and_two_within_two_seconds_are_one(tmp_path):
-    path = tiny_file(tmp_path, "run")
+    path = tiny_file(tmp_path)
     codes, (said,) = world.run(tmp_path / "out", 1, "-opt", path, acts=[(0, 3, "press 0.5")])
     assert codes == [-signal.SIGINT] and said.count("stopping after this step; once more leaves without saving") == 1
     assert said.index("stopping after") < said.index("iter       3") < said.index("stopped  by SIGINT"), said
@@ -66,7 +59,7 @@ def test_ctrl_c_is_answered_at_once_and_two_within_two_seconds_are_one(tmp_path)
 
 
 def test_a_later_ctrl_c_leaves_at_once(tmp_path):
-    path = tiny_file(tmp_path, "run")
+    path = tiny_file(tmp_path)
     codes, (said,) = world.run(tmp_path / "out", 1, "-opt", path, acts=[(0, 3, "press 2.2")])
     assert codes == [130] and "stopped  by" not in said, said
     assert saved(tmp_path) == 2
@@ -74,7 +67,7 @@ def test_a_later_ctrl_c_leaves_at_once(tmp_path):
 
 def test_a_later_ctrl_c_leaves_at_once_also_when_this_process_is_in_c(tmp_path):
     """The main process is waiting for the other one, which is stopped: no handler in Python is ever called there."""
-    path = tiny_file(tmp_path, "run", train={"total_iter": 1000, "checkpoint_test": 5000})
+    path = tiny_file(tmp_path, train={"total_iter": 1000, "checkpoint_test": 5000})
     run = world.World(tmp_path / "out", 2, "-opt", path, acts=[(1, 3, "SIGSTOP")])
     run.wait_for("iter       2")
     while "(python) T" not in Path(f"/proc/{run.processes[1].pid}/stat").read_text():
@@ -93,7 +86,7 @@ def test_a_later_ctrl_c_leaves_at_once_also_when_this_process_is_in_c(tmp_path):
 @pytest.mark.parametrize("size, workers, rank", [(1, 0, 0), (1, 2, 0), (2, 0, 0), (2, 2, 1)])
 def test_a_hanging_sample_does_not_hold_a_stop(tmp_path, size, workers, rank):
     """Of two processes the last one's sample hangs; the signal is for either."""
-    path = tiny_file(tmp_path, "run", workers=workers)
+    path = tiny_file(tmp_path, workers=workers)
     run = world.World(tmp_path / "out", size, "-opt", path, acts=[(size - 1, 4, "sample hangs")])
     run.wait_for("iter       3")
     time.sleep(0.5)
@@ -106,7 +99,7 @@ def test_a_hanging_sample_does_not_hold_a_stop(tmp_path, size, workers, rank):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_stop_before_the_first_step_is_one_line(tmp_path, size):
-    path = tiny_file(tmp_path, "run")
+    path = tiny_file(tmp_path)
     codes, said = world.run(tmp_path / "out", size, "-opt", path, acts=[(size - 1, 0, "SIGTERM at start")], seconds=60)
     assert codes[-1] == -signal.SIGTERM and set(codes) <= {-signal.SIGTERM, 128 + signal.SIGTERM}, codes
     assert "".join(said).count("stopped  by SIGTERM before the first step\n") == 1 and "Traceback" not in "".join(said)
@@ -128,7 +121,7 @@ def test_a_stop_during_the_imports_is_one_line(tmp_path):
 
 
 def test_a_process_that_is_stopped_is_named_and_may_go_on(tmp_path):
-    path = tiny_file(tmp_path, "run")
+    path = tiny_file(tmp_path)
     run = world.World(tmp_path / "out", 2, "-opt", path, acts=[(0, 0, "impatient"), (1, 3, "SIGSTOP")])
     run.wait_for("waiting  for rank 1 since", after="2.json in")
     run.wait_for("no heartbeat: suspended, or", after="2.json in")
@@ -137,7 +130,7 @@ def test_a_process_that_is_stopped_is_named_and_may_go_on(tmp_path):
 
 
 def test_a_process_that_is_stopped_for_too_long_ends_the_run(tmp_path):
-    path = tiny_file(tmp_path, "run", dist_timeout=8)
+    path = tiny_file(tmp_path, dist_timeout=8)
     run = world.World(tmp_path / "out", 2, "-opt", path, acts=[(0, 0, "impatient"), (1, 3, "SIGSTOP")])
     run.processes[0].join(40)
     assert run.processes[0].exitcode == 1, run.report()
@@ -147,7 +140,7 @@ def test_a_process_that_is_stopped_for_too_long_ends_the_run(tmp_path):
 
 
 def test_a_process_that_is_late_is_named_and_waited_for(tmp_path):
-    path = tiny_file(tmp_path, "run", dist_timeout=4)
+    path = tiny_file(tmp_path, dist_timeout=4)
     acts = [(0, 0, "impatient"), (1, 0, "impatient"), (1, 4, "sample is late")]
     codes, said = world.run(tmp_path / "out", 2, "-opt", path, acts=acts)
     assert codes == [0, 0] and "waiting  for rank 1 since" in said[0].partition("2.json in")[2], said

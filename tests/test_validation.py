@@ -13,7 +13,6 @@ import options
 from models.model_plain import ModelPlain
 from runtime.evaluate import MOST_ATTEMPTS, NAME_BYTES, Progress, short_name
 from tests import tiny, world
-from tests.conftest import write_json
 from tests.programs import run_program
 from tests.runs import assert_equal_runs, final, rows, run, run_until
 from tests.test_exact import LAYOUTS
@@ -23,7 +22,7 @@ BOTH = {"checkpoint_save": 3, "checkpoint_test": 3}  # due at the same iteration
 
 
 def option_file(folder, name, train=None, **over):
-    return write_json(folder / f"{name}.json", tiny.options(folder, name, train={**BOTH, **(train or {})}, **over))
+    return tiny.write(folder, name, train={**BOTH, **(train or {})}, **over)
 
 
 def validated(folder):
@@ -95,7 +94,7 @@ def test_out_of_memory_in_a_validation_is_one_line_with_the_remedy(tmp_path, mon
 
 
 def test_one_process_whose_sample_fails_ends_the_validation_of_all_with_a_save(tmp_path):
-    path = write_json(tmp_path / "run.json", tiny.options(tmp_path, "run", train={"checkpoint_save": 100}))
+    path = tiny.write(tmp_path, train={"checkpoint_save": 100})
     codes, said = world.run(tmp_path / "out", 2, "-opt", path, acts=[(1, 3, "bad validation")])
     assert codes[0] in (1, 2) and codes[1] in (1, 2), said
     assert "validation of iteration 3 failed: test set test, 1: damaged on purpose" in said[0] + said[1]

@@ -23,6 +23,7 @@ from data import DATASETS
 from data.sampler import sample_rng
 from models import MODELS, NETWORKS
 from runtime.hooks import Hooks
+from tests.conftest import write_json
 
 ROWS = ((MODELS, "tiny", "models.model_plain:ModelPlain"), (NETWORKS, "tiny", "tests.tiny:Net"),
         (DATASETS, "tiny", "tests.tiny:Images"))
@@ -69,6 +70,11 @@ def options(folder, name, train=None, **over):
     return {"task": name, "model": "tiny", "path": {"root": str(folder)}, "num_threads": 1, "val": {"save_img": False},
             "datasets": {"train": loader, "test": {"dataset_type": "tiny", "num_samples": 2}},
             "netG": {"net_type": "tiny"}, "train": train, **over}
+
+
+def write(folder, name="run", *args, **over):
+    """Write the option file folder/NAME.json with these `options`. Returns its path."""
+    return write_json(folder / f"{name}.json", options(folder, name, *args, **over))
 
 
 class At(Hooks):
