@@ -241,7 +241,7 @@ def test_there_may_be_255_classes(tmp_path):
     folders = pictures_in(tmp_path, values=(0, 1))
     assert len(MaskTestDataset(**folders, image_size=16, num_classes=255, validation_split=1.0)) == 6
     for wrong in (0, 256):
-        with pytest.raises(ValueError, match=f"num_classes {wrong} in 1..255"):
+        with pytest.raises(ValueError, match=f"num_classes {wrong} must be from 1 to 255"):
             MaskTestDataset(**folders, image_size=16, num_classes=wrong)
 
 
