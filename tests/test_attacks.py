@@ -332,7 +332,7 @@ def test_no_file_that_can_be_read_runs_code(tmp_path, monkeypatch, capsys, modul
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--init-from"])
-def test_the_door_refuses_hostile_files(tmp_path, flag):
+def test_main_rejects_hostile_files(tmp_path, flag):
     torch.save({"params": {"w": torch.ones(1)}, "x": Call("os", "system")}, tmp_path / "bad.pth")
     done = run_program(tmp_path, "-opt", ROOT / "options/train_vrt.json", "--set", f"path.root={tmp_path}",
                        flag, tmp_path / "bad.pth", cwd=tmp_path)
@@ -409,7 +409,7 @@ HERE = b"ctests.test_attacks\nTrap\n"
 TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n("
 STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\0" + b"0X\x03\0\0\0cpuK\x02tQ"
 PROGRAMS = {
-    "made": (HERE + b")R", "stands"), "made anew": (HERE + b")\x81", "stands"),
+    "made": (HERE + b")R", "stands"), "made by __new__": (HERE + b")\x81", "stands"),
     "set": (HERE + b")R}X\x01\0\0\0aK\x01sb", "stands"),
     "set by slots": (HERE + b")RN}X\x01\0\0\0aK\x01s\x86b", "stands"),
     "filled": (HERE + b")RK\x01a", "stands"), "filled by keys": (HERE + b")RK\x01K\x02s", "stands"),

@@ -1,6 +1,6 @@
 """The main job stopped at random moments, by each signal, on drawn and on real video; 200 kills of short runs.
 
-Minutes long, so not part of the usual run:  python -m pytest -m slow tests/test_campaign.py
+Minutes long, so not part of the usual run:  python -m pytest -n 0 -s -m slow tests/test_campaign.py
 """
 
 import os

@@ -160,7 +160,7 @@ def test_weights_are_found_below_the_usual_keys_without_prefixes(tmp_path, wrap)
     assert list(checkpoint.extract_weights(payload, "x")) == ["a.module.w", "b"]
 
 
-def test_what_is_no_network_is_refused_by_name():
+def test_a_file_without_a_network_is_rejected_by_name():
     for payload, words in ((parts()["optimizerG"], "optimizer"), ([1], "holds a list"), ({"a": 1}, "no weights")):
         with pytest.raises(CheckpointError, match=words):
             checkpoint.extract_weights(payload, "x.pth")
@@ -300,7 +300,7 @@ def test_a_folder_that_cant_be_looked_into_is_one_line(tmp_path, monkeypatch):
         find_newest(tmp_path)
 
 
-def test_files_without_links_are_told_apart_where_a_disk_has_one_number_for_all(tmp_path, monkeypatch):
+def test_files_are_distinguished_where_a_disk_has_one_inode_number_for_all(tmp_path, monkeypatch):
     """Some FUSE and CIFS mounts give each file the same inode number."""
     real = os.stat
 

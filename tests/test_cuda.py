@@ -83,7 +83,7 @@ def test_each_process_has_its_device(monkeypatch, device, gpu_ids, rank, wanted)
 
 
 def test_kernels_are_timed_in_training_only(tmp_path, monkeypatch):
-    """A validation's shapes differ from clip to clip: each would be timed anew."""
+    """A validation's shapes differ from clip to clip: each would be timed again."""
     seen = {"step": set(), "test": set()}
     step, test = ModelPlain.optimize_parameters, ModelPlain.test
     monkeypatch.setattr(ModelPlain, "optimize_parameters", lambda self, n: (

@@ -206,7 +206,7 @@ def test_a_missing_permission_is_called_so(root):
         os.chmod(path, 0o755)
 
 
-def test_a_video_in_place_of_a_folder_is_told_what_is_wanted(tmp_path, shared):
+def test_a_video_in_place_of_a_folder_is_an_error_that_names_the_remedy(tmp_path, shared):
     clip = str(shared / "field/not_frames.mp4")
     for make in (lambda: FrameFolder(clip), lambda: images_by_name(clip), lambda: images_in(clip),
                  lambda: VideoRecurrentTestDataset(dataroot_gt=clip)):

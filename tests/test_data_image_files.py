@@ -1,4 +1,4 @@
-"""Every kind of image file is read by one rule, whatever the recipe; what is no picture is told in one line."""
+"""Every kind of image file is read by one rule, whatever the recipe; what is not a picture is an error of one line."""
 
 import io
 import struct
@@ -255,7 +255,7 @@ def test_absurd_sizes_take_no_memory():
         tracemalloc.stop()
 
 
-def test_a_thin_picture_is_told_or_cut_before_it_is_enlarged(tmp_path, monkeypatch):
+def test_a_thin_picture_is_an_error_or_cut_before_it_is_enlarged(tmp_path, monkeypatch):
     saved(tmp_path / "a.png", np.zeros((2, 3000, 3), np.uint8))
     saved(tmp_path / "b.png", np.full((30, 30, 3), 7, np.uint8))
     for make in (lambda **how: ImageTrainDataset(dataroot=str(tmp_path), size=256, **how)[0],):

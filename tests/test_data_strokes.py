@@ -17,7 +17,7 @@ def drawn(stage, index, size=64):
 
 
 def joints(strokes):
-    """Whether each segment goes on from the one before."""
+    """Whether each segment continues the previous one."""
     return np.hypot(*(strokes[:-1, 6:8] - strokes[1:, :2]).T) < 1e-3
 
 
@@ -70,7 +70,7 @@ def test_a_line_has_about_two_points_a_pixel():
     assert widths[0] == 2 and widths[-1] == 4 and widths[30] == pytest.approx(3, abs=0.05)
 
 
-def test_paths_go_on_smoothly():
+def test_paths_are_smooth():
     turns = []
     for index in range(40):
         strokes = drawn(6, index)

@@ -154,7 +154,7 @@ def test_a_broken_connection_is_not_taken_for_the_cause(tmp_path):
     assert "error: process 1 has ended without a word" in said
 
 
-def test_nan_in_one_process_is_told_once(tmp_path):
+def test_nan_in_one_process_is_reported_once(tmp_path):
     codes, said = failed(tmp_path, [(1, 3, "nan")])
     assert 1 in codes and said.count("error:") == 1 and "not finite at iteration 4" in said
 
@@ -185,7 +185,7 @@ def test_a_refused_save_ends_all_or_none(tmp_path):
 
 
 def test_a_stop_in_validation_is_agreed_there(tmp_path):
-    """The last process to validate is told to stop: nobody may take another step before the validation is repeated."""
+    """The last process to validate gets the signal: no process takes another step before the validation is repeated."""
     make = lambda name: tiny_file(tmp_path, name, train={"checkpoint_test": 2})  # noqa: E731
     assert_equal_runs(*resumed(tmp_path, 2, make, [(1, 4, "SIGTERM at validation")]))
 
@@ -242,13 +242,22 @@ def wait_for(path, text, process, seconds=120):
         time.sleep(0.02)
 
 
-@pytest.mark.slow
-def test_a_killed_worker_leads_to_a_restart_that_goes_on_exactly(tmp_path):
-    """--fresh and KAIR's flags are on the command line, which torchrun repeats: it may not begin anew once more."""
-    train = {"total_iter": 120, "checkpoint_save": 20, "checkpoint_test": 60}
-    codes, said = world.run(tmp_path / "out", 2, "-opt", tiny_file(tmp_path, "straight", train=train))
+LONG = {"total_iter": 120, "checkpoint_save": 20, "checkpoint_test": 60}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The folder of a run of two processes that was never stopped."""
+    folder = tmp_path_factory.mktemp("straight")
+    codes, said = world.run(folder / "out", 2, "-opt", tiny_file(folder, "straight", train=LONG))
     assert codes == [0, 0], said
-    words = ["-m", "tests.tiny", "-opt", tiny_file(tmp_path, "other", train=train), "--fresh", "--dist", "True",
+    return folder / "straight"
+
+
+@pytest.mark.slow
+def test_a_killed_worker_leads_to_a_restart_that_resumes_exactly(tmp_path, straight):
+    """--fresh and KAIR's flags are on the command line, which torchrun repeats: it may not start over once more."""
+    words = ["-m", "tests.tiny", "-opt", tiny_file(tmp_path, "other", train=LONG), "--fresh", "--dist", "True",
              "--launcher", "pytorch"]
     process = torchrun(2, *words, mark="restart", options=["--standalone", "--max-restarts=2"])
     wait_for(tmp_path / "other/log/train.log", "40.json", process)
@@ -256,7 +265,7 @@ def test_a_killed_worker_leads_to_a_restart_that_goes_on_exactly(tmp_path):
     os.kill(pid, signal.SIGKILL)
     seconds, said = ended(process, "restart", 120)
     assert process.returncode == 0 and said.count("resume   from") == 1 and "archived" not in said, said
-    assert_equal_runs(tmp_path / "straight", tmp_path / "other", 120)
+    assert_equal_runs(straight, tmp_path / "other", 120)
 
 
 @pytest.mark.slow
@@ -289,12 +298,9 @@ def test_a_terminal_reaches_all_of_torchrun_at_once_and_all_is_saved(tmp_path, s
 
 
 @pytest.mark.slow
-def test_two_nodes(tmp_path):
+def test_two_nodes(tmp_path, straight):
     """Two torchruns that meet on loopback; a stop asked of one of them stops both, and together they go on."""
-    train = {"total_iter": 120, "checkpoint_save": 50, "checkpoint_test": 60}
-    codes, said = world.run(tmp_path / "out", 2, "-opt", tiny_file(tmp_path, "straight", train=train))
-    assert codes == [0, 0], said
-    path = tiny_file(tmp_path, "other", train=train)
+    path = tiny_file(tmp_path, "other", train=LONG)
     for stop in (True, False):
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
@@ -308,16 +314,13 @@ def test_two_nodes(tmp_path):
         said = [ended(node, f"node{n}", 120)[1] for n, node in enumerate(nodes)]
         assert [node.returncode for node in nodes] == [0, 0], said
         assert ("stopped  by SIGUSR1" if stop else "finished 120") in said[0] and not said[1].count("saved")
-    assert_equal_runs(tmp_path / "straight", tmp_path / "other", 120)
+    assert_equal_runs(straight, tmp_path / "other", 120)
 
 
 @pytest.mark.slow
-def test_the_slurm_script_goes_back_into_the_queue_and_goes_on(tmp_path):
+def test_the_slurm_script_goes_back_into_the_queue_and_resumes(tmp_path, straight):
     """With a Slurm of three shell scripts: one node, whose step gets USR1 before the end."""
-    train = {"total_iter": 120, "checkpoint_save": 50, "checkpoint_test": 60}
-    codes, said = world.run(tmp_path / "out", 2, "-opt", tiny_file(tmp_path, "straight", train=train))
-    assert codes == [0, 0], said
-    path, tools = tiny_file(tmp_path, "other", train=train), tmp_path / "bin"
+    path, tools = tiny_file(tmp_path, "other", train=LONG), tmp_path / "bin"
     tools.mkdir()
     torch_run = ('for word; do [ $word = main.py ] && words+=(-m tests.tiny) || words+=("$word"); done; '
                  f'exec {sys.executable} -m torch.distributed.run "${{words[@]}}"')
@@ -340,7 +343,7 @@ def test_the_slurm_script_goes_back_into_the_queue_and_goes_on(tmp_path):
         said = ended(process, mark, 120)[1]
         assert process.returncode == 0, said
         assert ("requeue" in said) == ("stopped  by SIGUSR1" in said) == (count == 0), said
-    assert_equal_runs(tmp_path / "straight", tmp_path / "other", 120)
+    assert_equal_runs(straight, tmp_path / "other", 120)
 
 
 @pytest.mark.slow

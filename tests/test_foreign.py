@@ -99,7 +99,7 @@ def test_resume_takes_a_training_file_of_others_and_says_what_is_absent(tmp_path
         assert found["optimizerG"]["state"][0]["step"] == state["optimizerG"]["state"][0]["step"] + 1
 
 
-def test_a_folder_of_others_goes_on_from_the_newest(tmp_path, state, capsys):
+def test_a_folder_of_another_program_resumes_from_the_newest(tmp_path, state, capsys):
     models = tmp_path / "two/models"
     models.mkdir(parents=True)
     payload = files_of_others(state)["epoch_0003.pt"][0]
@@ -172,7 +172,7 @@ UNKNOWN = {"an unknown key": lambda s: {"net_of_mine": s["G"], "iter": 5}, "two 
 
 
 @pytest.mark.parametrize("kind", UNKNOWN)
-def test_without_a_network_to_load_there_is_no_resume(tmp_path, state, capsys, kind):
+def test_a_file_without_a_network_is_not_resumed(tmp_path, state, capsys, kind):
     payload = UNKNOWN[kind](state)
     models = tmp_path / "own/models"
     models.mkdir(parents=True)

@@ -88,7 +88,7 @@ def test_a_snapshot_is_a_copy_in_buffers_that_are_used_again():
     assert [t.data_ptr() for t in snapshot.buffers.values()] == addresses
 
 
-def test_training_goes_on_while_a_save_is_written_and_the_next_waits_for_it(tmp_path, monkeypatch):
+def test_training_continues_while_a_save_is_written_and_the_next_save_waits(tmp_path, monkeypatch):
     gate, order = threading.Event(), []
     real = checkpoint.commit
 
@@ -448,7 +448,7 @@ def test_a_run_that_was_moved_and_renamed_resumes_in_its_new_folder(tmp_path, ca
     assert not (tmp_path / "run of May/models/log").exists() and not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_past_the_end_is_no_finished_run(tmp_path):
+def test_a_checkpoint_past_the_end_is_an_error(tmp_path):
     assert run("-opt", tiny.write(tmp_path, "a", train={"total_iter": 4})) == 0
     path = tiny.write(tmp_path, "b", train={"total_iter": 3})
     with pytest.raises(options.OptionError, match=r"4.json: is at iteration 4, past train.total_iter 3; raise that"):

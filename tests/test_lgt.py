@@ -301,7 +301,7 @@ def test_sd_vae_through_diffusers(monkeypatch):
 
 # Evaluation and use -----------------------------------------------------------------------------------------------
 
-def test_evaluation_goes_on_without_a_style_and_says_which(tmp_path, vqgan, capsys):
+def test_evaluation_leaves_out_a_missing_style_and_names_it(tmp_path, vqgan, capsys):
     codec = {"codec": {"type": "vqgan", "path": str(vqgan)}, "cache_dir": str(tmp_path / "latents")}
     data = folders(tmp_path / "data", {"a": 2, "b": 2, "c": 2})
     tests = folders(tmp_path / "test", {"a": 1, "b": 0, "d": 1, "c": 2})
@@ -353,8 +353,8 @@ def test_a_stop_is_obeyed_between_sources_and_the_evaluation_repeated(tmp_path, 
     assert len(list((tmp_path / "one/inference/epoch_0001").iterdir())) == 7
 
 
-def test_use_on_files_of_ones_own(tmp_path, monkeypatch, capsys):
-    """Of the checkpoint alone, at each picture's size; gone on with, it ends the same to the byte."""
+def test_inference_on_the_users_files(tmp_path, monkeypatch, capsys):
+    """Use the checkpoint alone, at each picture's size; partial output is resumed and ends the same to the byte."""
     data = folders(tmp_path / "data", {"a": 2, "b": 2})
     path = recipe(tmp_path, "one", {"total_epochs": 1}, {"dataroot": data, "dataloader_batch_size": 2},
                   {"dataroot": data}, val={"num_steps": 2, "temperature_lambda": 0.5})

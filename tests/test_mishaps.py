@@ -1,6 +1,6 @@
 """Random mishaps over all recipes, with 0 and 2 workers, of one process and of two: none costs more than a step.
 
-Minutes long, so not part of the usual run:  PERDURE_MISHAPS=200 python -m pytest -m slow -s tests/test_mishaps.py
+Minutes long, so not part of the usual run:  PERDURE_MISHAPS=200 python -m pytest -n 0 -s -m slow tests/test_mishaps.py
 """
 
 import os

@@ -156,7 +156,7 @@ def test_bells_are_the_originals(golden):
 # ---------------------------------------------------------------- without the golden
 
 
-def test_where_bells_meet_there_is_no_false_keypoint():
+def test_bells_that_meet_make_no_false_keypoint():
     points = torch.zeros(1, 1, 16, 16)
     points[0, 0, 8, 7] = points[0, 0, 8, 9] = points[0, 0, 7, 8] = points[0, 0, 9, 8] = 1
     bells = gaussian_heatmap(points)

@@ -336,7 +336,7 @@ def test_padding_repeats_the_last_frame_row_and_column():
         assert torch.equal(net.eval()(x), net(padded)[:, :2, :, :17, :35])
 
 
-def test_the_noise_level_has_an_effect_but_is_no_frame():
+def test_the_noise_level_has_an_effect_but_is_not_a_frame():
     net = tiny(nonblind_denoising=True).eval()
     x = torch.rand(1, 2, 4, 32, 32)
     flows = []
@@ -458,7 +458,7 @@ def test_one_group_of_offsets_serves_one_source():
     assert VRT(**{**TINY, "deformable_groups": 1})(torch.rand(1, 2, 3, 32, 32)).shape == (1, 2, 3, 32, 32)
 
 
-def test_inference_keeps_no_tensor_and_training_goes_on_after_it():
+def test_inference_keeps_no_tensor_and_training_continues_after_it():
     net = tiny(depths=[3] + [1] * 7)  # the second block has shifted windows and a mask
 
     def count_tensors():

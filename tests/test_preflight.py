@@ -125,7 +125,7 @@ def test_every_stage_of_a_file_is_tried(tmp_path, options_of, capfd):
     assert "ok   start      at iteration 0 of 9" in said and "ok   start      at iteration 0 of 4" in said
 
 
-def test_all_that_is_missing_is_told_at_once(tmp_path, options_of, capfd):
+def test_everything_that_is_missing_is_reported_at_once(tmp_path, options_of, capfd):
     code, table = dry(["-opt", str(ROOT / "options/train_vrt.json"), "--set", "datasets.train.dataroot_gt=nowhere",
                            "--set", "netG.spynet_path=none.pth", "--set", f"path.root={tmp_path}"], capfd)
     assert code == 2 and list(table) == ["data train", "data test", "model"]

@@ -96,7 +96,7 @@ def test_a_run_that_was_killed_resumes_from_its_last_commit(straight, tmp_path, 
     assert_equal_runs(straight, tmp_path / "killed")
 
 
-def test_a_finished_run_says_so_and_goes_on_when_raised(straight, tmp_path, capsys):
+def test_a_finished_run_says_so_and_resumes_when_its_total_is_raised(straight, tmp_path, capsys):
     assert run("-opt", tiny.write(tmp_path, "short", train={"total_iter": 4, "G_scheduler_periods": TOTAL})) == 0
     before = os.stat(tmp_path / "short/models/4.json").st_mtime_ns
     capsys.readouterr()

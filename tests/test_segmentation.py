@@ -210,7 +210,7 @@ def test_prediction_of_any_size_whole_and_in_tiles(tmp_path):
     assert torch.equal(over[:, :, 1:], image[:, :, 1:]) and not torch.equal(over[:, :, 0], image[:, :, 0])
 
 
-def test_a_folder_is_predicted_and_a_half_done_one_finished(tmp_path, straight, capsys):
+def test_a_folder_is_predicted_and_partial_output_is_resumed(tmp_path, straight, capsys):
     folders, path = pictures_in(tmp_path, sizes=[(24, 20), (16, 9)]), options_in(tmp_path)
     out, first = tmp_path / "out", tmp_path / "out/image0_pred.png"
     use = ["-opt", path, "--test", "--resume", straight / "models/best_model.pth", "--input", folders["image_path"],

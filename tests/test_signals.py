@@ -44,7 +44,7 @@ def test_a_closed_terminal_stops_and_saves(tmp_path):
     assert_resumes_equal(tmp_path, path)
 
 
-def test_nohup_goes_on_when_the_terminal_closes(tmp_path):
+def test_a_run_under_nohup_continues_when_the_terminal_closes(tmp_path):
     path = tiny_file(tmp_path)
     codes, said = world.run(tmp_path / "out", 1, "-opt", path, acts=[(0, 0, "nohup"), (0, 3, "SIGHUP")])
     assert codes == [0] and f"finished {TOTAL}" in said[0], said
@@ -120,7 +120,7 @@ def test_a_stop_during_the_imports_is_one_line(tmp_path):
 # ---------------------------------------------------------------- a process that is stuck
 
 
-def test_a_process_that_is_stopped_is_named_and_may_go_on(tmp_path):
+def test_a_suspended_process_is_named_and_may_continue(tmp_path):
     path = tiny_file(tmp_path)
     run = world.World(tmp_path / "out", 2, "-opt", path, acts=[(0, 0, "impatient"), (1, 3, "SIGSTOP")])
     run.wait_for("waiting  for rank 1 since", after="2.json in")
@@ -129,7 +129,7 @@ def test_a_process_that_is_stopped_is_named_and_may_go_on(tmp_path):
     assert run.finish(30) == [0, 0], run.report()
 
 
-def test_a_process_that_is_stopped_for_too_long_ends_the_run(tmp_path):
+def test_a_process_suspended_for_too_long_ends_the_run(tmp_path):
     path = tiny_file(tmp_path, dist_timeout=8)
     run = world.World(tmp_path / "out", 2, "-opt", path, acts=[(0, 0, "impatient"), (1, 3, "SIGSTOP")])
     run.processes[0].join(40)

@@ -241,7 +241,7 @@ def test_resume_alone_takes_the_options_from_the_checkpoint(straight, copied, ca
     assert "options  train.total_iter: 6 -> 7" in capsys.readouterr().out
 
 
-def test_a_run_that_was_moved_goes_on_where_it_is_now(tmp_path):
+def test_a_run_that_was_moved_resumes_in_its_new_folder(tmp_path):
     path = option_file(tmp_path, stages=[], models=False, checkpoint={}, train={"total_iter": 2})
     assert run("-opt", path) == 0
     shutil.move(tmp_path / "run", tmp_path / "moved" / "run")
@@ -252,7 +252,7 @@ def test_a_run_that_was_moved_goes_on_where_it_is_now(tmp_path):
     assert checkpoint.find_newest(tmp_path / "bare").iteration == 5
 
 
-def test_a_stopped_run_says_how_it_goes_on():
+def test_a_stopped_run_says_how_to_resume():
     from main import resume_command
 
     assert resume_command(["--resume", "run/one/x.pth", "--lr", "1"], True) == "python main.py --resume run/one --lr 1"
@@ -267,7 +267,7 @@ def test_a_checkpoint_without_options_of_ours_asks_for_a_file(straight, tmp_path
         run("--resume", tmp_path / "last_checkpoint.pth")
 
 
-def test_a_named_checkpoint_says_which_stage_goes_on(copied, capsys):
+def test_a_named_checkpoint_decides_which_stage_resumes(copied, capsys):
     two = copied.parent / "run/two"
     assert run("-opt", copied, "--resume", two / "checkpoint_latest.pth", "--set", "train.total_iter=6") == 0
     said = capsys.readouterr().out

@@ -225,7 +225,7 @@ def taming_state(model):
 
 
 @pytest.mark.parametrize("kind", ["last.ckpt", "vqgan_5.pth", "adapter_5.pth"])
-def test_tamings_files_go_on_by_resume_and_start_by_init_from(tmp_path, capsys, kind):
+def test_tamings_files_work_with_resume_and_init_from(tmp_path, capsys, kind):
     other = built(tmp_path, train={"E_decay": 0})
     for step in (3, 4):
         other.feed_data({"H": torch.rand(2, 3, 16, 16)})
@@ -317,7 +317,7 @@ def test_the_shipped_options_build(name, kind):
 
 
 @pytest.mark.parametrize("net, levels", [("emavq", 1), ("vqvae2", 2)])
-def test_pictures_of_ones_own_leave_reconstructions_and_codes(tmp_path, net, levels):
+def test_inference_on_the_users_pictures_writes_reconstructions_and_codes(tmp_path, net, levels):
     path = write_json(tmp_path / "run.json", tree(tmp_path, net=net, train={"total_iter": 2}))
     assert run("-opt", path) == 0
     for name, size in (("a.jpg", (21, 30)), ("deep/b.jpg", (16, 16))):

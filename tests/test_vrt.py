@@ -239,7 +239,7 @@ def use(path, *words):
     return run("-opt", path, "--test", *words, *windows)
 
 
-def test_frames_of_ones_own_are_restored_with_and_without_truth(trained, tmp_path, capsys):
+def test_the_users_frames_are_restored_with_and_without_truth(trained, tmp_path, capsys):
     path, folder = trained
     assert use(path, "--input", folder / "lq", "--output", tmp_path / "a") == 0
     assert sorted(os.listdir(tmp_path / "a")) == [*(f"{n:03d}.png" for n in range(7)), "made_by.json"]
@@ -251,7 +251,7 @@ def test_frames_of_ones_own_are_restored_with_and_without_truth(trained, tmp_pat
         assert (tmp_path / f"a/{n:03d}.png").read_bytes() == (tmp_path / f"b/{n:03d}.png").read_bytes()
 
 
-def test_a_half_done_output_is_gone_on_with_and_ends_the_same(trained, tmp_path, monkeypatch, capsys):
+def test_partial_output_is_resumed_and_ends_the_same(trained, tmp_path, monkeypatch, capsys):
     path, folder = trained
     words = ("--input", folder / "lq", "--truth", folder / "gt", "--output")
     assert use(path, *words, tmp_path / "whole") == 0
