@@ -61,8 +61,8 @@ def test_stripes_of_a_pixel_shrink_to_their_mean(tmp_path):
     """A shrunk picture is averaged first: sampled alone, stripes would stay stripes."""
     stripes = (torch.arange(96) % 2 * 255).expand(3, 96, 96).to(torch.uint8)
     write_png(stripes, str(tmp_path / "stripes.png"))
-    inner = train(tmp_path, resize=24)[0]["H"][0, 2:-2, 2:-2].float()
-    assert ((inner - 127.5).abs() <= 2).all()
+    inner = train(tmp_path, resize=32)[0]["H"][0, 4:-4, 4:-4].float()  # a third, of which crops are 24 wide
+    assert ((inner - 127.5).abs() <= 3).all()
 
 
 def test_a_test_set_shows_groups_of_middles_the_same_in_each_epoch(folder):
