@@ -128,6 +128,16 @@ KAIR = sorted((SHARED / "kair_options").glob("*.json")) if SHARED.is_dir() else 
 OURS = sorted(path for path in (ROOT / "options/vrt").glob("00*.json") if path.stem.count("_") > 1)
 
 
+def test_fixed_parameters_learn_at_their_own_rate():
+    model = ModelVRT.__new__(ModelVRT)
+    net = torch.nn.ModuleDict({"body": torch.nn.Linear(2, 2), "spynet": torch.nn.Linear(2, 2)})
+    model.__dict__ |= {"netG": net, "fixed": list(net["spynet"].parameters()),
+                       "opt_train": {"G_optimizer_lr": 4e-4, "fix_lr_mul": 0.25}}
+    others, fixed = model.parameter_groups()
+    assert [id(p) for p in others["params"]] == [id(p) for p in net["body"].parameters()] and "lr" not in others
+    assert fixed["params"] == model.fixed and fixed["lr"] == 1e-4
+
+
 def frames_in(folder, clips, numbers, size):
     generator = torch.Generator().manual_seed(0)
     for clip in clips:
