@@ -48,7 +48,7 @@ TESTS = {
 }
 PAIRS = ("< <=", "> >=", "== !=", "+ -", "* /", "// /", "+= -=", "*= /=", "% //", "<< >>", "True False", "and or",
          "mean sum", "min max", "amin amax", "argmin argmax", "zeros ones", "floor ceil", "any all", "sin cos",
-         "square sqrt", "exp log", "is ==", "zeros_like ones_like")
+         "square sqrt", "exp log", "zeros_like ones_like")
 SWAPS = {word: other for a, b in (pair.split() for pair in PAIRS) for word, other in ((a, b), (b, a))}
 SKIPPED = shutil.ignore_patterns(".git", "__pycache__", "experiments", "*.egg-info")
 
