@@ -86,6 +86,17 @@ def test_ignored_pixels_have_no_say(batch, kind):
     assert nothing == 0 and not gradient.any()
 
 
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_single_pixel_that_counts_has_its_own_loss(batch, kind):
+    logits, labels = batch
+    valid = torch.zeros(2, 1, 8, 8)
+    valid[0, 0, 3, 4] = 1
+    if kind is TanimotoLoss:  # which takes each image by itself: another has nothing to lose
+        logits, labels, valid = logits[:1], labels[:1], valid[:1]
+    pixel = slice(0, 1), slice(None), slice(3, 4), slice(4, 5)
+    torch.testing.assert_close(kind()(logits, labels, valid), kind()(logits[pixel], labels[pixel]))
+
+
 def test_a_batch_without_foreground_still_teaches(batch):
     """With one class and no foreground the complement alone acts, and pushes every probability down."""
     logits, labels = batch[0][:, :1], torch.zeros(2, 1, 8, 8)
