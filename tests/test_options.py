@@ -179,3 +179,10 @@ def test_resolved_options_are_plain_json(option_file):
 
     opt, _ = parse(option_file())
     assert json.loads(json.dumps(plain(opt)))["train"]["total_iter"] == opt["train"]["total_iter"]
+
+
+def test_flags_lead_to_the_shipped_file_that_has_them():
+    folder = str(ROOT / "options")
+    for flags in (["--gt_path", "masks"], ["--gt_path=masks"], ["--gt-path=masks", "--lr=1"]):
+        assert options.find_option_file(flags, folder) == f"{folder}/train_segmentation.json"
+    assert options.find_option_file(["--lr", "1"], folder) is options.find_option_file(["gt_path"], folder) is None
