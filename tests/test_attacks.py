@@ -161,14 +161,14 @@ class Disk:
         return {path: contents.get(number, b"") for path, number in entries.items() if number is not None}
 
 
-@pytest.mark.parametrize("background", [False, True], ids=["waiting", "in background"])
+@pytest.mark.parametrize("layout, background", [("split", False), ("bundle", True)])
 def test_power_loss_after_any_file_operation_leaves_a_complete_set(tmp_path, monkeypatch, layout, background):
     models, after = tmp_path / "run", tmp_path / "after"
     models.mkdir(), after.mkdir()
     acknowledged = []  # (operations done, iteration that save had returned for)
     with monkeypatch.context() as patch:
         disk = Disk(models, patch)
-        saver = Saver(models, layout, keep_last_n=2, background=background)
+        saver = Saver(models, LAYOUTS[layout], keep_last_n=2, background=background)
         for n, reason in enumerate(("regular best interrupted regular interrupted regular regular").split(), 1):
             saver.save(n, parts(n), best=2 if n < 4 else 4, reason=reason, epoch=n)
             saver.wait()
