@@ -132,7 +132,7 @@ def test_the_published_weights_of_16_frames_have_their_number_of_parameters():
 
 def test_signature_is_the_schema_of_an_option_section():
     parameters = inspect.signature(VRT.__init__).parameters
-    assert list(parameters)[1:5] == ["upscale", "in_chans", "out_chans", "img_size"] and len(parameters) == 25
+    assert list(parameters)[1:5] == ["upscale", "in_chans", "out_chans", "img_size"] and len(parameters) == 24
     for parameter in list(parameters.values())[1:]:
         assert parameter.annotation is not parameter.empty and parameter.default is not parameter.empty
 
