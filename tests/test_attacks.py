@@ -178,7 +178,7 @@ def test_power_loss_after_any_file_operation_leaves_a_complete_set(tmp_path, mon
     dice = random.Random(0)
     for done in range(acknowledged[0][0], len(disk.log) + 1):
         promised = max(n for operations, n in acknowledged if operations <= done)
-        for kept in (lambda _: False, lambda _: True, lambda _: dice.random() < 0.5, lambda _: dice.random() < 0.5):
+        for kept in (lambda _: False, lambda _: True, lambda _: dice.random() < 0.5):
             for path, content in disk.after(done, kept).items():
                 (after / os.path.basename(path)).write_bytes(content)
             said = []

@@ -22,8 +22,7 @@ SAID = {"EIO": "/data/picture.png: Input/output error; the disk or the network s
         "MemoryError": "no memory is left for a sample: lower", "ZeroDivisionError": "ZeroDivisionError: on purpose (",
         "can't be sent": "worker: ", "SystemExit": "on purpose",
         "KeyboardInterrupt": "on purpose"}
-SOON = [("EIO", 0, 1), ("SIGKILL", 2, 1), ("is local", 2, 1), ("MemoryError", 0, 2), ("can't be sent", 1, 1),
-        ("KeyboardInterrupt", 0, 1)]
+SOON = [("EIO", 0, 1), ("SIGKILL", 2, 1), ("is local", 2, 1), ("MemoryError", 0, 2), ("can't be sent", 1, 1)]
 ALL = [(what, workers, size) for what in SAID for workers in (0, 2) for size in (1, 2)
        if workers or not what.startswith(("SIG", "can't"))]
 

@@ -83,7 +83,8 @@ def test_a_later_ctrl_c_leaves_at_once_also_when_this_process_is_in_c(tmp_path):
     assert run.finish(20)[0] == 130
 
 
-@pytest.mark.parametrize("size, workers, rank", [(1, 0, 0), (1, 2, 0), (2, 0, 0), (2, 2, 1)])
+@pytest.mark.parametrize("size, workers, rank", [
+    (1, 0, 0), (2, 2, 1), pytest.param(1, 2, 0, marks=pytest.mark.slow), pytest.param(2, 0, 0, marks=pytest.mark.slow)])
 def test_a_hanging_sample_does_not_hold_a_stop(tmp_path, size, workers, rank):
     """Of two processes the last one's sample hangs; the signal is for either."""
     path = tiny_file(tmp_path, workers=workers)

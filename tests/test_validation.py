@@ -36,8 +36,8 @@ def die_in_validation():
     ModelPlain.validate = lambda *_: ([saver.wait() for saver in savers], os.kill(os.getpid(), signal.SIGKILL))
 
 
-@pytest.mark.parametrize("background", [False, True], ids=["waiting", "in background"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout, background", [
+    ("split", False), ("split", True), ("bundle", False), ("latest only", True)])
 def test_kill_9_in_a_validation_loses_no_step_that_was_to_be_saved(tmp_path, layout, background):
     over = {"checkpoint": {**LAYOUTS[layout], "async": background}}
     assert run("-opt", option_file(tmp_path, "one", **over)) == 0
