@@ -111,10 +111,8 @@ class Top:
     dist: bool = False  # KAIR's switch for several processes, not needed here: torchrun sets their number
     # Seconds without a sign of life from one of several processes after which all end.
     dist_timeout: PositiveFloat = 1800
-    # DistributedDataParallel looks for parameters without gradient; false is faster, and exact up to two processes.
-    find_unused_parameters: bool = True
-    use_static_graph: bool = False  # DistributedDataParallel assumes equal steps; true is exact up to two processes
-    sync_batchnorm: bool = False  # compute batch norm over the rows of all processes instead of each process's own
+    # Compute batch norm over the rows of all processes (CUDA only); results then depend on the number of processes.
+    sync_batchnorm: bool = False
 
 
 @dataclass
@@ -143,6 +141,8 @@ FLAGS = {
 # Keys of KAIR's files, and of ours from earlier versions, that are not used here: they pass with a notice.
 UNUSED = {
     "merge_bn": "", "merge_bn_startpoint": "",
+    "find_unused_parameters": "gradients are summed after the backward pass",
+    "use_static_graph": "gradients are summed after the backward pass",
     "netG.init_type": "each network initialises itself", "netG.scale": "netG.upscale is used",
     "train.G_regularizer_orthstep": "", "train.G_regularizer_clipstep": "",
     "train.G_optimizer_reuse": "the optimizer is always saved and restored",

@@ -100,22 +100,21 @@ class Run:
         return epoch + (offset + self.batches.batch_size > self.batches.length)
 
     def state(self) -> dict[str, Any]:
-        """Collect everything besides networks and optimizers that the next step depends on. All ranks call it."""
+        """Collect everything besides networks and optimizers that the next step depends on. """
         epoch, offset = self.position
         history = self.history
         validated = history.rows and history.rows[-1]["iteration"] == self.iteration
-        several = {"ranks": distributed.gather(self.model.local_state())} if distributed.world_size() > 1 else {}
         return {"version": checkpoint.VERSION, "iteration": self.iteration, "epoch": self.epochs_done,
                 "sampler_state": {"epoch": epoch, "offset": offset, "length": len(self.train_set),
                                   "names": self.names},
-                "rng_state": distributed.gather(determinism.rng_state()), "history": history.rows,
+                "history": history.rows,
                 "best": history.best,
                 "metric": history.value(history.rows[-1]) if validated else None,
                 "metadata": {"model": self.opt["model"], "stage": self.opt["stage"],
                              "best_metric": [history.metric, history.mode],
                              "resumed_from": self.resumed_from},
                 "config": plain(self.opt), "environment": self.environment(), "timestamp": checkpoint.timestamp(),
-                **self.model.extra_state(self.iteration), **several}
+                **self.model.extra_state(self.iteration)}
 
     def save(self, reason: str = "regular", amend: bool = False) -> None:
         """Commit a checkpoint of this iteration and apply retention. All ranks call it.
@@ -155,7 +154,7 @@ class Run:
 
     def record(self) -> None:
         """Write a log line and a CSV row of this iteration."""
-        losses, rate = distributed.mean_over_ranks(self.model.current_log()), self.model.current_learning_rate()
+        losses, rate = self.model.current_log(), self.model.current_learning_rate()
         epoch = self.position[0]
         self.log.row("train", {"iteration": self.iteration, "epoch": epoch, "lr": rate, **losses})
         terms = describe_losses(losses)
@@ -222,8 +221,7 @@ class Run:
             self.iteration += 1
             model.update_learning_rate(self.iteration - 1)
             self.hooks.before_step(self)
-            with model.skipping():
-                model.optimize_parameters(self.iteration)
+            model.optimize_parameters(self.iteration)
 
             if train["on_nan"] == "stop":
                 self.losses.add(self.iteration, dict(model.log_dict), dict(model.gradient_norms))

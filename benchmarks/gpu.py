@@ -33,7 +33,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by deterministic kernels
@@ -44,7 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import train
-from benchmarks.common import ROOT, batches_of, build_run, read_options, values_in
+from benchmarks.common import ROOT, read_options
 from models import network_vrt as vrt
 from models.model_base import ModelBase
 from runtime import determinism, distributed
@@ -407,55 +406,20 @@ def collect_garbage() -> None:
         torch.cuda.empty_cache()
 
 
-class Several(int):
-    """The world size 1 that compares as if it were more, so that every collective is called."""
-
-    def __eq__(self, other) -> bool:
-        return False
-
-    def __gt__(self, other) -> bool:
-        return True
-
-    __hash__ = int.__hash__
-
-
-def three_steps(name: str, machine: Machine) -> list[float]:
-    """Take three steps of a recipe. Returns the losses of all of them."""
-    file, *words = RECIPES[name]
-    changes = {**values_in([word for word in words if "=" in word]), "deterministic": machine.cuda,
-               "sync_batchnorm": True, "device": machine.device, "train.total_iter": 50, "train.total_epochs": None,
-               "datasets.train.dataloader_num_workers": 0}
-    run = build_run(read_options(file, changes, words[1] if "--stage" in words else None))
-    losses = []
-    with batches_of(run) as samples:
-        for run.iteration in (1, 2, 3):
-            run.model.update_learning_rate(run.iteration - 1)
-            run.fetch(samples)
-            run.model.optimize_parameters(run.iteration)
-            losses += run.model.current_log().values()
-    for network in run.model.networks.values():
-        distributed.broadcast_buffers(network)
-    run.state()
-    return losses
-
-
 def world(machine: Machine) -> Iterator[Finding]:
-    """Three steps alone, and three through every collective. Batch norm over ranks sums in another order."""
-    names = [name for name in ("segmentation", "vqgan", "lgt", "inktrace_dense", "vrt") if name in machine.recipes]
-    alone = {name: three_steps(name, machine) for name in names}
+    """Exchange a tensor through each kind of collective that a step uses, with a world size of 1."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        stack.callback(torch.use_deterministic_algorithms, False)
         stack.callback(dist.destroy_process_group)
         stack.callback(setattr, distributed, "_data", None)
-        for module in ("runtime.distributed", "losses.tanimoto", "losses.stroke"):
-            stack.enter_context(mock.patch(f"{module}.world_size",
-                                           lambda: 1 if distributed._independent else Several(1)))
-        for name in names:
-            together = three_steps(name, machine)
-            apart = max(abs(a - b) / max(abs(a), 1e-6) for a, b in zip(alone[name], together))
-            backend = dist.get_backend(distributed._data) if distributed._data else "gloo"
-            yield Finding("world", name, f"{backend}, losses within {apart:.1e}", apart < 0.02)
+        distributed.use_device(torch.device(machine.device))
+        group = distributed._data
+        sent = torch.randn(1 << 20, device=machine.device)
+        received = [torch.empty_like(sent)]
+        dist.all_gather(received, sent, group=group)
+        dist.broadcast(sent, src=0, group=group)
+        backend = dist.get_backend(group) if group else "gloo"
+        yield Finding("world", "exchange", f"{backend}, 4 MB", torch.equal(sent, received[0]))
 
 
 # ---------------------------------------------------------------- the program

@@ -8,15 +8,15 @@ batch of the options (weak scaling: the total batch grows), or with --strong a s
 second per process, relative to one process. On a CPU the processes share its cores, so give each the same number of
 them for all counts (OMP_NUM_THREADS), and no more processes than cores.
 
-Modelled: a step takes the time that one process measured here, and then the all-reduce of its gradients in a ring of N
-nodes, each of which sends and receives 2 (N - 1) / N times the gradients' bytes at the given bandwidth, in 2 (N - 1)
-messages of the given latency. --hidden is the share that overlaps with the backward pass (0: none, the worst case).
+Modelled: a step takes the time that one process measured here, and then the exchange of its gradients between N nodes
+by recursive doubling: log2(N) times the gradients' bytes at the given bandwidth, and the given latency.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -38,7 +38,6 @@ def main() -> None:
     parser.add_argument("--strong", action="store_true", help="share the options' batch instead of growing it")
     parser.add_argument("--bandwidth", type=float, default=12.5, help="of a node, gigabytes a second (100 GbE: 12.5)")
     parser.add_argument("--latency", type=float, default=30.0, help="of a message, microseconds")
-    parser.add_argument("--hidden", type=float, default=0.0, help="share of the all-reduce behind the backward pass")
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     args = parser.parse_args()
     if "WORLD_SIZE" in os.environ:
@@ -54,18 +53,13 @@ def main() -> None:
     one = found[1]
     print(f"\none process: {one['seconds']:.4f} s a step, {one['bytes'] / 1e6:.1f} MB of gradients; agreeing on a stop "
           f"takes {1e6 * max(row['vote'] for row in found.values()):.0f} us a step")
-    print(f"modelled at {args.bandwidth:g} GB/s and {args.latency:g} us a message, {args.hidden:.0%} of it hidden:")
-    print(f"{'nodes':>9} {'all-reduce':>12} {'step':>10} {'speedup':>8} {'efficiency':>10}")
+    print(f"modelled at {args.bandwidth:g} GB/s and {args.latency:g} us a message:")
+    print(f"{'nodes':>9} {'exchange':>12} {'step':>10} {'speedup':>8} {'efficiency':>10}")
     for nodes in args.nodes:
-        reduce = all_reduce_seconds(nodes, one["bytes"], args.bandwidth * 1e9, args.latency * 1e-6)
-        step = one["seconds"] + (1 - args.hidden) * reduce
+        reduce = math.log2(nodes) * (one["bytes"] / args.bandwidth / 1e9 + args.latency * 1e-6)
+        step = one["seconds"] + reduce
         print(f"{nodes:>9} {reduce:>10.4f} s {step:>8.4f} s {nodes * one['seconds'] / step:>8.2f} "
               f"{one['seconds'] / step:>9.0%}")
-
-
-def all_reduce_seconds(nodes: int, num_bytes: float, bandwidth: float, latency: float) -> float:
-    """Model a ring's all-reduce: each node passes on 2 (N - 1) pieces of 1 / N of the bytes. bandwidth: bytes/s."""
-    return 2 * (nodes - 1) * (num_bytes / nodes / bandwidth + latency)
 
 
 def spawn(count: int) -> dict[str, float]:

@@ -63,9 +63,7 @@ def timed_step(model: ModelBase, watch: Stopwatch) -> Callable[[Mapping[str, Any
     for optimizer in model.optimizers.values():
         optimizer.step = watch.timed(optimizer.step, "optimizer")
     model.update_E = watch.timed(model.update_E, "optimizer")
-    for part in (model, getattr(model, "calculator", None)):  # the latter takes the discriminator's gradient
-        if part:
-            part.backward = watch.timed(part.backward, "backward")
+    model.backward = watch.timed(model.backward, "backward")
     optimize = watch.timed(model.optimize_parameters, "forward")
 
     def step(data: Mapping[str, Any], iteration: int) -> dict[str, float]:

@@ -139,7 +139,7 @@ def taming_step(self, step):
     """taming-transformers' `training_step` for optimizer 0, then for optimizer 1."""
     loss, images, started = self.loss, self.images.contiguous(), self.loss.has_discriminator(step)
     netG = self.get_bare_model(self.netG)
-    for player, optimizer in enumerate((self.G_optimizer, self.calculator.optimizer)):
+    for player, optimizer in enumerate(self.optimizers.values()):
         vq_loss, restored, _, _ = self.netG(images)
         optimizer.zero_grad()
         if player == 0:

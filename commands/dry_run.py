@@ -25,7 +25,6 @@ from data.loader import clips_of, endless
 from log.run_log import RunLog, start_log
 from log.terminal import duration
 from models import MODELS
-from runtime import determinism
 from runtime.determinism import fastest_kernels, missing_kernels_named, prepare_machine
 from runtime.evaluate import describe_losses
 from runtime.hooks import Hooks
@@ -56,9 +55,8 @@ def look(run: Run) -> None:
     Raises: OptionError for data that can't be read.
     """
     began = time.monotonic()
-    with determinism.rng_untouched():
-        read = [read_training(run, LOOK), *(read_test(run, name) for name in run.test_sets)]
-        status, room = weigh(run, estimate(run))
+    read = [read_training(run, LOOK), *(read_test(run, name) for name in run.test_sets)]
+    status, room = weigh(run, estimate(run))
     if status != "ok":
         run.log.warn(room)
     if note := passed_over():

@@ -49,8 +49,8 @@ def names_digest(dataset) -> str | None:
 class EndlessBatches:
     """Yield batches of keys `(epoch, index)` from a position on, epoch after epoch, without end.
 
-    The sequence of batches does not depend on the world size: rank r takes every world_size-th key of a batch. The last
-    samples of an epoch that do not fill a batch are dropped; each epoch drops others.
+    The sequence of batches does not depend on the world size: rank r takes the r-th of world_size equal parts of a
+    batch. The last samples of an epoch that do not fill a batch are dropped; each epoch drops others.
 
     Args:
         length: number of samples in the dataset.
@@ -97,10 +97,10 @@ class EndlessBatches:
         return offset + self.batch_size > self.length and (epoch + 1) % every == 0
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch, offset = self.position
+        (epoch, offset), share = self.position, self.batch_size // self.world_size
         while True:
             indices = order(self.seed, epoch, self.length, self.shuffle)
             for start in range(offset, self.length - self.batch_size + 1, self.batch_size):
                 batch = indices[start : start + self.batch_size]
-                yield [(epoch, index) for index in batch[self.rank :: self.world_size]]
+                yield [(epoch, index) for index in batch[self.rank * share : (self.rank + 1) * share]]
             epoch, offset = epoch + 1, 0

@@ -1,4 +1,4 @@
-"""The losses of a training step of an autoencoder with codebooks, and the step of its discriminator.
+"""The losses of a training step of an autoencoder with codebooks and its discriminator.
 
 The loss of the discriminator is computed only in iterations that step it, from the generator's forward pass.
 
@@ -7,10 +7,6 @@ Legend: B images, C channels, H W pixels; images in [-1, 1].
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from operator import methodcaller
-
-import torch
 from torch import Tensor, nn
 
 from losses.vqperceptual import VQLPIPSWithDiscriminator
@@ -18,23 +14,17 @@ from runtime.ranges import PositiveInt, checked
 
 
 class LossCalculator:
-    """Compute the losses of generator and discriminator from one reconstruction, and step the discriminator.
+    """Compute the losses of generator and discriminator from one reconstruction.
 
     Args:
         loss: loss of both networks; it owns the discriminator and defines when that begins to train.
-        optimizer: of the discriminator.
         last_layer: weight of the last layer of the bare autoencoder.
         disc_every: the discriminator is stepped in iterations that are multiples of it.
-        backward: accumulates the gradients of a loss; a model gives its own, with half precision.
-        advance: steps an optimizer; a model gives its own, with clipping.
     """
 
     @checked
-    def __init__(self, loss: VQLPIPSWithDiscriminator, optimizer: torch.optim.Optimizer, last_layer: nn.Parameter,
-                 disc_every: PositiveInt = 3, backward: Callable[[Tensor], None] = Tensor.backward,
-                 advance: Callable[[torch.optim.Optimizer], None] = methodcaller("step")):
-        self.loss, self.optimizer, self.last_layer, self.disc_every = loss, optimizer, last_layer, disc_every
-        self.backward, self.advance = backward, advance
+    def __init__(self, loss: VQLPIPSWithDiscriminator, last_layer: nn.Parameter, disc_every: PositiveInt = 3):
+        self.loss, self.last_layer, self.disc_every = loss, last_layer, disc_every
 
     def discriminator_due(self, step: int) -> bool:
         """Tell whether an iteration steps the discriminator."""
@@ -50,7 +40,7 @@ class LossCalculator:
             step: iteration, from 1.
             optimizer_idx: 0: the autoencoder; 1: the discriminator.
         Returns:
-            total_loss: loss of that network. gan_loss: loss of the discriminator for `step_discriminator`, without
+            total_loss: loss of that network. gan_loss: loss of the discriminator, without
             gradient for the autoencoder; 0 where the discriminator is not due. All other entries are terms without
             gradient.
         """
@@ -70,10 +60,3 @@ class LossCalculator:
     def _gan_loss(self, images: Tensor, images_recon: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         loss, log = self.loss.discriminator_loss(images, images_recon, step)
         return loss, {"D_loss": loss.detach(), "D_real": log["train/logits_real"], "D_fake": log["train/logits_fake"]}
-
-    def step_discriminator(self, gan_loss: Tensor, step: int) -> None:
-        """Step the discriminator by its loss, in iterations in which it is due."""
-        if self.discriminator_due(step):
-            self.optimizer.zero_grad(set_to_none=True)
-            self.backward(gan_loss)
-            self.advance(self.optimizer)

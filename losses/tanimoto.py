@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime.distributed import all_reduce_mean, all_reduce_sum, world_size
 from runtime.ranges import Fraction, PositiveFloat, checked
 
 
@@ -47,7 +46,7 @@ class TanimotoLoss(nn.Module):
     def _tanimoto(self, p: Tensor, labels: Tensor) -> Tensor:
         both = (p * labels).sum((2, 3))  # (B,K)
         either = (p.square() + labels.square()).sum((2, 3)) - both
-        volume = all_reduce_mean(labels.sum((2, 3)).mean(0))  # (K,)
+        volume = labels.sum((2, 3)).mean(0)  # (K,)
         present = volume > 0
         weight = torch.where(present, volume, 1).pow(-2) * present
         weight = torch.where(present, weight, weight.max())  # absent classes: as the rarest; all absent: 0
@@ -83,7 +82,7 @@ class PooledTanimotoLoss(nn.Module):
         return loss.mean()
 
     def _tanimoto(self, p: Tensor, labels: Tensor) -> Tensor:
-        both, either = all_reduce_sum((p * labels).sum((0, 2, 3))), all_reduce_sum((p + labels).sum((0, 2, 3)))
+        both, either = (p * labels).sum((0, 2, 3)), (p + labels).sum((0, 2, 3))
         return (both + self.smooth) / (either - both + self.smooth)
 
 
@@ -101,7 +100,7 @@ class DiceLoss(nn.Module):
                 activation: str | None = None) -> Tensor:
         valid = 1 if valid is None else valid
         p, labels = foreground(activate(logits, activation)) * valid, foreground(labels) * valid
-        both, either = all_reduce_sum((p * labels).sum((0, 2, 3))), all_reduce_sum((p + labels).sum((0, 2, 3)))
+        both, either = (p * labels).sum((0, 2, 3)), (p + labels).sum((0, 2, 3))
         return (1 - (2 * both + self.smooth) / (either + self.smooth)).mean()
 
 
@@ -119,7 +118,7 @@ class CrossEntropyLoss(nn.Module):
             loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1, keepdim=True)
         if valid is None:
             return loss.mean()
-        return (loss * valid).sum() / all_reduce_mean(valid.sum()).clamp(min=1 / world_size())
+        return (loss * valid).sum() / valid.sum().clamp(min=1)
 
 
 def activation_of(logits: Tensor, activation: str | None = None) -> str:

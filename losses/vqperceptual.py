@@ -16,7 +16,6 @@ from torch.func import functional_call
 
 from losses.lpips import LPIPS
 from models.network_discriminator import NLayerDiscriminator
-from runtime.distributed import all_reduce_mean
 from runtime.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, checked
 
 LEGACY = {
@@ -170,9 +169,8 @@ class VQLPIPSWithDiscriminator(nn.Module):
         """Return logits without gradients of the discriminator and without an update of its statistics."""
         if "shared_generator_pass" in self.legacy:
             return self.discriminator(_join(images, cond))
-        bare = getattr(self.discriminator, "module", self.discriminator)  # below DistributedDataParallel
-        copies = {name: tensor.clone() for name, tensor in bare.state_dict().items()}  # detached
-        return functional_call(bare, copies, (_join(images, cond),))
+        copies = {name: tensor.clone() for name, tensor in self.discriminator.state_dict().items()}  # detached
+        return functional_call(self.discriminator, copies, (_join(images, cond),))
 
     def _check(self, inputs: Tensor, reconstructions: Tensor, cond: Tensor | None) -> None:
         """Raise ValueError for images or a condition that do not fit."""
@@ -197,7 +195,7 @@ def adaptive_weight(nll: Tensor, adversarial: Tensor, last_layer: Tensor | None)
         raise ValueError("the adaptive weight needs last_layer, the weight of the last layer of the autoencoder")
     # the factor 2**10 changes no bit in float32, and avoids gradients of 0 in float16
     by_nll, by_adversary = (
-        all_reduce_mean(torch.autograd.grad(1024 * loss, last_layer, retain_graph=True)[0]).norm() / 1024
+        torch.autograd.grad(1024 * loss, last_layer, retain_graph=True)[0].norm() / 1024
         for loss in (nll, adversarial))
     return (by_nll / (by_adversary + 1e-4)).clamp(0.0, 1e4).detach()
 

@@ -22,20 +22,24 @@ def image_metrics(restored: Tensor, target: Tensor) -> dict[str, float]:
     return {"psnr": psnr(restored, target).mean().item(), "psnr_mean_colour": psnr(plain, target).mean().item()}
 
 
-def codebook_use(indices: Tensor, num_codes: int) -> dict[str, Tensor]:
+def code_hits(indices: Tensor, num_codes: int) -> Tensor:
+    """Return how often each code occurs, (num_codes,) int64. Args: indices: of any shape, 0..num_codes - 1."""
+    flat = indices.flatten().long()
+    return flat.new_zeros(num_codes).index_add_(0, flat, torch.ones_like(flat))  # bincount would wait for the GPU
+
+
+def codebook_use(hits: Tensor) -> dict[str, Tensor]:
     """Return the use of a codebook.
 
-    Args: indices: of any shape, 0..num_codes - 1.
+    Args: hits: how often each code occurs, (K,).
     Returns:
-        {"codes_used": fraction of the codes that occur, "perplexity": exp of the entropy of the indices,
-        1..num_codes}, scalars on the device of the indices.
+        {"codes_used": fraction of the codes that occur, "perplexity": exp of the entropy of the indices, 1..K},
+        scalars on the device of the hits.
     """
-    hits = torch.zeros(num_codes, device=indices.device)  # bincount would wait for the GPU
-    hits.index_add_(0, indices.flatten(), torch.ones_like(indices.flatten(), dtype=hits.dtype))
-    frequencies = hits / indices.numel()
+    frequencies = hits.float() / hits.sum()
     return {"codes_used": (hits > 0).float().mean(), "perplexity": torch.special.entr(frequencies).sum().exp()}
 
 
 def perplexity(indices: Tensor, num_codes: int) -> Tensor:
     """Return the perplexity of `codebook_use`."""
-    return codebook_use(indices, num_codes)["perplexity"]
+    return codebook_use(code_hits(indices, num_codes))["perplexity"]

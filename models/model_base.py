@@ -6,10 +6,9 @@ verified set, and the learning rate is a function of the step, so no scheduler h
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +18,18 @@ from torch import Tensor, nn
 import checkpoint
 from models import NETWORKS
 from options import build, models_folder
-from runtime import distributed
+from runtime import determinism, distributed
 from runtime.ranges import NonNegativeInt, PositiveInt, Seed
 from runtime.schedules import Schedule
 from storage import tree
+
+
+@dataclass
+class Shape:
+    """Name what the list of a micro-batch holds."""
+
+    labels: list[str] = field(default_factory=list)  # optimizers that step
+    terms: list[str] = field(default_factory=list)  # loss terms
 
 
 class ModelBase:
@@ -45,7 +52,7 @@ class ModelBase:
         nan_limit: PositiveInt = 20  # consecutive skipped steps after which the run stops
         amp: Literal["bf16", "fp16"] | None = None  # precision of forward passes; null: float32, as weights and loss
         compile: bool = False  # compile G's forward pass (torch.compile): a slow start, then faster
-        accumulate: PositiveInt = 1  # micro-batches per optimizer step; more need less memory
+        accumulate: PositiveInt = 1  # micro-batches per optimizer step, over all processes; more need less memory
 
     @dataclass
     class ValOptions:
@@ -84,10 +91,6 @@ class ModelBase:
 
     def feed_data(self, data: Mapping[str, Any], need_H: bool = True) -> None:
         """Move a batch to the device; without `need_H` its targets are ignored."""
-        raise NotImplementedError
-
-    def optimize_parameters(self, current_step: int) -> None:
-        """Train on the batch of `feed_data`: one optimizer step, the first has number 1."""
         raise NotImplementedError
 
     def test(self) -> None:
@@ -156,15 +159,9 @@ class ModelBase:
         """Build network `label` from the option section `net{label}`, on the device."""
         return build(NETWORKS, self.opt[f"net{label}"], "net_type").to(self.device)
 
-    def distribute(self, network: nn.Module) -> nn.Module:
-        """Wrap a network for training on several ranks; on one rank return it unchanged."""
-        if self.opt["sync_batchnorm"]:
-            distributed.synchronize_batchnorm(network)
-        return distributed.wrap(network, self.opt["find_unused_parameters"], self.opt["use_static_graph"])
-
     @staticmethod
     def get_bare_model(network: nn.Module) -> nn.Module:
-        """Return a network without the wrappers DistributedDataParallel and torch.compile."""
+        """Return a network without the wrappers of torch.compile and DataParallel."""
         while isinstance(inner := getattr(network, "module", getattr(network, "_orig_mod", None)), nn.Module):
             network = inner
         return network
@@ -206,13 +203,6 @@ class ModelBase:
         self.skipped, self.skipped_in_a_row = state.get("skipped", 0), state.get("skipped_in_a_row", 0)
         if self.scaler and state.get("scaler_state_dict"):
             self.scaler.load_state_dict(state["scaler_state_dict"])
-
-    def local_state(self) -> dict[str, Any]:
-        """Return the part of the extra state that differs between ranks; each rank's is saved."""
-        return {}
-
-    def load_local_state(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Restore the state of `local_state` from that of all saved ranks; the world size may have changed."""
 
     def save_network(self, save_dir: str, network: nn.Module, network_label: str, iter_label: int | str) -> None:
         """Write the weights of one network as `{iter}_{label}.pth` in `save_dir`."""
@@ -316,59 +306,150 @@ class ModelBase:
 
     # ------------------------------------------------ a step
 
+    batch: Sequence[str] = ("degraded", "target")  # attributes set by feed_data that hold the rows of a batch
+
+    def begin_step(self, step: int) -> None:
+        """Prepare the networks for a step, as a function of its number alone."""
+
+    def losses(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Compute the losses of the micro-batch in the attributes `batch`, a mean over its rows each.
+
+        All random generators are seeded for this micro-batch. What is returned must depend on nothing else but it, the
+        networks and the step.
+
+        Returns: losses by the label of the optimizer that steps; loss terms for the log by name, scalars.
+        """
+        raise NotImplementedError
+
+    def counts(self) -> list[Tensor]:
+        """Return and reset what the micro-batch adds to sums over the batch, after its backward pass."""
+        return []
+
+    def finish_step(self, step: int, counts: list[Tensor]) -> None:
+        """Use the sums of `counts` over the batch, after the optimizers stepped; not called for a skipped step."""
+
     def autocast(self) -> torch.autocast:
         """Return the context of forward passes, in the precision of `train.amp`."""
         kind = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}[self.opt_train["amp"]]
         return torch.autocast(self.device.type, dtype=kind, enabled=kind is not None)
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of a loss, scaled for fp16."""
-        (self.scaler.scale(loss) if self.scaler else loss).backward()
+    def optimize_parameters(self, current_step: int) -> None:
+        """Make one step: losses and gradients of each micro-batch by itself, their sum in a fixed tree, the optimizers.
 
-    def step(self, optimizer: torch.optim.Optimizer, clip: float | None = None) -> bool:
-        """Make one optimizer step, unless its gradient is not finite.
-
-        A non-finite gradient would spoil weights and moments for good. `must_skip` says where it is checked; elsewhere
-        the loop checks the norms before the next checkpoint. With fp16 the scaler skips such steps.
-
-        Args: clip: largest norm of all gradients of the optimizer together; None: no limit.
-        Returns: whether the step was made.
+        So the result does not depend on which rank computes a micro-batch. Buffers that a forward pass changes, as
+        those of batch norm, move by the mean of the changes. A step that is skipped changes nothing.
         """
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if self.scaler:
-            if clip:
-                self.scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(parameters, clip)
-            self.scaler.step(optimizer)
-            self.scaler.update()
-            return True
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        label = next((label for label, own in self.optimizers.items() if own is optimizer), "optimizer")
-        self.gradient_norms[f"gradient norm of {label}"] = norm
-        if self.must_skip(norm):
-            return False
-        if clip:
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-        optimizer.step()
-        return True
+        self.begin_step(current_step)
+        num = distributed.num_micro_batches(self.opt_train["accumulate"])
+        moving = self.moving_tensors() if num > 1 or self.opt_train["on_nan"] == "skip" else []
+        before = [tensor.clone() for tensor in moving]
+        batch, shape = {name: getattr(self, name) for name in self.batch}, Shape()
+        total = iter(distributed.sum_micro_batches(
+            lambda number: self.micro_batch(current_step, number, num, batch, moving, before, shape), num))
+        for name, rows in batch.items():
+            setattr(self, name, rows)
+        for label in shape.labels:
+            for parameter in self.parameters_of(label):
+                parameter.grad = next(total)
+        with torch.no_grad():
+            for tensor, old in zip(moving, before) if num > 1 else ():
+                if tensor.is_floating_point():
+                    tensor.copy_(next(total).div_(num).add_(old))
+            losses, terms = next(total), next(total)
+            self.log_dict = dict(zip(shape.terms, terms.unbind()))
+            skipped = self.is_bad(losses) or not self.step_optimizers(shape.labels)
+            for tensor, old in zip(moving, before) if skipped else ():
+                tensor.copy_(old)
+        self.skipped += skipped and self.opt_train["on_nan"] == "skip"
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if not skipped:
+            self.finish_step(current_step, list(total))
+            if "E" in self.networks:
+                self.update_E(self.opt_train["E_decay"])
 
-    @contextlib.contextmanager
-    def skipping(self) -> Iterator[None]:
-        """Restore the buffers that a skipped step inside made non-finite, with `on_nan` "skip"."""
-        if self.opt_train["on_nan"] != "skip":
-            yield
-            return
-        moving = [tensor for network in self.networks.values()
-                  for tensor in (*network.buffers(), *(p for p in network.parameters() if not p.requires_grad))
-                  if tensor.is_floating_point()]
-        kept, skipped = [tensor.clone() for tensor in moving], self.skipped
-        yield
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.skipped > skipped else 0
-        if self.skipped_in_a_row:
+    def micro_batch(self, step: int, number: int, num: int, batch: Mapping[str, Tensor], moving: Sequence[Tensor],
+                    before: Sequence[Tensor], shape: Shape) -> list[Tensor | None]:
+        """Compute one of `num` micro-batches: gradients, changes of buffers, losses, loss terms, counts."""
+        determinism.seed_micro_batch(self.opt_train["manual_seed"], step, number)
+        share = num // distributed.world_size()
+        if num > 1:
             with torch.no_grad():
-                for tensor, before in zip(moving, kept):
-                    if not tensor.isfinite().all():
-                        tensor.copy_(before)
+                for tensor, old in zip(moving, before):
+                    tensor.copy_(old)
+            for name, rows in batch.items():  # a tensor of its own: memory alignment can change the last bits
+                place, size = number % share, len(rows) // share
+                assert size * share == len(rows), f"{len(rows)} rows are not {share} equal micro-batches"
+                setattr(self, name, rows[place * size : (place + 1) * size].clone())
+        losses, terms = self.losses(step)
+        shape.labels, shape.terms = list(losses), list(terms)
+        found = torch.stack([loss.detach().float() for loss in losses.values()])
+        part: list[Tensor | None] = []
+        bad = self.is_bad(found)
+        for label, loss in losses.items():
+            parameters = self.parameters_of(label)
+            for parameter in parameters:
+                parameter.grad = None
+            if not bad:
+                self.backward(loss / num if num > 1 else loss, parameters)
+            part += [torch.zeros_like(p) if p.grad is None and num > 1 else p.grad for p in parameters]
+            for parameter in parameters:
+                parameter.grad = None
+        part += [tensor - old for tensor, old in zip(moving, before) if num > 1 and tensor.is_floating_point()]
+        values = torch.stack([term.detach().float() for term in terms.values()])
+        return [*part, found, values / num, *self.counts()]
+
+    def backward(self, loss: Tensor, parameters: Sequence[nn.Parameter] | None = None) -> None:
+        """Compute the gradients of a loss, scaled for fp16; None: of all parameters."""
+        (self.scaler.scale(loss) if self.scaler else loss).backward(inputs=parameters)
+
+    def parameters_of(self, label: str) -> list[nn.Parameter]:
+        """Return the parameters that an optimizer trains now."""
+        return [p for group in self.optimizers[label].param_groups for p in group["params"] if p.requires_grad]
+
+    def moving_tensors(self) -> list[Tensor]:
+        """Return the tensors besides parameters that a forward pass in training may change."""
+        found = []
+        for label, network in self.networks.items():
+            if label != "E":
+                saved = network.state_dict().keys()
+                found += [buffer for name, buffer in network.named_buffers() if name in saved]
+        return found
+
+    def is_bad(self, values: Tensor) -> bool:
+        """Tell whether values are not finite, where that is checked before a step.
+
+        It is checked on CPU, where it is free and NaN coordinates would crash grid_sample's backward kernel, and with
+        `on_nan` "skip". Elsewhere the loop checks the losses of several steps at once.
+        """
+        checked = self.opt_train["on_nan"] == "skip" or values.device.type == "cpu"
+        return checked and not bool(torch.isfinite(values).all())
+
+    def step_optimizers(self, labels: Sequence[str]) -> bool:
+        """Step these optimizers unless a gradient is not finite, which would spoil weights and moments for good.
+
+        `train.{label}_optimizer_clipgrad` limits the norm of all gradients of an optimizer together. With fp16 the
+        scaler skips steps of too large gradients.
+
+        Returns: whether the steps were made.
+        """
+        norms = {}
+        for label in labels:
+            if self.scaler:
+                self.scaler.unscale_(self.optimizers[label])
+            norms[label] = torch.nn.utils.get_total_norm([p.grad for p in self.parameters_of(label)
+                                                          if p.grad is not None])
+        if not self.scaler:
+            self.gradient_norms = {f"gradient norm of {label}": norm for label, norm in norms.items()}
+            if self.is_bad(torch.stack(list(norms.values()))):
+                return False
+        for label in labels:
+            if clip := self.opt_train[f"{label.removeprefix('optimizer')}_optimizer_clipgrad"]:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters_of(label), clip, norms[label])
+            optimizer = self.optimizers[label]
+            self.scaler.step(optimizer) if self.scaler else optimizer.step()
+        if self.scaler:
+            self.scaler.update()
+        return True
 
     def find_non_finite(self) -> str | None:
         """Return the name of a non-finite weight or moment, or of a NaN buffer, else None. Waits for the device."""
@@ -385,21 +466,6 @@ class ModelBase:
                      if value != value or value == float("inf") and name not in buffers), None)
 
     # ------------------------------------------------ learning rate and log
-
-    def must_skip(self, loss: Tensor) -> bool:
-        """Tell before the backward pass whether a non-finite loss makes this step be skipped, and count it.
-
-        The check runs on CPU, where it is free and NaN coordinates would crash grid_sample's backward kernel, and with
-        `on_nan` "skip". Elsewhere the loop checks the losses of several steps at once.
-        """
-        skip = self.opt_train["on_nan"] == "skip"
-        if not (skip or loss.device.type == "cpu"):
-            return False
-        bad = not torch.isfinite(loss)
-        if not (distributed.any_rank(bad) if skip else bad):  # all ranks skip a step, or none
-            return False
-        self.skipped += skip
-        return True
 
     def update_learning_rate(self, n: int) -> None:
         """Set all learning rates for the step that follows n finished ones."""

@@ -62,6 +62,7 @@ class ModelInkTrace(ModelPlain):
         keypoint_radius: NonNegativeFloat = 2.0  # largest distance of a found keypoint, in pixels
 
     best_metric = "skeleton_f1", "max"
+    batch = "image", "target"
 
     def __init__(self, opt: Mapping[str, Any]):
         t, net = opt["train"], opt["netG"]
@@ -71,12 +72,12 @@ class ModelInkTrace(ModelPlain):
             raise ValueError(f"{opt['opt_path']}: netG.full_heads: must be true where train.G_lossfn_type is dense")
         if SIZE % t["mask_block"]:
             raise ValueError(f"{opt['opt_path']}: train.mask_block: {t['mask_block']} must divide {SIZE}")
-        batch = opt["datasets"]["train"]["dataloader_batch_size"] // distributed.world_size()
-        if full and min(len(part) for part in torch.empty(batch).chunk(t["accumulate"])) < 2:
-            raise ValueError(f"{opt['opt_path']}: a batch of {batch} in {t['accumulate']} micro-batches leaves a "
-                             "single image in one, too few for full_heads; use a larger dataloader_batch_size")
+        batch, num = opt["datasets"]["train"]["dataloader_batch_size"], distributed.num_micro_batches(t["accumulate"])
+        if full and batch // num < 2:
+            raise ValueError(f"{opt['opt_path']}: a batch of {batch} in {num} micro-batches leaves a single image in "
+                             "each, too few for full_heads; use a larger dataloader_batch_size")
         super().__init__(opt)
-        self.terms: list[tuple[int, dict[str, Tensor]]] = []  # of each micro-batch: number of images, loss terms
+        self.terms: dict[str, Tensor] = {}  # loss terms of the last micro-batch
 
     # ------------------------------------------------ before training
 
@@ -87,7 +88,7 @@ class ModelInkTrace(ModelPlain):
     def G_lossfn(self, restored: Tensor, target: Tensor) -> Tensor:
         """Return the weighted sum of all terms, and keep the terms for the log."""
         terms = self.criterion(unpack(restored), unpack(target))
-        self.terms.append((len(restored), {name: term.detach() for name, term in terms.items() if name != "total"}))
+        self.terms = {name: term for name, term in terms.items() if name != "total"}
         return terms["total"]
 
     def define_scheduler(self) -> None:
@@ -114,34 +115,31 @@ class ModelInkTrace(ModelPlain):
         self.image = self.degraded
         self.index = int(data["index"][0]) if "index" in data else 0
 
-    def hide(self, *key: int) -> None:
-        """Hide blocks of `image` in structural mode, into `degraded`: a function of the seed and `key` alone."""
-        if not self.dense:
+    def hide(self, generator: torch.Generator | None = None) -> None:
+        """Hide blocks of `image` at random in structural mode, into `degraded`."""
+        if self.dense:
+            self.degraded = self.image
+        else:
             t = self.opt_train
-            generator = cpu_generator(t["manual_seed"], *key, 1)
-            count = len(self.image) * distributed.world_size()
-            mask = hidden_blocks(count, t["mask_ratio"], generator, t["mask_block"])
-            self.mask = distributed.local_rows(mask).to(self.device)
+            mask = hidden_blocks(len(self.image), t["mask_ratio"], generator, t["mask_block"])
+            self.mask = mask.to(self.device)
             self.degraded = self.image * (1 - self.mask)
 
     def netG_forward(self) -> None:
         """Run G on `degraded`, into `restored`."""
         self.restored = self.restore(self.forward_G, self.degraded)
 
-    def optimize_parameters(self, current_step: int) -> None:
-        """Hide blocks, train on the batch, and log the mean of each loss term."""
-        self.hide(0, current_step)
-        self.terms.clear()
-        super().optimize_parameters(current_step)
-        count = sum(images for images, _ in self.terms)
-        for name in self.terms[0][1]:
-            self.log_dict[name] = sum(images * terms[name] for images, terms in self.terms) / count
+    def losses(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Compute the loss of maps of an image with hidden blocks."""
+        self.hide()
+        losses, terms = super().losses(step)
+        return losses, terms | self.terms
 
     # ------------------------------------------------ testing
 
     def test(self) -> None:
         """Predict the maps of the batch, with hidden blocks in structural mode."""
-        self.hide(1, self.index)
+        self.hide(cpu_generator(self.opt_train["manual_seed"], 1, self.index, 1))
         super().test()
         self.restored = self.restored.float()
 

@@ -9,7 +9,6 @@ Legend: B images, c channels, h w latent pixels, S styles, R references; t = 0 i
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import math
 import os
@@ -49,6 +48,7 @@ COLUMNS = ("epoch", "loss_total", "loss_style_swd", "loss_content_ssm", "learnin
 class ModelLGT(ModelPlain):
     """Train a velocity field through the ODE that it defines, on batches of `data.styles`."""
 
+    batch = "source", "reference", "target_style"
     best_metric = "swd", "min"
     shares_tests = False  # the contact sheet needs the pictures of all samples
     inference_options = ("source_style", "num_steps", "temperature_lambda", "temperature_threshold", "use_cfg",
@@ -172,56 +172,41 @@ class ModelLGT(ModelPlain):
         (self.source_name,), self.source = data["style"], data["source"].to(self.device)  # (1,c,h,w)
         self.references = dict(zip(there, data["reference"][0].to(self.device)))  # style -> (R,c,h,w)
 
-    def optimize_parameters(self, current_step: int) -> None:
-        """Train on the batch: integrate from random times to the ends, and lower their energy."""
-        t = self.opt_train
-        generator = cpu_generator(t["manual_seed"], 0, 0, current_step)
-        count = len(self.source) * distributed.world_size()  # draws cover the batch of all ranks
-        x0 = distributed.local_rows(torch.randn((count, *self.source.shape[1:]), generator=generator)).to(self.device)
+    def losses(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Compute the energy of the ends of trajectories that begin at random times, and the velocity penalty."""
+        t, count = self.opt_train, len(self.source)
+        x0 = torch.randn(self.source.shape).to(self.device)
         least = t["epsilon"] * min(self.epoch / max(t["epsilon_warmup_epochs"], 1), 1)
-        start = distributed.local_rows(torch.rand(count, generator=generator) * (1 - least) + least).to(self.device)
-        dropped = bool(torch.rand((), generator=generator) < t["label_drop_prob"])
+        start = (torch.rand(count) * (1 - least) + least).to(self.device)
+        dropped = bool(torch.rand(()) < t["label_drop_prob"])
         style = self.target_style.to(self.device, non_blocking=True)
         x_t = torch.lerp(x0, self.source, start[:, None, None, None])
+        groups = self.target_style.tolist() if t["swd_groups"] == "style" and not dropped else None
+        terms = self.G_lossfn(self.integrate(x_t, start, style, dropped), self.reference, self.source, None, groups)
+        if t["use_velocity_reg"]:
+            velocity = self.velocity(self.forward_G, style, dropped)(x_t, start)
+            terms["vel_reg"] = self.G_lossfn.velocity_penalty(velocity)
+            terms["total"] = terms["total"] + terms["vel_reg"]
+        return {"optimizerG": t["G_lossfn_weight"] * terms["total"]}, {f"loss_{k}": v for k, v in terms.items()}
 
-        self.G_optimizer.zero_grad(set_to_none=True)
-        parts = list(zip(*(tensor.chunk(t["accumulate"]) for tensor in (x_t, start, style))))
-        if len(parts) == 1:
-            x_1 = self.integrate(*parts[0], dropped)
-        else:  # the energy needs the ends of the full batch: first the gradient there, then one trajectory at a time
-            with torch.no_grad():
-                x_1 = torch.cat([self.integrate(*part, dropped) for part in parts])
-        at_once = len(parts) == distributed.world_size() == 1
-        gather = distributed.gather_rows
-        ends = x_1 if at_once else gather(x_1.detach()).requires_grad_()
-        styles = gather(self.target_style).tolist() if t["swd_groups"] == "style" and not dropped else None
-        losses = self.G_lossfn(ends, gather(self.reference), gather(self.source), generator, styles)
-        if not self.must_skip(losses["total"]):
-            if at_once:
-                self.backward(t["G_lossfn_weight"] * losses["total"])
-            else:
-                (gradient,) = torch.autograd.grad(losses["total"], ends)
-                # each rank has the gradient of the full batch, and DistributedDataParallel averages over ranks
-                gradients = (distributed.local_rows(gradient) * distributed.world_size()).chunk(t["accumulate"])
-                for number, (part, gradient) in enumerate(zip(parts, gradients), start=1):
-                    with distributed.no_sync(self.forward_G, last=number == len(parts)):
-                        trajectory_end = x_1 if len(parts) == 1 else self.integrate(*part, dropped)
-                        self.backward(t["G_lossfn_weight"] * (trajectory_end * gradient).sum())
-            if t["use_velocity_reg"]:
-                losses["vel_reg"] = sum(self.penalize(part, len(x_t), dropped, last=part is parts[-1])
-                                        for part in parts)
-                losses["total"] = losses["total"] + losses["vel_reg"]
-            if self.step(self.G_optimizer, t["G_optimizer_clipgrad"]):
-                self.get_bare_model(self.netG).style_embed.refresh()
-                if self.netE is not None:
-                    self.update_E(t["E_decay"])
-                    self.get_bare_model(self.netE).style_embed.refresh()
-            self.count += 1
-            self.sums = {name: self.sums.get(name, 0) + loss.detach().double() for name, loss in losses.items()}
-        self.log_dict = {f"loss_{name}": loss.detach() for name, loss in losses.items()}
-        if current_step == t["total_iter"]:
+    def optimize_parameters(self, current_step: int) -> None:
+        """Train on the batch, and close the epoch after the last step."""
+        super().optimize_parameters(current_step)
+        if current_step == self.opt_train["total_iter"]:
             group = self.G_optimizer.param_groups[0]
             self.close_epoch(self.schedules["optimizerG"](group["initial_lr"], current_step))
+
+    def finish_step(self, step: int, counts: list[Tensor]) -> None:
+        """Refresh the average style, and add the losses to those of the epoch."""
+        self.get_bare_model(self.netG).style_embed.refresh()
+        self.count += 1
+        self.sums = {name.removeprefix("loss_"): self.sums.get(name.removeprefix("loss_"), 0) + loss.double()
+                     for name, loss in self.log_dict.items()}
+
+    def update_E(self, decay: float = 0.999) -> None:
+        """Update the moving average and its average style."""
+        super().update_E(decay)
+        self.get_bare_model(self.netE).style_embed.refresh()
 
     def velocity(self, network: nn.Module, style: Tensor, average: bool = False) -> Velocity:
         """Return the velocity towards a style as a function of x and t, in float32."""
@@ -235,19 +220,7 @@ class ModelLGT(ModelPlain):
         """Return the ends (B,c,h,w) of the trajectories from x at times t (B,)."""
         o = self.opt_train
         return euler(self.velocity(self.forward_G, style, average), x, t, o["ode_integration_steps"], o["ode_step"],
-                     o["gradient_checkpointing"], lambda: distributed.no_sync(self.forward_G, last=False))[0]
-
-    def penalize(self, part: tuple[Tensor, Tensor, Tensor], batch: int, average: bool, last: bool = True) -> Tensor:
-        """Accumulate the gradient of the velocity penalty of a micro-batch, and return that penalty.
-
-        Args: part: x, t and style of the micro-batch. batch: number of images of all micro-batches.
-        """
-        x, t, style = part
-        with distributed.no_sync(self.forward_G, last):
-            velocity = self.velocity(self.forward_G, style, average)(x, t)
-            penalty = len(x) / batch * self.G_lossfn.velocity_penalty(velocity)
-            self.backward(self.opt_train["G_lossfn_weight"] * penalty)
-        return penalty.detach()
+                     o["gradient_checkpointing"])[0]
 
     def close_epoch(self, next_rate: float) -> None:
         """Append the row of the finished epoch to the CSV of this launch; the row's time excludes earlier launches."""
@@ -434,13 +407,13 @@ class ModelLGT(ModelPlain):
 # The ODE ----------------------------------------------------------------------------------------------------------
 
 def euler(velocity: Velocity, x: Tensor, t: Tensor, steps: int, kind: Literal["constant", "shrinking"] = "constant",
-          recompute: bool = False, around: Callable[[], Any] = contextlib.nullcontext) -> tuple[Tensor, Tensor]:
+          recompute: bool = False) -> tuple[Tensor, Tensor]:
     """Integrate the velocity from x (B,c,h,w) at times t (B,) towards t = 1.
 
     Args:
         kind: "constant": steps of equal length, which end at 1. "shrinking": each step covers an equal fraction of
             the time that is left, as published, so that the last ends before 1.
-        recompute: keep only x of each step in memory and recompute the rest for the gradient, inside `around`.
+        recompute: keep only x of each step in memory and recompute the rest for the gradient.
     Returns: x and t at the end.
     """
     length = (1 - t) / steps
@@ -448,8 +421,7 @@ def euler(velocity: Velocity, x: Tensor, t: Tensor, steps: int, kind: Literal["c
         if kind == "shrinking":
             length = (1 - t) / steps
         if recompute and torch.is_grad_enabled():
-            v = recomputed(velocity, x, t, use_reentrant=False, preserve_rng_state=False,  # it draws nothing
-                           context_fn=lambda: (contextlib.nullcontext(), around()))
+            v = recomputed(velocity, x, t, use_reentrant=False, preserve_rng_state=False)  # it draws nothing
         else:
             v = velocity(x, t)
         x, t = x + v * length[:, None, None, None], t + length

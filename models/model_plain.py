@@ -66,8 +66,9 @@ class ModelPlain(ModelBase):
         """Load weights, and build loss, optimizer and schedule; see `ModelBase`."""
         reports = self.load(parts, source)
         self.netG.train()
-        wrapped = self.distribute(self.netG)
-        self.forward_G = torch.compile(wrapped) if self.opt_train["compile"] else wrapped
+        if self.opt["sync_batchnorm"]:
+            distributed.synchronize_batchnorm(self.netG)
+        self.forward_G = torch.compile(self.netG) if self.opt_train["compile"] else self.netG
         self.define_loss()
         self.define_optimizer()
         self.load_optimizers(parts, source)
@@ -159,26 +160,12 @@ class ModelPlain(ModelBase):
         """Run G on `degraded`, into `restored`."""
         self.restored = self.forward_G(self.degraded)
 
-    def optimize_parameters(self, current_step: int) -> None:
-        """Train G on the batch in micro-batches, and update E."""
-        t, batch = self.opt_train, (self.degraded, self.target)
-        self.G_optimizer.zero_grad(set_to_none=True)
-        losses, parts = [], list(zip(*(tensor.chunk(t["accumulate"]) for tensor in batch)))
-        for number, (self.degraded, self.target) in enumerate(parts, start=1):
-            with distributed.no_sync(self.forward_G, last=number == len(parts)):
-                with self.autocast():
-                    self.netG_forward()
-                share = len(self.degraded) / len(batch[0])
-                loss = t["G_lossfn_weight"] * share * self.G_lossfn(self.restored.to(self.target.dtype), self.target)
-                losses.append(loss.detach())
-                if self.must_skip(loss):
-                    break
-                self.backward(loss)
-        else:
-            if self.step(self.G_optimizer, t["G_optimizer_clipgrad"]) and self.netE is not None:
-                self.update_E(t["E_decay"])
-        self.log_dict["G_loss"] = sum(losses)
-        self.degraded, self.target = batch
+    def losses(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Compute the loss of G."""
+        with self.autocast():
+            self.netG_forward()
+        loss = self.opt_train["G_lossfn_weight"] * self.G_lossfn(self.restored.to(self.target.dtype), self.target)
+        return {"optimizerG": loss}, {"G_loss": loss}
 
     # ------------------------------------------------ testing
 

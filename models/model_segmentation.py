@@ -23,7 +23,6 @@ from metrics.segmentation import confusion, segmentation_metrics
 from models import NETWORKS
 from models.model_plain import ModelPlain, merge_tiles
 from options import build
-from runtime import distributed
 from runtime.ranges import Fraction, NonNegativeInt
 
 HISTORIES = ("train_losses", "train_metrics_history", "val_losses", "val_metrics_history")
@@ -88,7 +87,7 @@ class ModelSegmentation(ModelPlain):
         """Build the criterion."""
         t = self.opt_train
         self.criterion = self.build_loss(t, complement=t["loss_complement"], alpha=t["loss_alpha"])
-        self.G_lossfn = self.loss_and_counts
+        self.G_lossfn = self.loss
 
     def define_scheduler(self) -> None:
         """Build the schedule of G; ReduceLROnPlateau follows from the history of validations."""
@@ -138,28 +137,28 @@ class ModelSegmentation(ModelPlain):
                       "loss": torch.zeros((), dtype=torch.float64, device=self.device),
                       "counts": torch.zeros(max(2, self.num_classes), 3, dtype=torch.int64, device=self.device)}
 
+    def counts(self) -> list[Tensor]:
+        """Return true positives, false positives and false negatives of the micro-batch."""
+        return [self.confusion(self.restored.detach(), self.target)]
+
     def optimize_parameters(self, current_step: int) -> None:
-        """Train on the batch and add its loss and counts to those of the epoch."""
-        self.counts, skipped = [], self.skipped
+        """Train on the batch, and close the epoch after its last one."""
         super().optimize_parameters(current_step)
-        if self.skipped == skipped:
-            self.epoch["loss"] += self.log_dict["G_loss"].double() * len(self.degraded)
-            self.epoch["counts"] += sum(self.counts)
-        self.epoch["seen"] += len(self.degraded) * distributed.world_size()
-        if self.epoch["seen"] + self.opt["datasets"]["train"]["dataloader_batch_size"] > self.epoch["place"][1]:
+        size = self.opt["datasets"]["train"]["dataloader_batch_size"]
+        self.epoch["seen"] += size
+        if self.epoch["seen"] + size > self.epoch["place"][1]:
             self.end_epoch()
+
+    def finish_step(self, step: int, counts: list[Tensor]) -> None:
+        """Add loss and counts of the batch to those of the epoch."""
+        self.epoch["loss"] += self.log_dict["G_loss"].double() * self.opt["datasets"]["train"]["dataloader_batch_size"]
+        self.epoch["counts"] += counts[0]
 
     def end_epoch(self) -> None:
         """Append the means of the epoch to the history. Waits for the device."""
-        loss, counts = (distributed.all_reduce_sum(self.epoch[name]) for name in ("loss", "counts"))
-        self.history["train_losses"].append(float(loss) / self.epoch["seen"])
-        self.history["train_metrics_history"].append(segmentation_metrics(counts))
+        self.history["train_losses"].append(float(self.epoch["loss"]) / self.epoch["seen"])
+        self.history["train_metrics_history"].append(segmentation_metrics(self.epoch["counts"]))
         self.begin_epoch(self.epoch["place"][0] + 1, self.epoch["place"][1])
-
-    def loss_and_counts(self, restored: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of a micro-batch, and keep its counts."""
-        self.counts.append(self.confusion(restored.detach(), target))
-        return self.loss(restored, target)
 
     def loss(self, restored: Tensor, target: Tensor) -> Tensor:
         """Return the criterion, or its mean over several tasks."""
@@ -286,31 +285,20 @@ class ModelSegmentation(ModelPlain):
         """Return the extra state with histories and the sums of the epoch."""
         losses = [loss for loss in self.history["val_losses"] if math.isfinite(loss)]
         return {**super().extra_state(finished), **{name: list(rows) for name, rows in self.history.items()},
-                "best_loss": min(losses, default=None), "validation_names": self.validated, **self.local_state()}
+                "best_loss": min(losses, default=None), "validation_names": self.validated,
+                "current_epoch": {**self.epoch, "place": list(self.epoch["place"])}}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Restore histories and sums."""
         super().load_extra_state(state)
         self.history = {name: list(state.get(name, [])) for name in HISTORIES}
         self.validated = list(state.get("validation_names", []))
-        self.load_local_state([state])
-
-    def local_state(self) -> dict[str, Any]:
-        """Return the sums of the epoch on this rank."""
-        return {"current_epoch": {**self.epoch, "place": list(self.epoch["place"])}}
-
-    def load_local_state(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Restore the sums of this rank; after a change of the world size rank 0 takes those of all ranks."""
-        found = [state["current_epoch"] for state in states if "current_epoch" in state]
-        if not found:
-            return
-        rank = distributed.rank()
-        own = found[rank : rank + 1] if len(found) == distributed.world_size() else found if rank == 0 else []
-        self.begin_epoch(*found[0]["place"])
-        self.epoch["seen"] = found[0]["seen"]
-        for now in own:
+        found = [part["current_epoch"] for part in state.get("ranks", [state]) if "current_epoch" in part]
+        if found:  # before version 3 each rank saved sums of its own
+            self.begin_epoch(*found[0]["place"])
+            self.epoch["seen"] = found[0]["seen"]
             for name in ("loss", "counts"):
-                self.epoch[name] += now[name].to(self.device)
+                self.epoch[name] += sum(one[name].to(self.device) for one in found)
 
 
 def by_name(counts: Tensor) -> dict[str, float]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,9 +27,10 @@ from data.synthetic import as_channels
 from losses.calculator import LossCalculator
 from losses.lpips import LPIPS
 from losses.vqperceptual import VQLPIPSWithDiscriminator
-from metrics.vqgan import codebook_use, image_metrics
+from metrics.vqgan import code_hits, codebook_use, image_metrics
 from models import NETWORKS
 from models.model_plain import ModelPlain
+from models.network_discriminator import ActNorm
 from models.network_vqgan import DDConfig, GumbelQuantize, Indices, VQModel, VQNetwork
 from options import OptionError, check, resolve, schema_of
 from runtime import distributed
@@ -45,6 +45,8 @@ class ModelVQGAN(ModelPlain):
     `train.lossconfig.pixelloss` overrides it. A codebook of moving averages has no optimizer; it is updated once per
     iteration.
     """
+
+    batch = ("images",)
 
     @dataclass
     class TrainOptions(ModelPlain.StepOptions):
@@ -77,6 +79,7 @@ class ModelVQGAN(ModelPlain):
         self.lpips: LPIPS | None = self.loss.perceptual_loss
         self.images = self.restored = None  # (B*D,C,H,W)
         self.indices: list[Tensor] = []  # indices of each codebook
+        self.hits: list[Tensor] = []  # how often the last micro-batch used each code of each codebook
         self.discriminator_log: dict[str, Tensor] = {}  # terms of its last step, shown until the next
         self.check_sizes()
 
@@ -128,7 +131,6 @@ class ModelVQGAN(ModelPlain):
         """Prepare both networks for training, and LPIPS for validation."""
         reports = super().init_train(parts, source)
         self.loss.train()
-        self.loss.discriminator = self.distribute(self.netD)
         config = schema_of(VQLPIPSWithDiscriminator)
         files = [self.opt_train["lossconfig"].get(key, config[key][1]) for key in ("vgg_path", "lpips_path")]
         if self.lpips is None and self.opt["n_channels"] == 3 and all(Path(f).expanduser().is_file() for f in files):
@@ -157,17 +159,16 @@ class ModelVQGAN(ModelPlain):
         return super().load_weights(network, split_taming(weights)[0], strict, source)
 
     def define_loss(self) -> None:
-        """Build the optimizer of D, and the calculator that steps it."""
-        t = self.opt_train
-        rate = t["G_optimizer_lr"] if t["D_optimizer_lr"] is None else t["D_optimizer_lr"]
-        self.calculator = LossCalculator(
-            self.loss, self.build_optimizer(self.netD.parameters(), rate), self.get_bare_model(self.netG).last_layer,
-            t["disc_every"], self.backward, lambda one: self.step(one, t["D_optimizer_clipgrad"]))
+        """Build the calculator of the losses of G and D."""
+        self.calculator = LossCalculator(self.loss, self.get_bare_model(self.netG).last_layer,
+                                         self.opt_train["disc_every"])
 
     def define_optimizer(self) -> None:
-        """Build the optimizer of G; that of D is the calculator's."""
+        """Build the optimizers of G and D."""
         super().define_optimizer()
-        self.optimizers["optimizerD"] = self.calculator.optimizer
+        t = self.opt_train
+        rate = t["G_optimizer_lr"] if t["D_optimizer_lr"] is None else t["D_optimizer_lr"]
+        self.optimizers["optimizerD"] = self.build_optimizer(self.netD.parameters(), rate)
 
     def define_scheduler(self) -> None:
         """Build the schedule that G and D share."""
@@ -184,39 +185,47 @@ class ModelVQGAN(ModelPlain):
             pictures = pictures.permute(0, 3, 1, 2).float() / 255
         self.images = (pictures * 2 - 1).contiguous(memory_format=torch.channels_last)
 
-    def optimize_parameters(self, current_step: int) -> None:
-        """Train G on the batch, in due iterations D, and update codebooks and E."""
+    def begin_step(self, step: int) -> None:
+        """Check the images, drop counts of a skipped step, and set the temperature of Gumbel codebooks."""
+        self.get_bare_model(self.netG).drop_counts()
         try:
             self.get_bare_model(self.netG).check_images(self.images)
         except ValueError as error:
             raise OptionError(f"{self.opt['opt_path']}: datasets.train: {error}") from None
-        t, total = self.opt_train, len(self.images)
-        terms: dict[str, Tensor] = defaultdict(float)
-        self.lower_temperature(current_step)
-        self.G_optimizer.zero_grad(set_to_none=True)
-        found, parts = [], self.images.chunk(t["accumulate"])
-        for number, images in enumerate(parts, start=1):
-            with distributed.no_sync(self.forward_G, last=number == len(parts)):
-                with self.autocast():
-                    vq_loss, restored, _, indices = self.forward_G(images)
-                losses = self.calculator.compute_total_loss(images, restored.float(), vq_loss.float(), current_step)
-                loss, share = losses.pop("total_loss"), len(images) / total
-                for name, value in {"G_loss": loss.detach(), **losses}.items():
-                    terms[name] += share * value
-                found.append(as_levels(indices))
-                if self.must_skip(loss):
-                    break
-                self.backward(share * loss)
-        else:
-            self.step(self.G_optimizer, t["G_optimizer_clipgrad"])
-            if not self.must_skip(terms["gan_loss"]):
-                self.calculator.step_discriminator(terms["gan_loss"], current_step)
-        # also after a skipped step: its counts must not reach the next update
-        self.get_bare_model(self.netG).update_codebook(current_step, distributed.all_reduce_sum_,
-                                                    distributed.gather_rows)
-        if self.netE is not None:
-            self.update_E(t["E_decay"])
-        self.log_terms(terms, [torch.cat([index.flatten() for index in level]) for level in zip(*found)])
+        self.lower_temperature(step)
+
+    def losses(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Compute the loss of G, and in iterations that step it that of D."""
+        with self.autocast():
+            vq_loss, restored, _, indices = self.forward_G(self.images)
+        terms = self.calculator.compute_total_loss(self.images, restored.float(), vq_loss.float(), step)
+        losses, gan_loss = {"optimizerG": terms.pop("total_loss")}, terms.pop("gan_loss")
+        if self.calculator.discriminator_due(step):
+            losses["optimizerD"] = gan_loss
+        self.hits = self.hits_of(as_levels(indices))
+        return losses, {"G_loss": losses["optimizerG"], **terms}
+
+    def counts(self) -> list[Tensor]:
+        """Return how often each code was used and, of codebooks of moving averages, the sums that update them."""
+        return [*self.hits, *self.get_bare_model(self.netG).take_counts()]
+
+    def finish_step(self, step: int, counts: list[Tensor]) -> None:
+        """Update codebooks of moving averages, and keep terms and codebook use for the log."""
+        hits, seen = counts[: len(self.hits)], counts[len(self.hits) :]
+        self.get_bare_model(self.netG).update_codebook(step, seen, distributed.broadcast)
+        terms = self.log_dict
+        self.discriminator_log |= {name: terms.pop(name) for name in list(terms) if name.startswith("D_")}
+        self.log_dict = {**terms, **mean_use(hits), **self.discriminator_log}
+
+    def hits_of(self, indices: Sequence[Tensor]) -> list[Tensor]:
+        """Count how often each code of each codebook occurs."""
+        return [code_hits(index, book.n_embed if book.used is None else len(book.used))
+                for index, book in zip(indices, self.codebooks)]
+
+    def moving_tensors(self) -> list[Tensor]:
+        """Return the buffers, and what the first batch of D sets."""
+        first = [m for m in self.netD.modules() if isinstance(m, ActNorm) and not m.initialized]
+        return [*super().moving_tensors(), *(p for m in first for p in (m.loc, m.scale))]
 
     def lower_temperature(self, step: int) -> None:
         """Set the temperature of Gumbel codebooks for a step."""
@@ -226,18 +235,6 @@ class ModelVQGAN(ModelPlain):
                 end = self.opt_train["temperature_end"]
                 book.temperature = end + (1 - end) * (1 + math.cos(math.pi * done)) / 2
 
-    def log_terms(self, terms: dict[str, Tensor], indices: list[Tensor]) -> None:
-        """Keep loss terms and codebook use for the log; terms of D stay until its next step."""
-        del terms["gan_loss"]  # equal to D_loss
-        self.discriminator_log |= {name: terms.pop(name) for name in list(terms) if name.startswith("D_")}
-        self.log_dict = {**terms, **self.codebook_use(indices), **self.discriminator_log}
-
-    def codebook_use(self, indices: list[Tensor]) -> dict[str, Tensor]:
-        """Return the fraction of codes in use and the perplexity, means over codebooks."""
-        uses = [codebook_use(index, book.n_embed if book.used is None else len(book.used))
-                for index, book in zip(indices, self.codebooks)]
-        return {name: sum(use[name] for use in uses) / len(uses) for name in uses[0]}
-
     def extra_state(self, finished: int) -> dict[str, Any]:
         """Return the extra state with the last loss terms of D."""
         return super().extra_state(finished) | {"discriminator_log": dict(self.discriminator_log)}
@@ -245,15 +242,7 @@ class ModelVQGAN(ModelPlain):
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Restore the last loss terms of D."""
         super().load_extra_state(state)
-        self.load_local_state([state])
-
-    def local_state(self) -> dict[str, Any]:
-        """Return the last loss terms of D on this rank."""
-        return {"discriminator_log": dict(self.discriminator_log)}
-
-    def load_local_state(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Restore the last loss terms of D on this rank."""
-        log = states[distributed.rank() % len(states)].get("discriminator_log", {})
+        log = state.get("discriminator_log", {})
         self.discriminator_log = {name: value.to(self.device) for name, value in log.items()}
 
     # ------------------------------------------------ testing
@@ -306,7 +295,7 @@ class ModelVQGAN(ModelPlain):
         if self.lpips is not None:
             with torch.no_grad():
                 values["lpips"] = self.lpips(self.restored, self.images).mean().item()
-        return values | {name: float(value) for name, value in self.codebook_use(self.indices).items()}
+        return values | {name: float(value) for name, value in mean_use(self.hits_of(self.indices)).items()}
 
     def pictures(self) -> list[Tensor]:
         """Return each picture above its reconstruction, (C,2H,W)."""
@@ -316,6 +305,12 @@ class ModelVQGAN(ModelPlain):
         """Return the first sample by KAIR's keys: L input, E reconstruction; float in [0, 1], on the CPU."""
         return {key: ((images[0] + 1) / 2).detach().float().cpu()
                 for key, images in (("L", self.images), ("E", self.restored))}
+
+
+def mean_use(hits: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return the fraction of codes in use and the perplexity, means over codebooks."""
+    uses = [codebook_use(one) for one in hits]
+    return {name: sum(use[name] for use in uses) / len(uses) for name in uses[0]}
 
 
 def as_levels(indices: Tensor | tuple[Tensor, ...]) -> list[Tensor]:

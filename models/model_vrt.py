@@ -71,11 +71,10 @@ class ModelVRT(ModelPlain):
         return [{"params": [p for p in self.netG.parameters() if id(p) not in fixed]},
                 {"params": self.fixed, "lr": t["G_optimizer_lr"] * t["fix_lr_mul"]}]
 
-    def optimize_parameters(self, current_step: int) -> None:
-        """Train on the batch, with parameters frozen in the first iterations."""
-        for parameter in self.fixed:  # a function of the step, so that a resume is exact
-            parameter.requires_grad_(current_step >= self.opt_train["fix_iter"])
-        super().optimize_parameters(current_step)
+    def begin_step(self, step: int) -> None:
+        """Freeze parameters in the first iterations."""
+        for parameter in self.fixed:
+            parameter.requires_grad_(step >= self.opt_train["fix_iter"])
 
     # ------------------------------------------------ testing
 

@@ -8,7 +8,6 @@ arXiv:1807.03039, section 3.1.
 import torch
 from torch import Tensor, nn
 
-from runtime.distributed import gather_rows
 from runtime.ranges import PositiveInt, checked
 
 
@@ -24,9 +23,8 @@ class ActNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training and not self.initialized:
             with torch.no_grad():
-                batch = gather_rows(x)
-                self.loc.copy_(-batch.mean(dim=(0, 2, 3), keepdim=True))
-                self.scale.copy_(1 / (batch.std(dim=(0, 2, 3), keepdim=True) + 1e-6))
+                self.loc.copy_(-x.mean(dim=(0, 2, 3), keepdim=True))
+                self.scale.copy_(1 / (x.std(dim=(0, 2, 3), keepdim=True) + 1e-6))
                 self.initialized.fill_(1)
         return self.scale * (x + self.loc)
 

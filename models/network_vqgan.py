@@ -7,7 +7,7 @@ numbers follow CompVis/taming-transformers, whose weights load strictly; VQModel
 Legend: B images, C channels, H W pixels, h w latent pixels (H / f, W / f), N = B*h*w, K codes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,7 @@ from storage.foreign import TAMING_LOSS
 GROUPS = 32
 MAX_DISTANCES = 2**24  # distances in memory during a lookup, 64 MiB
 Encoded = tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]
-Reduce = Callable[[Tensor], object]  # sums a tensor over all ranks, in place
-Join = Callable[[Tensor], Tensor]  # concatenates the rows of all ranks
+Broadcast = Callable[[Tensor], Tensor]  # returns rank 0's tensor on all ranks
 
 
 def require(condition: bool, message: str) -> None:
@@ -400,7 +399,7 @@ class EMAVectorQuantizer(VectorQuantizer):
                  sane_index_shape: bool = False):
         super().__init__(n_embed, embed_dim, beta, remap, sane_index_shape)
         self.decay, self.eps, self.restart_below, self.frozen = decay, eps, restart_below, False
-        self._seen = self._latest = None  # set between a backward pass and the update
+        self._seen = self._latents = None  # set between a backward pass and the update
 
     def _codes(self, n_embed: int, embed_dim: int) -> nn.Module:
         return AveragedCodes(n_embed, embed_dim)
@@ -419,27 +418,35 @@ class EMAVectorQuantizer(VectorQuantizer):
         if self._seen is None:
             self._seen = flat.new_zeros(self.n_embed, 1 + flat.shape[2])  # of each code: hits, sum of latents
         self._seen.index_add_(0, indices, F.pad(flat.flatten(0, 1), (1, 0), value=1.0))
-        self._latest = flat
+        self._latents = flat if self._latents is None else self._latents
+
+    def take_counts(self) -> Tensor:
+        """Return and reset the counts since the last call: hits and sum of latents of each code, (K, 1 + C)."""
+        seen, self._seen = self._seen, None
+        return self.embedding.weight.new_zeros(self.n_embed, 1 + self.embedding.weight.shape[1]) if seen is None \
+            else seen
+
+    def drop_counts(self) -> None:
+        """Forget the counts since the last update."""
+        self._seen = self._latents = None
 
     @torch.no_grad()
-    def update(self, step: int = 0, reduce: Reduce | None = None, join: Join | None = None) -> None:
-        """Move the codes by the counts since the last update; without counts do nothing.
+    def update(self, step: int = 0, seen: Tensor | None = None, broadcast: Broadcast = lambda x: x) -> None:
+        """Move the codes by counts; without latents since the last update do nothing.
 
         Args:
             step: iteration, the seed of the latents that replace restarted codes.
-            reduce: sums counts over ranks.
-            join: concatenates latents by image (B, h*w, C) over ranks; only called with restart_below.
+            seen: counts of all micro-batches; None: those of `take_counts`.
+            broadcast: returns rank 0's tensor; called with the latents of the first micro-batch, with restart_below.
         """
-        if self._seen is None:
+        if self._latents is None:
             return
-        seen, flat, book = self._seen, self._latest, self.embedding
-        self._seen = self._latest = None
-        if reduce is not None:
-            reduce(seen)
+        seen, flat, book = self.take_counts() if seen is None else seen, self._latents, self.embedding
+        self.drop_counts()
         book.cluster_size.lerp_(seen[:, 0], 1 - self.decay)
         book.embed_avg.lerp_(seen[:, 1:], 1 - self.decay)
         if self.restart_below:
-            flat = (flat if join is None else join(flat)).flatten(0, 1)
+            flat = broadcast(flat).flatten(0, 1)
             even = book.cluster_size.mean()
             dead = book.cluster_size < self.restart_below * even
             generator = torch.Generator().manual_seed(step)  # no state to restore
@@ -527,14 +534,28 @@ class VQNetwork(nn.Module):
         require(ok, f"images must be (batch, {self.in_channels}, height, width), both sides multiples of "
                     f"{self.factor}, got {tuple(images.shape)}")
 
-    def update_codebook(self, step: int = 0, reduce: Reduce | None = None, join: Join | None = None) -> None:
+    def averaged_codebooks(self) -> list[EMAVectorQuantizer]:
+        """Return the codebooks of moving averages."""
+        return [module for module in self.modules() if isinstance(module, EMAVectorQuantizer)]
+
+    def take_counts(self) -> list[Tensor]:
+        """Return and reset the counts of each codebook of moving averages."""
+        return [book.take_counts() for book in self.averaged_codebooks()]
+
+    def drop_counts(self) -> None:
+        """Forget the counts since the last update."""
+        for book in self.averaged_codebooks():
+            book.drop_counts()
+
+    def update_codebook(self, step: int = 0, seen: Sequence[Tensor] | None = None,
+                        broadcast: Broadcast = lambda x: x) -> None:
         """Update codebooks of moving averages, once per iteration, after the optimizer step.
 
-        Args: as EMAVectorQuantizer.update.
+        Args: seen: counts of each of these codebooks. Others as EMAVectorQuantizer.update.
         """
-        for module in self.modules():
-            if isinstance(module, EMAVectorQuantizer):
-                module.update(step, reduce, join)
+        books = self.averaged_codebooks()
+        for book, counts in zip(books, seen or [None] * len(books)):
+            book.update(step, counts, broadcast)
 
 
 class VQModel(VQNetwork):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,39 +13,6 @@ import torch
 
 import options
 from runtime import distributed
-
-
-def rng_state() -> dict[str, Any]:
-    """Return the state of every global generator of this process, as tensors and plain types."""
-    version, internal, gauss = random.getstate()
-    name, keys, *rest = np.random.get_state()
-    state = {"python": [version, torch.tensor(internal), gauss],
-             "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
-             "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Restore every global generator to what `rng_state` returned."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(int(n) for n in internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-@contextlib.contextmanager
-def rng_untouched() -> Iterator[None]:
-    """Restore all generators after the block, so that its draws do not change the training."""
-    state = rng_state()
-    try:
-        yield
-    finally:
-        set_rng_state(state)
 
 
 def environment() -> dict[str, Any]:
@@ -114,8 +81,16 @@ def missing_kernels_named(device: torch.device) -> Iterator[None]:
         raise
 
 
+def seed_micro_batch(seed: int, step: int, number: int) -> None:
+    """Seed all generators for one micro-batch, so that its draws depend on nothing that happened before.
+
+    Args: seed: of the run. step: from 1. number: of the micro-batch among those of all ranks, from 0.
+    """
+    seed_generators(int(np.random.SeedSequence([seed, step, number]).generate_state(1, np.uint64)[0] >> 1))
+
+
 def seed_generators(seed: int) -> None:
-    """Seed the generators of python, numpy and torch."""
+    """Seed the generators of python, numpy and torch, on every device. Args: seed: in [0, 2**63)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

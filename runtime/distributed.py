@@ -4,7 +4,8 @@ torchrun starts the processes and sets the environment variables; torch.distribu
 every function here is the identity, so that a recipe reads the same. There are two process groups: the default one
 (gloo) for decisions of the loop (stop, save, validate), and `_data` (NCCL on CUDA) for gradients and batches.
 
-Rank r of W holds the rows r, r + W, r + 2W, ... of a batch: see data.sampler.
+Rank r of W holds the rows r*B/W to (r+1)*B/W - 1 of a batch of B (see data.sampler), which are the micro-batches
+r*A/W to (r+1)*A/W - 1 of A.
 """
 
 from __future__ import annotations
@@ -22,12 +23,9 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else every process warns about find_unused_parameters
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 PATIENCE = datetime.timedelta(days=7)  # a rank may validate or write for hours; `_Watch` detects a dead one
 LOOK_EVERY = 0.5  # seconds between two looks at the state of the other ranks
@@ -35,7 +33,6 @@ BEAT_EVERY = 4  # looks per heartbeat
 SAY_AFTER = 60.0  # seconds of waiting before the missing rank is named; quadrupled after each message
 
 _data: dist.ProcessGroup | None = None  # None: the default group, gloo
-_independent = 0  # depth of nested `independent_ranks`
 _watch: _Watch | None = None
 
 
@@ -44,12 +41,12 @@ _watch: _Watch | None = None
 
 def world_size() -> int:
     """Return the number of processes that share a batch."""
-    return dist.get_world_size() if dist.is_initialized() and not _independent else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
     """Return the number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() and not _independent else 0
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_main() -> bool:
@@ -342,138 +339,88 @@ def max_over_ranks(value: int) -> int:
     return int(box)
 
 
-def any_rank(value: bool) -> bool:
-    """Return whether the value is true on any rank."""
-    return bool(max_over_ranks(int(value)))
+# ---------------------------------------------------------------- sums over micro-batches
 
 
-def mean_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
-    """Return the mean of each number over the ranks."""
-    rows = gather(dict(values))
-    return {key: sum(row[key] for row in rows) / len(rows) for key in values}
+Part = list[Tensor]  # what is summed: gradients, changes of buffers, loss terms, counts
 
 
-# ---------------------------------------------------------------- tensors of a whole batch
+def num_micro_batches(accumulate: int) -> int:
+    """Return the number of micro-batches of a step over all ranks: `accumulate`, or one for each of more ranks.
+
+    Raises: ValueError: the world size does not divide it.
+    """
+    if accumulate > world_size() and accumulate % world_size():
+        raise ValueError(f"train.accumulate {accumulate} must be a multiple of the {world_size()} processes, or not "
+                         "above their number")
+    return max(accumulate, world_size())
 
 
-@contextlib.contextmanager
-def independent_ranks() -> Iterator[None]:
-    """Inside the block the world size is 1: each rank validates its own samples."""
-    global _independent
-    _independent += 1
-    try:
-        yield
-    finally:
-        _independent -= 1
+def sum_micro_batches(compute: Callable[[int], Part], num: int) -> Part:
+    """Sum the parts of all micro-batches in one binary tree over their numbers, which no world size 2**k changes.
 
+    Each rank computes a contiguous share of the numbers and holds at most log2(num) + 1 parts at once. Ranks exchange
+    their sums pairwise (recursive doubling). For other world sizes the order is fixed as well, but another one.
 
-def all_reduce_sum(x: Tensor) -> Tensor:
-    """Sum over the ranks. Differentiable."""
-    return x if world_size() == 1 else _AllReduceSum.apply(x)
-
-
-class _AllReduceSum(torch.autograd.Function):
-    """A sum over ranks; its gradient is the sum of the ranks' gradients."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x, group=_group(x))
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return _AllReduceSum.forward(ctx, gradient)
-
-
-def all_reduce_mean(x: Tensor) -> Tensor:
-    """Average over the ranks. Differentiable."""
-    return x if world_size() == 1 else all_reduce_sum(x) / world_size()
-
-
-def all_reduce_sum_(x: Tensor) -> None:
-    """Sum over the ranks, in place."""
-    if world_size() > 1:
-        dist.all_reduce(x, group=_group(x))
-
-
-def local_rows(batch: Tensor) -> Tensor:
-    """Select the rows of a whole batch (B, ...) that this rank computes: (B / W, ...)."""
-    return batch[rank() :: world_size()]
-
-
-def gather_rows(part: Tensor) -> Tensor:
-    """Gather the rows (B / W, ...) of all ranks into the whole batch (B, ...), in its order. No gradient."""
+    Args:
+        compute: returns the part of a micro-batch, in tensors that may be changed.
+        num: of micro-batches over all ranks, a multiple of the world size.
+    Returns: the sum, equal bit for bit on all ranks.
+    """
+    share = num // world_size()
+    part = _tree(rank() * share, (rank() + 1) * share, compute)
     if world_size() == 1:
         return part
-    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(world_size())]
-    dist.all_gather(parts, part.detach().contiguous(), group=_group(part))
-    return torch.stack(parts, dim=1).flatten(0, 1)
+    for dtype in dict.fromkeys(tensor.dtype for tensor in part):
+        tensors = [tensor for tensor in part if tensor.dtype == dtype]
+        total = _sum_over_ranks(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+        for tensor, values in zip(tensors, total.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(values.view(tensor.shape))
+    return part
 
 
-def _group(x: Tensor) -> dist.ProcessGroup | None:
-    return _data if x.is_cuda else None
+def _tree(start: int, end: int, compute: Callable[[int], Part]) -> Part:
+    if end - start == 1:
+        return compute(start)
+    middle = (start + end) // 2
+    left, right = _tree(start, middle, compute), _tree(middle, end, compute)
+    if left:
+        torch._foreach_add_(left, right)
+    return left
 
 
-# ---------------------------------------------------------------- networks
+def _sum_over_ranks(x: Tensor) -> Tensor:
+    """Sum a flat tensor over ranks: the upper part of the tree."""
+    size, this, group = world_size(), rank(), _data if x.is_cuda else None
+    if size & (size - 1):
+        parts = [torch.empty_like(x) for _ in range(size)]
+        dist.all_gather(parts, x, group=group)
+        return _tree(0, size, lambda number: [parts[number]])[0]
+    other = torch.empty_like(x)
+    for distance in (2**level for level in range(size.bit_length() - 1)):
+        partner = this ^ distance
+        for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, x, partner, group),
+                                            dist.P2POp(dist.irecv, other, partner, group)]):
+            work.wait()
+        x = x + other  # a sum of two is equal in either order
+    return x
 
 
-def wrap(network: nn.Module, find_unused_parameters: bool = True, static_graph: bool = False) -> nn.Module:
-    """Wrap a network so that its backward pass averages gradients over the ranks.
+def broadcast(x: Tensor) -> Tensor:
+    """Return rank 0's tensor, of a shape that all ranks know, on all ranks."""
+    if world_size() > 1:
+        x = x.contiguous()
+        dist.broadcast(x, src=0, group=_data if x.is_cuda else None)
+    return x
 
-    DistributedDataParallel rebuilds its gradient buckets after the first step, unless it looks for unused
-    parameters. Then the first step after a restart would sum in another order, which changes the last bits with three
-    or more ranks. So it looks for them by default.
+
+def synchronize_batchnorm(network: nn.Module) -> nn.Module:
+    """Return the network with torch's batch norm over the rows of all ranks, on CUDA with several ranks.
+
+    Raises: ValueError: on another device.
     """
-    if world_size() == 1 or not any(p.requires_grad for p in network.parameters()):
+    if world_size() == 1:
         return network
-    warnings.filterwarnings("ignore", "Grad strides")  # gradients with other strides than their bucket
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers is renamed in torch 2.15
-        return DistributedDataParallel(network, process_group=_data, broadcast_buffers=False,
-                                       static_graph=static_graph, find_unused_parameters=find_unused_parameters)
-
-
-def no_sync(network: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """Postpone the all-reduce of gradients to the last micro-batch of a step."""
-    return contextlib.nullcontext() if last or world_size() == 1 else network.no_sync()
-
-
-def broadcast_buffers(network: nn.Module) -> None:
-    """Copy the saved buffers of rank 0 to all ranks. Batch statistics differ by rank; rank 0's are saved."""
-    if world_size() > 1:
-        saved = network.state_dict().keys()
-        for name, buffer in network.named_buffers():
-            if name in saved:
-                dist.broadcast(buffer, src=0, group=_group(buffer))
-
-
-def synchronize_batchnorm(network: nn.Module) -> None:
-    """Replace batch norm layers by ones that use the statistics of the whole batch."""
-    if world_size() > 1:
-        for module in network.modules():
-            if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-                module.__class__ = SyncedBatchNorm
-
-
-class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the rows of all ranks. torch.nn.SyncBatchNorm does not support CPU tensors."""
-
-    def _check_input_dim(self, x: Tensor) -> None:
-        """Accept any shape: the replaced layer has checked it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or world_size() == 1:
-            return super().forward(x)
-        axes, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
-        centred = x.float()
-        mean = all_reduce_mean(centred.mean(axes))
-        centred = centred - mean.view(shape)
-        variance = all_reduce_mean(centred.square().mean(axes))
-        with torch.no_grad():
-            count = x.numel() // x.shape[1] * world_size()
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-        scale = (variance + self.eps).rsqrt() * self.weight
-        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+    if _data is None:
+        raise ValueError("sync_batchnorm: several processes need CUDA for it; set it to false")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network, _data)

@@ -19,7 +19,7 @@ from log.run_log import RunLog
 from log.terminal import duration, number
 from models.model_base import ModelBase
 from options import OptionError
-from runtime import determinism, distributed
+from runtime import distributed
 from runtime.determinism import fastest_kernels
 from runtime.signals import Interrupted, StopRequest
 from storage.files import save_file
@@ -130,24 +130,23 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, iterat
             own = left if distributed.is_main() else []
         most = model.opt["val"]["num_img"]
         failure, sample = None, None
-        with distributed.independent_ranks():
-            try:
-                samples = clips_of(dataset, own)
-                for index in own:
-                    sample = stop.fetch(partial(next, samples))  # a stop request interrupts a sample that hangs
-                    log.progress(f"validating {name}: {len(known) + len(rows)} of {len(dataset)}")
-                    rows[index] = model.validate(sample)
-                    if progress:
-                        progress.add(name, index, rows[index])
-                    if pictures and model.shown and (most is None or index < most):
-                        clip = short_name(clip_name(sample))
-                        path = pictures.with_name(f"{pictures.name}_{name}_{clip}.png")
-                        log.pictures(path, model.shown, f"{name}/{clip}", iteration)
-                    sample = None
-            except Interrupted:
-                rows, sample = None, None
-            except Exception as error:
-                failure = error
+        try:
+            samples = clips_of(dataset, own)
+            for index in own:
+                sample = stop.fetch(partial(next, samples))  # a stop request interrupts a sample that hangs
+                log.progress(f"validating {name}: {len(known) + len(rows)} of {len(dataset)}")
+                rows[index] = model.validate(sample)
+                if progress:
+                    progress.add(name, index, rows[index])
+                if pictures and model.shown and (most is None or index < most):
+                    clip = short_name(clip_name(sample))
+                    path = pictures.with_name(f"{pictures.name}_{name}_{clip}.png")
+                    log.pictures(path, model.shown, f"{name}/{clip}", iteration)
+                sample = None
+        except Interrupted:
+            rows, sample = None, None
+        except Exception as error:
+            failure = error
         where = f"test set {name}" if sample is None else f"test set {name}, {clip_name(sample)}"
         gathered = distributed.gather((rows, failure and f"{where}: {explain(failure)}"))
         if progress and (failure or None in [part for part, _ in gathered]):
@@ -171,12 +170,10 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, iterat
 def validate(run: Any, stop: StopRequest) -> None:
     """Validate the run's test sets, then add the metrics to this iteration's checkpoint, or save it as the best.
 
-    The generators of the training do not change. A stop request ends the validation after the current sample, and the
+    A stop request ends the validation after the current sample, and the
     resumed run finishes the rest. If it fails, the steps so far are saved first.
     """
     began = time.monotonic()
-    for network in run.model.networks.values():
-        distributed.broadcast_buffers(network)
     about = [run.iteration, plain(run.opt["val"]), {name: plain(run.opt["datasets"][name])
                                                     for name in run.test_sets}]
     progress = Progress(run.folder / "log", about).open()
@@ -185,7 +182,7 @@ def validate(run: Any, stop: StopRequest) -> None:
                      "finished a sample, and is skipped; give the job more time, or test on less data")
         return
     try:
-        with determinism.rng_untouched(), fastest_kernels(False):
+        with fastest_kernels(False):
             means = evaluate(run.model, run.test_sets, run.log, run.iteration, stop,
                              run.folder / "images" / f"{run.iteration:06d}" if run.opt["val"]["save_img"]
                              else None, progress)

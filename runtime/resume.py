@@ -16,11 +16,10 @@ import torch
 import checkpoint
 import options
 from checkpoint import CheckpointError, CheckpointSet
-from data.sampler import EndlessBatches, sample_rng
+from data.sampler import EndlessBatches
 from log.run_log import tolerated
 from log.terminal import number
-from runtime import determinism, distributed
-from runtime.determinism import seed_generators
+from runtime import distributed
 from runtime.evaluate import Progress
 from storage import files, foreign, sealed
 from storage.tree import plain
@@ -83,7 +82,7 @@ def resumed_before(run: Any, resume: str) -> CheckpointSet | None:
 
 
 def restore(run: Any, source: CheckpointSet | None) -> None:
-    """Restore model, data order, history and random generators from a set; None: start at iteration 0."""
+    """Restore model, data order and history from a set; None: start at iteration 0."""
     opt, train = run.opt, run.opt["train"]
     parts = source.load() if source else None
     state = (parts or {}).get("state", {})
@@ -108,6 +107,9 @@ def restore(run: Any, source: CheckpointSet | None) -> None:
         run.batches = EndlessBatches(length, size, seed=seed, shuffle=loader["dataloader_shuffle"],
                                      position=(position["epoch"], position["offset"]), rank=rank,
                                      world_size=distributed.world_size())
+        run.micro_batches = distributed.num_micro_batches(train["accumulate"])
+        if size % run.micro_batches:
+            raise ValueError(f"a batch of {size} can't be cut into {run.micro_batches} micro-batches; use a multiple")
     except ValueError as error:
         raise options.OptionError(f"{loader.where}: {error}") from None
     if train["total_epochs"] is not None:
@@ -118,15 +120,7 @@ def restore(run: Any, source: CheckpointSet | None) -> None:
                               "checkpoint with --resume")
     run.model.update_learning_rate(max(run.iteration - 1, 0))  # the rate of the last finished step, as in a checkpoint
     run.model.load_extra_state(state)
-    if "ranks" in state:
-        run.model.load_local_state(state["ranks"])
     banner(run, source, parts or {})
-    # Restored last: after this line only the training may draw from a global generator.
-    generators = state.get("rng_state", [])
-    if rank < len(generators):
-        determinism.set_rng_state(generators[rank])
-    elif rank:  # each rank has draws of its own
-        seed_generators(int(sample_rng(seed, run.iteration, rank).integers(2**63)))
 
 
 def banner(run: Any, source: CheckpointSet | None, parts: Mapping[str, Any]) -> None:
@@ -141,13 +135,15 @@ def banner(run: Any, source: CheckpointSet | None, parts: Mapping[str, Any]) -> 
     if run.model.device.type == "cuda" and not opt["deterministic"]:
         say("note     on CUDA a resume is bit for bit only with deterministic: true; without it kernels sum in any "
             "order")
-    if world > 2 and (opt["use_static_graph"] or not opt["find_unused_parameters"]):
-        say("note     find_unused_parameters false and use_static_graph sum the first step's gradients in another "
-            "order: a resumed run may differ in the last bits")
     tests = "; ".join(f"{name}: {len(dataset)} clips" for name, dataset in run.test_sets.items()) or "no test set"
     loader = opt["datasets"]["train"]
     say(f"data     {loader['dataset_type']}, {len(run.train_set)} samples, "
         f"{run.batches.batches_per_epoch} batches of {loader['dataloader_batch_size']} an epoch; {tests}")
+    if run.micro_batches > 1:
+        worlds = [2**k for k in range(run.micro_batches.bit_length()) if run.micro_batches % 2**k == 0]
+        say(f"step     {run.micro_batches} micro-batches; equal bits on {', '.join(map(str, worlds))} processes"
+            if world in worlds else
+            f"step     {run.micro_batches} micro-batches; equal bits only on {world} processes")
     for report in run.reports:
         say(f"weights  {report}")
     if source is None:
@@ -160,9 +156,12 @@ def banner(run: Any, source: CheckpointSet | None, parts: Mapping[str, Any]) -> 
     wanted = [*run.model.networks, *run.model.optimizers, "state"]
     absent = [label for label in wanted if label not in parts]
     own = [name for name in run.model.extra_state(run.iteration) if name not in OPTIONAL]
-    absent += [name for name in ("rng_state", "sampler_state", *own) if state and name not in state]
+    absent += [name for name in ("sampler_state", *own) if state and name not in state]
     if absent:
         say(f"absent   {', '.join(absent)}: starts over, so the run is not bit for bit the interrupted one")
+    if "rng_state" in state:
+        say("note     it is of a version that saved random generators: draws are new from here, so the run is not bit "
+            "for bit the interrupted one")
     if state and "scheduler_state_dict" not in state:
         say("note     it has no scheduler, and none is needed: the learning rate follows from the iteration")
     if "sampler_state" not in state:

@@ -17,7 +17,7 @@ import torch
 from storage.inert import Unread, unread_in
 from storage.sealed import CheckpointError
 
-VERSION = 2  # of the state, see MIGRATIONS
+VERSION = 3  # of the state: 1 and 2 also had the states of random generators
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # DistributedDataParallel's and torch.compile's, in any nesting
 TRAINING = re.compile(r"epoch|check|ckpt|latest|last|best|step|iter|interrupt", re.IGNORECASE)  # in names of files
 PRETRAINED = re.compile(r"vgg|resnet|alexnet|squeezenet|inception|lpips|spynet|raft|vae|clip|dino|i3d", re.IGNORECASE)
@@ -268,24 +268,13 @@ def describe_scheduler(state: Mapping[str, Any]) -> tuple[float, str] | None:
     return float(rates[0]), f"{kind} ({facts})" if facts else kind
 
 
-# ---------------------------------------------------------------- older versions of ours
-
-
-def _from_1(state: dict[str, Any]) -> dict[str, Any]:
-    """Migrate version 1 (0.1.0), which held the generators of one process."""
-    return state | {"rng_state": [state["rng_state"]]} if "rng_state" in state else state
-
-
-MIGRATIONS = {1: _from_1}
+# ---------------------------------------------------------------- versions of ours
 
 
 def migrate(state: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
     """Return a state of any version as one of this. Raises CheckpointError for a newer version."""
-    state = dict(state)
     version = state.get("version", VERSION)
     if version > VERSION:
         raise CheckpointError(f"{path}: was written by a newer Perdure (version {version}; this one reads up to "
                               f"{VERSION}); update it")
-    while version < VERSION:
-        state, version = MIGRATIONS[version](state), version + 1
-    return state | {"version": VERSION}
+    return {**state, "version": VERSION}

@@ -111,7 +111,6 @@ def test_a_finding_that_does_not_hold_fails_and_an_aim_that_is_missed_does_not(g
     assert "FAILS" in said and "no such thing" in said and "2 of 5 findings fail" in said
 
 
-def test_collectives_are_called_in_a_world_of_one(gpu, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "RECIPES", {"segmentation": [world.recipe("segmentation", tmp_path, "run")]})
+def test_collectives_are_called_in_a_world_of_one(gpu):
     (finding,) = gpu.world(gpu.Machine(False, ["segmentation"], 0))
     assert finding.holds and "gloo" in finding.value and not torch.distributed.is_initialized()

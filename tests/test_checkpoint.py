@@ -139,18 +139,16 @@ def test_putting_away_moves_whole_sets(tmp_path):
     assert second != first and not list(models.iterdir()) and checkpoint.archive(models) is None
 
 
-def test_every_generator_is_restored_from_plain_types(tmp_path):
-    random.seed(1), np.random.seed(2), torch.manual_seed(3)
-    random.gauss(0, 1), np.random.normal()  # leaves a cached second value behind
-    checkpoint.save_file(tmp_path / "rng.pth", determinism.rng_state())
-    draw = lambda: (random.gauss(0, 1), random.random(), np.random.normal(), np.random.rand(), torch.rand(3).tolist())  # noqa: E731
-    first = draw()
-    assert draw() != first
-    determinism.set_rng_state(checkpoint.load_file(tmp_path / "rng.pth"))
-    assert draw() == first
-    with determinism.rng_untouched():
-        second = draw()
-    assert draw() == second
+def test_draws_of_a_micro_batch_depend_on_its_numbers_alone():
+    def draw(*numbers):
+        determinism.seed_micro_batch(*numbers)
+        return random.gauss(0, 1), random.random(), np.random.normal(), np.random.rand(), torch.rand(3).tolist()
+
+    first = draw(0, 5, 1)
+    random.gauss(0, 1), np.random.normal(), torch.rand(7)  # leaves a cached second value behind
+    assert draw(0, 5, 1) == first
+    others = [draw(1, 5, 1), draw(0, 6, 1), draw(0, 5, 2), draw(0, 1, 5)]
+    assert all(a != b for one in others for a, b in zip(one, first))
 
 
 @pytest.mark.parametrize("wrap", ["params", "params_ema", "state_dict", "model_state_dict", "model", None])

@@ -15,10 +15,11 @@ import torch
 
 import checkpoint
 from data.sampler import EndlessBatches
+from runtime import distributed
 from tests import world
 from tests.conftest import ROOT
-from tests.runs import assert_equal_runs, final, straight_and_stopped
-from tests.test_signals import TOTAL, tiny_file
+from tests.runs import assert_equal_runs, straight_and_stopped
+from tests.test_signals import tiny_file
 
 SIZES = (2, 3, 4)
 
@@ -43,25 +44,9 @@ def resumed(folder, size, make, stops):
 
 
 def test_killed_and_stopped_runs_end_equal(tmp_path):
-    """At 4 processes plain DistributedDataParallel is not exact: its buckets are rebuilt after the first step."""
     over = {"workers": 1, "netG": {"net_type": "tiny", "width": 64}}
     stops = [(3, 3, "SIGKILL"), (2, 3, "SIGTERM")]
     assert_equal_runs(*resumed(tmp_path, 4, lambda name: tiny_file(tmp_path, name, **over), stops))
-    state = final(tmp_path / "one", TOTAL)["state"]
-    generators = [generator["torch"] for generator in state["rng_state"]]
-    assert len(generators) == 4 and not torch.equal(generators[0], generators[3])
-
-
-def test_another_number_of_processes_resumes_in_the_same_order(tmp_path):
-    assert world.run(tmp_path / "out", 1, "-opt", world.recipe("segmentation", tmp_path, "one"))[0] == [0]
-    path = world.recipe("segmentation", tmp_path, "run", sync_batchnorm=True)
-    codes, said = world.run(tmp_path / "out", 2, "-opt", path, acts=[(1, 3, "SIGTERM")])
-    assert codes == [-signal.SIGTERM] * 2, said
-    codes, (said,) = world.run(tmp_path / "out", 1, "-opt", path)
-    assert codes == [0] and "processes 2 -> 1" in said, said
-    a, b = (final(tmp_path / name, TOTAL)["state"] for name in ("run", "one"))
-    assert a["sampler_state"] == b["sampler_state"] and len(a["rng_state"]) == 1
-    assert a["train_losses"] == pytest.approx(b["train_losses"], rel=1e-5)  # the second epoch was of both
 
 
 @pytest.mark.slow
@@ -81,48 +66,70 @@ def test_the_samples_do_not_depend_on_the_number_of_processes(size):
     shares = [iter(EndlessBatches(21, 8, seed=3, position=(1, 8), rank=r, world_size=size)) for r in range(size)]
     for _ in range(7):
         batch, parts = next(whole), [next(share) for share in shares]
-        assert batch == [key for row in zip(*parts) for key in row]
+        assert batch == [key for part in parts for key in part]
 
 
-def assert_equal_losses(folder, kind, sizes, **over):
-    """Of runs of one and of more processes, with batch norm over the whole batch; also what validation finds."""
-    found = {}
-    for size in sizes:
-        name = f"size{size}"
-        path = world.recipe(kind, folder, name, sync_batchnorm=True, **over)
-        codes, said = world.run(folder / "out", size, "-opt", path)
-        assert codes == [0] * size, said
-        found[size] = world.losses(folder / name), final(folder / name, TOTAL)["state"]["history"]
-    (losses, history), *others = found.values()
-    assert len(losses) == TOTAL
-    for other, validated in others:
-        for a, b in zip(losses, other, strict=True):
-            assert a.keys() == b.keys()
-            assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
-        for a, b in zip(history, validated, strict=True):
-            assert a == pytest.approx(b, rel=1e-2)  # counts of pixels jump at a threshold
+def on_sizes(folder, write, straight, stops, last):
+    """Folders of a run never stopped, on `straight` processes, and of one on other numbers of processes in turn.
+
+    Args: stops: (size, rank, step, how). last: number of processes at the end.
+    """
+    def launch(stop, *words):
+        size, *act = stop or (straight if words[1].stem == "one" else last,)
+        codes, said = world.run(folder / "out", size, *words, acts=[tuple(act)] if act else [], seconds=200)
+        assert all(codes) if act else codes == [0] * size, said
+
+    return straight_and_stopped(lambda name, _: write(name), stops, launch)
 
 
-def test_losses_do_not_depend_on_the_number_of_processes(tmp_path):
-    """Tanimoto's volumes are of the whole batch, and so is batch norm."""
-    assert_equal_losses(tmp_path, "segmentation", (1, 2), datasets={"train": {"dataloader_batch_size": 8}})
+def test_any_number_of_processes_ends_with_the_same_bits(tmp_path):
+    """Batch norm, dropout and clipping among them."""
+    def write(name):
+        return tiny_file(tmp_path, name, train={"accumulate": 2}, netG={"net_type": "tiny", "width": 64})
+
+    stops = [(2, 1, 3, "SIGKILL"), (1, 0, 4, "SIGTERM")]
+    assert_equal_runs(*on_sizes(tmp_path, write, 1, stops, 2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", world.RECIPES)
-def test_losses_of_every_recipe(tmp_path, kind):
-    assert_equal_losses(tmp_path, kind, (1, 2, 4), datasets={"train": {"dataloader_batch_size": 8}})
+def test_any_number_of_processes_ends_with_the_same_bits_in_every_recipe(tmp_path, kind):
+    stops = [(4, 3, 3, "SIGKILL"), (2, 0, 4, "SIGKILL"), (1, 0, 5, "SIGTERM")]
+    write = lambda name: world.recipe(kind, tmp_path, name, train={"accumulate": 4})  # noqa: E731
+    assert_equal_runs(*on_sizes(tmp_path, write, 1, stops, 4))
 
 
-def test_parts_of_a_batch_and_recomputed_steps(tmp_path):
-    """LGT's energy is of the whole batch, whose ways are followed in parts and twice."""
-    whole, parts = ({"accumulate": n, "gradient_checkpointing": n > 1} for n in (1, 2))
-    for name, train in (("whole", whole), ("parts", parts)):
-        path = world.recipe("lgt", tmp_path, name, train={"total_iter": 2, "checkpoint_test": 9, **train})
-        codes, said = world.run(tmp_path / "out", 2, "-opt", path)
-        assert codes == [0] * 2, said
-    for a, b in zip(world.losses(tmp_path / "whole"), world.losses(tmp_path / "parts"), strict=True):
-        assert a == pytest.approx(b, rel=1e-5)
+@pytest.mark.parametrize("size", [2, 3, 4, 6])
+def test_a_sum_of_micro_batches_is_a_tree(size, monkeypatch):
+    """Of numbers whose sum depends on the order; ranks that hold a power of two of them sum as one does."""
+    values = torch.tensor([1.0] + [2.0**-24] * 11)  # one after the other they add nothing to 1
+
+    def tree(numbers):
+        half = len(numbers) // 2
+        return tree(numbers[:half]) + tree(numbers[half:]) if half else numbers[0]
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 1)
+    (alone,) = distributed.sum_micro_batches(lambda number: [values[number].clone()], 12)
+    assert alone == tree(list(values)) and alone != sum(values)
+    shares = []
+    monkeypatch.setattr(distributed, "world_size", lambda: size)
+    for rank in range(size):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "_sum_over_ranks", lambda x: shares.append(x) or x)
+        distributed.sum_micro_batches(lambda number: [values[number].clone()], 12)
+    assert (tree([share[0] for share in shares]) == alone) or size in (3, 6)
+
+
+@pytest.mark.parametrize("accumulate, size, num", [(1, 1, 1), (4, 1, 4), (4, 2, 4), (1, 4, 4), (6, 3, 6), (2, 4, 4)])
+def test_the_number_of_micro_batches(accumulate, size, num, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: size)
+    assert distributed.num_micro_batches(accumulate) == num
+
+
+def test_micro_batches_that_processes_cannot_share_are_an_error(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match="train.accumulate 3 must be a multiple of the 2 processes"):
+        distributed.num_micro_batches(3)
 
 
 # ---------------------------------------------------------------- one failure ends all

@@ -19,7 +19,7 @@ TOTAL = 9  # 11 samples in batches of 4: epochs of 2 steps, so that these cross 
 LAYOUTS = {"split": {"layout": "split"}, "bundle": {"layout": "bundle", "keep_last_n": 2},
            "latest only": {"layout": "bundle", "name": None},
            "iterations": {"layout": "bundle", "name": "it{iter}.pth"}}
-STEPS = {"plain": {}, "parts": {"accumulate": 3}, "bf16": {"amp": "bf16"}, "fp16": {"amp": "fp16", "accumulate": 2},
+STEPS = {"plain": {}, "parts": {"accumulate": 4}, "bf16": {"amp": "bf16"}, "fp16": {"amp": "fp16", "accumulate": 2},
          "no clipping, no average": {"G_optimizer_clipgrad": None, "E_decay": 0}, "epochs": {"save_interval": 1},
          "adamw": {"G_optimizer_type": "adamw", "G_optimizer_wd": 0.1}}
 
@@ -75,16 +75,15 @@ def test_parts_of_a_batch_make_the_same_step(tmp_path):
     """Without dropout and batch statistics, accumulation differs from the whole batch by rounding only."""
     torch.manual_seed(0)
     data, gradients = torch.rand(5, 3, 16, 16), []
-    for parts in (1, 2, 5):
+    for parts in (1, 5):
         torch.manual_seed(1)
         model = ModelPlain.__new__(ModelPlain)
         net = tiny.Net().eval()
-        model.__dict__ |= {"netG": net, "forward_G": net, "netE": None, "G_lossfn": torch.nn.L1Loss(),
-                           "scaler": None, "log_dict": {}, "optimizers": {}, "gradient_norms": {},
+        model.__dict__ |= {"netG": net, "forward_G": net, "networks": {"G": net}, "G_lossfn": torch.nn.L1Loss(),
+                           "scaler": None, "optimizers": {"optimizerG": torch.optim.SGD(net.parameters(), 0.0)},
                            "device": torch.device("cpu"), "degraded": data, "target": data * 0.5, "skipped": 0,
-                           "G_optimizer": torch.optim.SGD(net.parameters(), 0.0),
                            "opt_train": {"accumulate": parts, "amp": None, "G_lossfn_weight": 2.0, "on_nan": "stop",
-                                         "G_optimizer_clipgrad": None}}
+                                         "G_optimizer_clipgrad": None, "manual_seed": 0}}
         model.optimize_parameters(1)
         gradients.append([p.grad.clone() for p in net.parameters()] + [model.log_dict["G_loss"]])
     for other in gradients[1:]:

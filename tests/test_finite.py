@@ -8,9 +8,10 @@ import torch
 import checkpoint
 import train
 from models.model_plain import ModelPlain
+from runtime.hooks import Hooks
 from tests import tiny
 from tests.conftest import write_json
-from tests.runs import assert_equal_runs, final, run, run_until
+from tests.runs import assert_equal_runs, final, run
 
 pytestmark = pytest.mark.usefixtures("tiny_tables")
 
@@ -21,23 +22,19 @@ def all_finite(folder):
     return all(v.isfinite().all() for v in [*parts["G"].values(), *parts["E"].values(), *moments])
 
 
-def spoil_gradients(patch, steps):
-    """Make the gradient of these steps NaN at a finite loss, as sqrt at 0 does."""
-    real = ModelPlain.backward
+class SpoiltGradients(Hooks):
+    """Makes the gradient of these steps NaN at a finite loss, as sqrt at 0 does."""
 
-    def backward(self, loss):
-        real(self, loss)
-        if len(self.netG.seen) in steps:
-            next(self.netG.parameters()).grad.fill_(float("nan"))
+    def __init__(self, steps):
+        self.steps = steps
 
-    forward = ModelPlain.netG_forward
+    def before_step(self, run):
+        if run.iteration in self.steps:
+            self.handle = next(run.model.netG.parameters()).register_hook(lambda gradient: gradient * float("nan"))
 
-    def counted(self):
-        self.netG.seen = [*getattr(self.netG, "seen", []), 1]
-        forward(self)
-
-    patch.setattr(ModelPlain, "backward", backward)
-    patch.setattr(ModelPlain, "netG_forward", counted)
+    def after_step(self, run):
+        if run.iteration in self.steps:
+            self.handle.remove()
 
 
 def test_a_gradient_that_is_not_finite_stops_before_its_step(tmp_path, shared):
@@ -51,21 +48,19 @@ def test_a_gradient_that_is_not_finite_stops_before_its_step(tmp_path, shared):
         assert all_finite(tmp_path / "nan_gradient")
 
 
-def test_a_gradient_that_is_not_finite_is_named_with_its_step(tmp_path, monkeypatch):
-    spoil_gradients(monkeypatch, {5})
+def test_a_gradient_that_is_not_finite_is_named_with_its_step(tmp_path):
     with pytest.raises(train.NonFiniteLoss, match="the gradient is not finite at iteration 5: "):
-        run("-opt", tiny.write(tmp_path, "one"))
+        run("-opt", tiny.write(tmp_path, "one"), hooks=[SpoiltGradients({5})])
     assert checkpoint.find_newest(tmp_path / "one/models").iteration == 4 and all_finite(tmp_path / "one")
 
 
 @pytest.mark.parametrize("clip", [0.5, None], ids=["clipped", "not clipped"])
-def test_skipping_leaves_such_a_step_out_and_resumes_exactly(tmp_path, monkeypatch, clip):
+def test_skipping_leaves_such_a_step_out_and_resumes_exactly(tmp_path, clip):
     over = {"train": {"on_nan": "skip", "G_optimizer_clipgrad": clip}}
     for name in ("one", "two"):
         path = tiny.write(tmp_path, name, **over)
-        with monkeypatch.context() as patch:
-            spoil_gradients(patch, {3})
-            run_until(4 if name == "two" else None, "-opt", path)
+        stop = [tiny.stop_after(4)] if name == "two" else []
+        assert run("-opt", path, hooks=[SpoiltGradients({3}), *stop]) == (143 if stop else 0)
     assert run("-opt", tmp_path / "two.json") == 0
     assert all_finite(tmp_path / "one")
     assert checkpoint.find_newest(tmp_path / "one/models").load()["state"]["skipped"] == 1
@@ -85,11 +80,10 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_or_is_skipped_with_its_batc
     assert all_finite(tmp_path / "one") and final(tmp_path / "one", 9)["state"]["skipped"] == 1
 
 
-def test_many_skips_in_a_row_end_the_run(tmp_path, monkeypatch):
-    spoil_gradients(monkeypatch, set(range(4, 100)))
+def test_many_skips_in_a_row_end_the_run(tmp_path):
     path = tiny.write(tmp_path, "one", train={"on_nan": "skip", "nan_limit": 3})
     with pytest.raises(train.NonFiniteLoss, match="3 steps in a row were skipped until iteration 6"):
-        run("-opt", path)
+        run("-opt", path, hooks=[SpoiltGradients(range(4, 100))])
     assert all_finite(tmp_path / "one")
 
 
@@ -118,20 +112,18 @@ def test_infinity_in_a_buffer_is_a_mask_and_is_saved():
     assert model.find_non_finite() == "G.mask"
 
 
-def test_fp16_that_never_finds_a_finite_gradient_ends_the_run(tmp_path, monkeypatch):
-    spoil_gradients(monkeypatch, set(range(4, 100)))
+def test_fp16_that_never_finds_a_finite_gradient_ends_the_run(tmp_path):
     train_options = {"amp": "fp16", "total_iter": 60, "checkpoint_print": 5}
     path = tiny.write(tmp_path, "one", train=train_options)
     with pytest.raises(train.NonFiniteLoss, match="fp16's loss scale fell to"):
-        run("-opt", path)
+        run("-opt", path, hooks=[SpoiltGradients(range(4, 100))])
     assert all_finite(tmp_path / "one")
 
 
-def test_a_run_of_nothing_but_skipped_steps_is_not_finished(tmp_path, monkeypatch):
-    spoil_gradients(monkeypatch, set(range(1, 100)))
+def test_a_run_of_nothing_but_skipped_steps_is_not_finished(tmp_path):
     path = tiny.write(tmp_path, "one", train={"on_nan": "skip", "nan_limit": 50})
     with pytest.raises(train.NonFiniteLoss, match="9 steps in a row were skipped"):
-        run("-opt", path)
+        run("-opt", path, hooks=[SpoiltGradients(range(1, 100))])
 
 
 def test_a_checkpoint_of_weights_that_are_not_finite_is_named(tmp_path):

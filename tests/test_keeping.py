@@ -292,7 +292,7 @@ def in_this_process(monkeypatch):
 
 
 @pytest.mark.parametrize("fault, words", [
-    ("none", "exact    all 39 tensors and the rest of the state are equal, bit for bit"),
+    ("none", "exact    all 36 tensors and the rest of the state are equal, bit for bit"),
     ("a variable", "because  an uninterrupted run repeats itself, so the checkpoint lacks something that the next"),
     ("a variable, and the kernels", "because  an uninterrupted run repeats itself"),  # compared under the same
     ("the clock", "because  two uninterrupted runs differ as well"),

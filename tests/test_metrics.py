@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from metrics.psnr_ssim import bgr2ycbcr, calculate_psnr, calculate_ssim, rgb2ycbcr
-from metrics.vqgan import codebook_use, image_metrics
+from metrics.vqgan import code_hits, codebook_use, image_metrics
 from metrics.vrt import video_metrics
 
 
@@ -99,7 +99,7 @@ def test_image_metrics_are_means_over_images_and_know_what_one_colour_gets():
 
 
 def test_codebook_use_counts_codes_and_weighs_them():
-    even = codebook_use(torch.arange(4).repeat(3).view(2, 6), 8)
+    even = codebook_use(code_hits(torch.arange(4).repeat(3).view(2, 6), 8))
     assert even["codes_used"].item() == 0.5 and even["perplexity"].item() == pytest.approx(4)
-    one = codebook_use(torch.full((5,), 7), 8)
+    one = codebook_use(code_hits(torch.full((5,), 7), 8))
     assert one["codes_used"].item() == 0.125 and one["perplexity"].item() == pytest.approx(1)

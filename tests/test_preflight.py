@@ -160,7 +160,7 @@ def test_a_first_loss_that_is_not_finite(options_of, capfd):
 
 def test_a_disk_that_is_too_small(options_of, capfd, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 0, 150_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 0, 60_000))
     code, table = dry(options_of(), capfd)
     assert code == 0 and table["disk"][0] == "warn" and "checkpoint.keep_last_n" in table["disk"][1]
     assert door.main(options_of()) == 0  # a warning, for there may be room when it is needed

@@ -37,8 +37,7 @@ def test_the_global_sequence_does_not_depend_on_the_world_size(world):
     straight = take(EndlessBatches(20, 6, seed=9), 8)
     ranks = [take(EndlessBatches(20, 6, seed=9, rank=r, world_size=world), 8) for r in range(world)]
     for step, batch in enumerate(straight):
-        shares = [ranks[r][step] for r in range(world)]
-        assert [shares[i % world][i // world] for i in range(6)] == batch
+        assert [key for keys in ranks for key in keys[step]] == batch
 
 
 def test_epochs_are_counted():
