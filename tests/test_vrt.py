@@ -204,7 +204,7 @@ def test_a_set_with_one_target_frame_is_validated_against_its_baseline(tmp_path,
 
 
 # Those that differ most from the default recipe, which tests/test_resume.py has. The slow run takes all.
-DIFFERENT = ("003", "008", "009")
+DIFFERENT = ("008", "009")
 RECIPES = [pytest.param(path, id=f"{path.parent.name}-{path.stem[:3]}", marks=() if path in OURS and
                         path.stem[:3] in DIFFERENT else pytest.mark.slow) for path in (*OURS, *KAIR)]
 

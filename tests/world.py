@@ -138,7 +138,7 @@ class Troubled:
         elif what == "hangs":
             time.sleep(60)
         elif what == "is late":
-            time.sleep(6)
+            time.sleep(4)
         elif what == "is local":
             class Local(Exception):
                 def __reduce__(self):
