@@ -132,6 +132,11 @@ class Run:
             raise NonFiniteLoss(f"after iteration {self.iteration} {fault} is not finite, so no checkpoint of it is "
                                 "written; the last one is intact; lower the learning rate, or set "
                                 "train.G_optimizer_clipgrad")
+        checksums = distributed.gather(self.model.checksum()) if distributed.world_size() > 1 else [0]
+        if len(set(checksums)) > 1:
+            raise CheckpointError(f"after iteration {self.iteration} the ranks differ in weights or moments (checksums "
+                                  f"{checksums}): nothing is saved, the last checkpoint is intact; check the memory "
+                                  "of the machine whose rank differs, and run the same command")
         state = self.state()
         distributed.from_main(lambda: self.saves.write(self.iteration, {**self.model.parts(), "state": state},
                                                        "regular" if self.save_due() else reason))

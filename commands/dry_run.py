@@ -56,7 +56,7 @@ def look(run: Run) -> None:
     """
     began = time.monotonic()
     read = [read_training(run, LOOK), *(read_test(run, name) for name in run.test_sets)]
-    status, room = weigh(run, estimate(run))
+    status, room = check_disk(run, estimate(run))
     if status != "ok":
         run.log.warn(room)
     if note := passed_over():
@@ -95,7 +95,7 @@ def estimate(run: Run) -> int:
     return moments + tree.num_bytes({**run.model.parts(), "state": run.state()})
 
 
-def weigh(run: Run, size: int) -> Finding:
+def check_disk(run: Run, size: int) -> Finding:
     """Compare the checkpoints that retention will keep, `size` bytes each, with the free disk space."""
     saves, keep = times_due(run, "save"), run.opt["checkpoint"]
     saves = checkpoint.num_retained(run.saves.layout, keep["keep_last_n"], saves)
@@ -181,7 +181,7 @@ def checks(opt: options.Section, log: RunLog, resume: str | None, init_from: str
                     yield f"use {name}", lambda name=name: trial.validate(name)
                 yield "memory", trial.memory
             yield "save", trial.save
-            yield "disk", lambda: weigh(run, trial.size or estimate(run))
+            yield "disk", lambda: check_disk(run, trial.size or estimate(run))
             if trial.step_time:
                 yield "duration", trial.duration
 

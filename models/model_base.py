@@ -465,6 +465,16 @@ class ModelBase:
         return next((name for name, value in zip(named, largest.tolist())
                      if value != value or value == float("inf") and name not in buffers), None)
 
+    def checksum(self) -> int:
+        """Return a sum over the bits of all weights, buffers and moments. Waits for the device."""
+        sums = []
+        for _, value in tree.flat(self.parts()):
+            if isinstance(value, Tensor) and value.numel():
+                bits = value.detach().reshape(-1)
+                wide = all(count * bits.element_size() % 8 == 0 for count in (bits.numel(), bits.storage_offset()))
+                sums.append((bits.view(torch.int64) if wide else bits.double().view(torch.int64)).sum().to(self.device))
+        return int((torch.stack(sums) * torch.arange(1, len(sums) + 1, device=self.device)).sum())
+
     # ------------------------------------------------ learning rate and log
 
     def update_learning_rate(self, n: int) -> None:

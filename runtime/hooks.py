@@ -1,4 +1,4 @@
-"""Callbacks for whoever watches a run: the proof of a resume, the checks before a run, benchmarks and tests."""
+"""Callbacks at fixed points of a run, for the proof of a resume, the checks before a run, benchmarks and tests."""
 
 from __future__ import annotations
 

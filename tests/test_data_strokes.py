@@ -40,7 +40,7 @@ def test_keypoints_lie_on_the_skeleton(stage):
         strokes = drawn(stage, index)
         maps, original = rasterise(strokes), rasterise(strokes, legacy=["rounded_keypoints"])
         assert (maps["keypoints"].amax(0) <= maps["skeleton"][0]).all()
-        assert (maps["keypoints"].sum(0) <= 1).all()  # an end is no joint
+        assert (maps["keypoints"].sum(0) <= 1).all()  # an end is not a joint
         off += int((original["keypoints"].amax(0) > original["skeleton"][0]).sum())
         assert all(torch.equal(maps[name], original[name]) for name in maps if name != "keypoints")
     assert off  # what the original's rounding does

@@ -183,6 +183,13 @@ def test_a_mistake_is_one_line(tmp_path, words, complaint):
     assert not (tmp_path / "run").exists()
 
 
+def test_ranks_with_other_weights_save_nothing(tmp_path):
+    codes, said = failed(tmp_path, [(1, 3, "other weights")])
+    assert codes == [2, 2] and said.count("error:") == 1, said
+    assert "after iteration 3 the ranks differ in weights or moments" in said
+    assert checkpoint.find_newest(tmp_path / "run/models").iteration == 2
+
+
 def test_a_refused_save_ends_all_or_none(tmp_path):
     codes, said = failed(tmp_path, [(0, 2, "full disk")])
     assert codes[0] == 2 and said.count("error:") == 1 and "checkpoint 2 was not saved" in said
@@ -306,7 +313,7 @@ def test_a_terminal_reaches_all_of_torchrun_at_once_and_all_is_saved(tmp_path, s
 
 @pytest.mark.slow
 def test_two_nodes(tmp_path, straight):
-    """Two torchruns that meet on loopback; a stop asked of one of them stops both, and together they go on."""
+    """Two torchruns that meet on loopback; a stop asked of one of them stops both, and together they resume."""
     path = tiny_file(tmp_path, "other", train=LONG)
     for stop in (True, False):
         with socket.socket() as found:

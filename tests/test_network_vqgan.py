@@ -323,7 +323,7 @@ def test_averages_complete_themselves_from_a_model_that_has_none():
     twin = copy.deepcopy(net)
     twin.load_state_dict(FAMILY["VQModel"]().state_dict(), strict=True)
     assert torch.equal(net.quantize.embedding.embed_avg, source.quantize.embedding.weight)
-    with pytest.raises(RuntimeError, match="embed_avg"):  # half of it is no model
+    with pytest.raises(RuntimeError, match="embed_avg"):  # half of it is not a model
         state = net.state_dict()
         del state["quantize.embedding.embed_avg"]
         net.load_state_dict(state, strict=True)

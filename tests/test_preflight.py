@@ -90,7 +90,7 @@ def test_training_after_a_look_is_bit_for_bit_the_training_without(tmp_path, opt
     for found in checkpoint.find_sets(tmp_path / "looked" / "models"):
         if found.iteration > 4:
             checkpoint.remove(found)
-    assert door.main(looked) == 0  # goes on from 4, after a look
+    assert door.main(looked) == 0  # resumes from 4, after a look
     assert "4.json: iteration 4 of 9" in capfd.readouterr().out
     assert compare(*records) == 0
 

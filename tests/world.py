@@ -35,9 +35,9 @@ class Acts(Hooks):
     """Lets things happen in this process, as (step, what).
 
     Before a validation: "bad validation", a signal and "at validation". After a step: a signal, "press N" (SIGINT
-    now and N seconds later), "raise", "sleep", "full disk"; "nan": in the next loss; "worker dies in save": in the next
-    save; "dies at file operation N" of those to come. In the data of a step: "sample" and what `Troubled` does. In step
-    0: "nohup", "impatient", "listens late", "SIGTERM at start".
+    now and N seconds later), "raise", "sleep", "other weights", "full disk"; "nan": in the next loss; "worker dies in
+    save": in the next save; "dies at file operation N" of those to come. In the data of a step: "sample" and what
+    `Troubled` does. In step 0: "nohup", "impatient", "listens late", "SIGTERM at start".
     """
 
     def __init__(self, acts):
@@ -78,6 +78,8 @@ class Acts(Hooks):
                 time.sleep(1)
             elif what == "raise":
                 raise ZeroDivisionError("on purpose")
+            elif what == "other weights":
+                next(run.model.netG.parameters()).data.view(-1)[0] += 1e-3
             elif what == "sleep":
                 time.sleep(600)
             elif what == "worker dies in save":
