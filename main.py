@@ -30,6 +30,7 @@ from checkpoint import CheckpointError
 from commands import dry_run
 from commands.infer import infer
 from commands.prove import prove
+from commands.replay import replay
 from commands.stages import train_stages
 from data import DATASETS
 from log.terminal import status
@@ -68,6 +69,8 @@ def parser_for(flags: dict[str, str], **settings) -> argparse.ArgumentParser:
     parser.add_argument("--truth", metavar="PATH", help="with --test: the ground truth of the inputs, for metrics")
     instead.add_argument("--prove-resume", type=int, nargs="?", const=6, metavar="N",
                          help="compare N steps with N steps that are killed halfway and resumed; default 6")
+    instead.add_argument("--replay", type=int, metavar="N",
+                         help="compute step N twice from the newest checkpoint before it, and print what it saw")
     parser.add_argument("--quiet", action="store_true", help="print only warnings, errors and the last line")
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard records, in log/tensorboard")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set any option")
@@ -156,8 +159,10 @@ def main(argv: list[str], hooks: Sequence[Hooks] = ()) -> int:
     if (args.dist or args.launcher) and not distributed.launched() and "WORLD_SIZE" not in os.environ:
         raise options.OptionError("--dist and --launcher: torchrun starts several processes: torchrun "
                                   "--nproc_per_node=2 main.py ..., or sbatch scripts/train.slurm ...")
-    if distributed.world_size() > 1 and (args.prove_resume is not None or args.dry_run or args.input):
-        raise options.OptionError("--prove-resume, --dry-run and --input are for one process: leave torchrun out")
+    alone = args.prove_resume is not None or args.replay is not None or args.dry_run or args.input
+    if distributed.world_size() > 1 and alone:
+        raise options.OptionError("--prove-resume, --replay, --dry-run and --input are for one process: leave torchrun "
+                                  "out")
     stages = [] if tree else options.stage_names(source)
     if (args.stage or args.run_all_stages) and not stages:
         raise options.OptionError(f"{source}: has no stages; leave --stage and --run-all-stages out")
@@ -169,7 +174,7 @@ def main(argv: list[str], hooks: Sequence[Hooks] = ()) -> int:
     command = resume_command(argv, saved=bool(tree))
     launch = partial(dry_run.dry_run, hooks=hooks) if args.dry_run else \
         partial(train, hooks=[dry_run.FirstLook(), *hooks])
-    if not args.test:
+    if args.replay is None and not args.test:
         if args.input or args.output or args.truth:
             raise options.OptionError("--input, --output and --truth go with --test")
         if stages:
@@ -179,6 +184,8 @@ def main(argv: list[str], hooks: Sequence[Hooks] = ()) -> int:
         overrides.append(("path.init_from", args.init_from, "--init-from"))
     stage = args.stage or (stages[-1] if stages else None)
     opt, notices = options.parse(source, overrides, MODELS, NETWORKS, DATASETS, stage, tree)
+    if args.replay is not None:
+        return replay(opt, notices, args.replay, args.resume)
     if args.test:
         return infer(opt, notices, resume=args.resume, source=args.input, output=args.output, truth=args.truth,
                      command=shlex.join([*distributed.launcher(), "main.py", *argv]))

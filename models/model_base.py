@@ -307,6 +307,7 @@ class ModelBase:
     # ------------------------------------------------ a step
 
     batch: Sequence[str] = ("degraded", "target")  # attributes set by feed_data that hold the rows of a batch
+    on_micro_batch: Callable[[int, Mapping[str, Tensor]], None] | None = None  # gets number and loss terms
 
     def begin_step(self, step: int) -> None:
         """Prepare the networks for a step, as a function of its number alone."""
@@ -395,6 +396,8 @@ class ModelBase:
             for parameter in parameters:
                 parameter.grad = None
         part += [tensor - old for tensor, old in zip(moving, before) if num > 1 and tensor.is_floating_point()]
+        if self.on_micro_batch:
+            self.on_micro_batch(number, terms)
         values = torch.stack([term.detach().float() for term in terms.values()])
         return [*part, found, values / num, *self.counts()]
 

@@ -42,4 +42,5 @@ class FiniteCheck:
                 terms = ", ".join(f"{name} {value}" for name, value in values.items())
                 what = "loss" if not all(math.isfinite(values[name]) for name in losses) else "gradient"
                 raise NonFiniteLoss(f"the {what} is not finite at iteration {iteration}: {terms}; the last checkpoint "
-                                    'is intact; lower the learning rate, or set train.on_nan to "skip"')
+                                    'is intact; lower the learning rate, or set train.on_nan to "skip"; '
+                                    f"--replay {iteration} shows the samples of that step")

@@ -1,0 +1,113 @@
+"""Compute one step again: `main.py -opt FILE --replay N` shows what step N saw, and whether it repeats itself.
+
+It starts from the newest intact checkpoint before step N, or from the one that --resume names, computes the steps up to
+N - 1 and step N twice, and writes nothing to the run's folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import checkpoint
+import options
+from checkpoint import CheckpointSet
+from data.loader import endless
+from log.run_log import start_log
+from log.terminal import number
+from runtime.determinism import missing_kernels_named, prepare_machine
+from runtime.evaluate import describe_losses
+from runtime.resume import restore
+from train import Run
+
+
+def replay(opt: options.Section, notices: Sequence[str], step: int, resume: str | None = None) -> int:
+    """Print the samples, losses and gradient norms of a step. Returns 0 if both computations are equal, else 1.
+
+    Raises: OptionError: the step is not one of the run's, or lies before the checkpoint that was named.
+    """
+    if not 1 <= step <= opt["train"]["total_iter"]:
+        raise options.OptionError(f"--replay {step}: must be from 1 to train.total_iter {opt['train']['total_iter']}")
+    prepare_machine(opt)
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(contextlib.closing(start_log({**opt["log"], "tensorboard": False}, notices)))
+        run = stack.enter_context(contextlib.closing(Run(opt, log)))
+        restore(run, find_before(run, step, resume))
+        if run.iteration >= step:
+            raise options.OptionError(f"--replay {step}: {resume} is at iteration {run.iteration}, after that step; "
+                                      "name an older checkpoint")
+        run.model.save_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="perdure_"))) / "models"
+        keys = next(itertools.islice(iter(run.batches), step - run.iteration - 1, None))
+        samples = stack.enter_context(contextlib.closing(endless(run.train_set, run.batches, 0, pinned=False)))
+        stack.enter_context(missing_kernels_named(run.model.device))
+        for iteration in range(run.iteration + 1, step):
+            run.fetch(samples)
+            advance(run, iteration)
+        run.fetch(samples)
+        log.line(f"samples  of step {step}: {', '.join(describe(run.train_set, key) for key in keys)}")
+        before = copy.deepcopy(run.model.parts())
+        first = record(run, step)
+        for line in first:
+            log.line(line)
+        load(run, before)
+        if record(run, step) == first:
+            log.line("equal    a second computation gives the same losses, gradients and weights")
+            return 0
+        log.line("differs  a second computation gives another result: the machine, or a kernel without fixed order")
+        return 1
+
+
+def find_before(run: Run, step: int, resume: str | None) -> CheckpointSet | None:
+    """Find the checkpoint to start from; None: the start of the run."""
+    if resume:
+        return checkpoint.locate(resume, run.log.warn)
+    for found in reversed(checkpoint.find_sets(run.models, run.log.warn) if run.models.is_dir() else []):
+        if found.iteration < step and (fault := found.fault()) is None:
+            return found
+        if found.iteration < step:
+            run.log.warn(f"{found.path}: {fault}")
+    return None
+
+
+def advance(run: Run, iteration: int) -> None:
+    """Make one step as the training loop does."""
+    run.model.update_learning_rate(iteration - 1)
+    run.model.optimize_parameters(iteration)
+
+
+def record(run: Run, step: int) -> list[str]:
+    """Make the step. Returns lines: the losses of each micro-batch, the gradient norms, a checksum of the weights."""
+    lines: list[str] = []
+
+    def add(place: int, terms: Mapping[str, Tensor]) -> None:
+        losses = {name: float(term.detach()) for name, term in terms.items()}
+        lines.append(f"losses   of micro-batch {place}: {describe_losses(losses)}")
+
+    run.model.on_micro_batch = add
+    advance(run, step)
+    run.model.on_micro_batch = None
+    norms = ", ".join(f"{name} {number(float(norm))}" for name, norm in run.model.gradient_norms.items())
+    return [*lines, f"gradient {norms or 'norms are not computed with fp16'}",
+            f"weights  {run.model.checksum() % 2**32:08x} after the step"]
+
+
+def load(run: Run, parts: dict[str, Any]) -> None:
+    """Restore networks and optimizers."""
+    for label, network in run.model.networks.items():
+        run.model.get_bare_model(network).load_state_dict(copy.deepcopy(parts[label]))
+    for label, optimizer in run.model.optimizers.items():
+        optimizer.load_state_dict(copy.deepcopy(parts[label]))
+
+
+def describe(dataset: Any, key: tuple[int, int]) -> str:
+    """Name a sample: its file, if it has one, its epoch and its index."""
+    names = dataset.sample_names() if hasattr(dataset, "sample_names") else []
+    epoch, index = key
+    return f"{names[index]} (epoch {epoch}, index {index})" if names else f"index {index} of epoch {epoch}"
