@@ -42,6 +42,7 @@ class Acts(Hooks):
 
     def __init__(self, acts):
         self.acts, self.commit = acts, checkpoint.commit
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves run under nohup
         for _, what in acts:
             if what == "nohup":
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)
