@@ -27,7 +27,7 @@ from runtime.finite import FiniteCheck, NonFiniteLoss
 from runtime.history import History
 from runtime.hooks import HookList, Hooks
 from runtime.resume import find_source, open_folder, restore
-from runtime.saves import Saves
+from runtime.saves import Saves, check_ranks
 from runtime.signals import StopRequest
 from storage.files import FolderLock
 from storage.tree import plain
@@ -132,11 +132,8 @@ class Run:
             raise NonFiniteLoss(f"after iteration {self.iteration} {fault} is not finite, so no checkpoint of it is "
                                 "written; the last one is intact; lower the learning rate, or set "
                                 "train.G_optimizer_clipgrad")
-        checksums = distributed.gather(self.model.checksum()) if distributed.world_size() > 1 else [0]
-        if len(set(checksums)) > 1:
-            raise CheckpointError(f"after iteration {self.iteration} the ranks differ in weights or moments (checksums "
-                                  f"{checksums}): nothing is saved, the last checkpoint is intact; check the memory "
-                                  "of the machine whose rank differs, and run the same command")
+        if distributed.world_size() > 1:
+            check_ranks(self.iteration, distributed.gather(self.model.checksum()))
         state = self.state()
         distributed.from_main(lambda: self.saves.write(self.iteration, {**self.model.parts(), "state": state},
                                                        "regular" if self.save_due() else reason))

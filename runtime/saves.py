@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import options
 from checkpoint import CheckpointError, Layout, Saver
 from log.run_log import RunLog
+
+
+def check_ranks(iteration: int, checksums: Sequence[int]) -> None:
+    """Compare the checksums of weights and moments of all ranks.
+
+    Raises: CheckpointError: they are not equal; it names the ranks that most others differ from.
+    """
+    usual, count = Counter(checksums).most_common(1)[0]
+    if count < len(checksums):
+        odd = [str(rank) for rank, checksum in enumerate(checksums) if checksum != usual]
+        who = f"rank {', '.join(odd)} differs from the others" if count > len(odd) else "the ranks differ"
+        raise CheckpointError(f"after iteration {iteration} {who} in weights or moments: nothing is saved, the last "
+                              "checkpoint is intact; check the memory of that machine, and run the same command")
 
 
 class Saves:

@@ -16,6 +16,7 @@ import torch
 import checkpoint
 from data.sampler import EndlessBatches
 from runtime import distributed
+from runtime.saves import check_ranks
 from tests import world
 from tests.conftest import ROOT
 from tests.runs import assert_equal_runs, straight_and_stopped
@@ -188,6 +189,12 @@ def test_ranks_with_other_weights_save_nothing(tmp_path):
     assert codes == [2, 2] and said.count("error:") == 1, said
     assert "after iteration 3 the ranks differ in weights or moments" in said
     assert checkpoint.find_newest(tmp_path / "run/models").iteration == 2
+
+
+def test_the_rank_with_other_weights_is_named():
+    check_ranks(4, [7, 7, 7])
+    with pytest.raises(checkpoint.CheckpointError, match="after iteration 4 rank 1 differs from the others in weights"):
+        check_ranks(4, [7, 8, 7])
 
 
 def test_a_refused_save_ends_all_or_none(tmp_path):
