@@ -429,13 +429,15 @@ def _find_foreign(folder: Path) -> tuple[list[CheckpointSet], dict[Path, str]]:
             for iteration, _, _, path in sorted(found)], bad
 
 
-def find_newest(folder: Path | str, report: Report | None = None) -> CheckpointSet | None:
+def find_newest(folder: Path | str, report: Report | None = None, before: int | None = None) -> CheckpointSet | None:
     """Return the newest set that is not damaged, or None.
 
     KAIR's folders may hold different iterations of G, E and the optimizer: then the newest iteration that has all of
     them is used, and the difference is reported.
 
-    Args: report: called with a line for each newer set that is not used, with its reason.
+    Args:
+        report: called with a line for each newer set that is not used, with its reason.
+        before: use only sets of earlier iterations than this; None: all.
     """
     report = report or (lambda line: None)
     sets = find_sets(folder, report)
@@ -443,6 +445,8 @@ def find_newest(folder: Path | str, report: Report | None = None) -> CheckpointS
         sets, bad = _find_foreign(Path(folder))
         for line in bad.values():
             report(line)
+    if before is not None:
+        sets = [s for s in sets if (s.iteration or 0) < before]
     kairs = [s for s in sets if not s.committed and not s.bundled]
     everything = set().union(*(s.labels for s in kairs))
     complete = [s.iteration for s in kairs if set(s.labels) == everything]

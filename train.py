@@ -100,7 +100,7 @@ class Run:
         return epoch + (offset + self.batches.batch_size > self.batches.length)
 
     def state(self) -> dict[str, Any]:
-        """Collect everything besides networks and optimizers that the next step depends on. """
+        """Collect everything besides networks and optimizers that the next step depends on."""
         epoch, offset = self.position
         history = self.history
         validated = history.rows and history.rows[-1]["iteration"] == self.iteration

@@ -18,7 +18,6 @@ from torch import Tensor
 
 import checkpoint
 import options
-from checkpoint import CheckpointSet
 from data.loader import endless
 from log.run_log import start_log
 from log.terminal import number
@@ -39,7 +38,8 @@ def replay(opt: options.Section, notices: Sequence[str], step: int, resume: str 
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(contextlib.closing(start_log({**opt["log"], "tensorboard": False}, notices)))
         run = stack.enter_context(contextlib.closing(Run(opt, log)))
-        restore(run, find_before(run, step, resume))
+        restore(run, checkpoint.locate(resume, log.warn) if resume else
+                checkpoint.find_newest(run.models, log.warn, before=step))
         if run.iteration >= step:
             raise options.OptionError(f"--replay {step}: {resume} is at iteration {run.iteration}, after that step; "
                                       "name an older checkpoint")
@@ -62,18 +62,6 @@ def replay(opt: options.Section, notices: Sequence[str], step: int, resume: str 
             return 0
         log.line("differs  a second computation gives another result: the machine, or a kernel without fixed order")
         return 1
-
-
-def find_before(run: Run, step: int, resume: str | None) -> CheckpointSet | None:
-    """Find the checkpoint to start from; None: the start of the run."""
-    if resume:
-        return checkpoint.locate(resume, run.log.warn)
-    for found in reversed(checkpoint.find_sets(run.models, run.log.warn) if run.models.is_dir() else []):
-        if found.iteration < step and (fault := found.fault()) is None:
-            return found
-        if found.iteration < step:
-            run.log.warn(f"{found.path}: {fault}")
-    return None
 
 
 def advance(run: Run, iteration: int) -> None:
@@ -101,9 +89,9 @@ def record(run: Run, step: int) -> list[str]:
 def load(run: Run, parts: dict[str, Any]) -> None:
     """Restore networks and optimizers."""
     for label, network in run.model.networks.items():
-        run.model.get_bare_model(network).load_state_dict(copy.deepcopy(parts[label]))
+        run.model.get_bare_model(network).load_state_dict(parts[label])
     for label, optimizer in run.model.optimizers.items():
-        optimizer.load_state_dict(copy.deepcopy(parts[label]))
+        optimizer.load_state_dict(parts[label])
 
 
 def describe(dataset: Any, key: tuple[int, int]) -> str:
