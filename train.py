@@ -23,7 +23,7 @@ from report import RunReport
 from runtime import determinism, distributed
 from runtime.determinism import fastest_kernels, prepare_machine
 from runtime.evaluate import Progress, describe_losses, validate
-from runtime.finite import FiniteCheck, NonFiniteLoss
+from runtime.finite import FiniteCheck, NonFiniteLoss, compute_again
 from runtime.history import History
 from runtime.hooks import HookList, Hooks
 from runtime.resume import find_source, open_folder, restore
@@ -227,8 +227,8 @@ class Run:
 
             if train["on_nan"] == "stop":
                 self.losses.add(self.iteration, dict(model.log_dict), dict(model.gradient_norms))
-                if model.device.type == "cpu":
-                    self.losses.check()
+                if model.checks_each_step():
+                    self.losses.check(lambda: compute_again(self))
             elif model.skipped_in_a_row >= min(train["nan_limit"], total):
                 raise NonFiniteLoss(f"{model.skipped_in_a_row} steps in a row were skipped until iteration "
                                     f"{self.iteration}, each for a loss or gradient that is not finite; the last "

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 import checkpoint
 import options
 from data.loader import endless
+from data.sampler import describe_samples
 from log.run_log import start_log
 from log.terminal import number
 from runtime.determinism import missing_kernels_named, prepare_machine
@@ -44,20 +42,20 @@ def replay(opt: options.Section, notices: Sequence[str], step: int, resume: str 
             raise options.OptionError(f"--replay {step}: {resume} is at iteration {run.iteration}, after that step; "
                                       "name an older checkpoint")
         run.model.save_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="perdure_"))) / "models"
-        keys = next(itertools.islice(iter(run.batches), step - run.iteration - 1, None))
         samples = stack.enter_context(contextlib.closing(endless(run.train_set, run.batches, 0, pinned=False)))
         stack.enter_context(missing_kernels_named(run.model.device))
         for iteration in range(run.iteration + 1, step):
             run.fetch(samples)
             advance(run, iteration)
         run.fetch(samples)
-        log.line(f"samples  of step {step}: {', '.join(describe(run.train_set, key) for key in keys)}")
+        keys = run.batches.keys_of(step - run.started_at)
+        log.line(f"samples  of step {step}: {describe_samples(run.train_set, keys, len(keys))}")
         before = copy.deepcopy(run.model.parts())
-        first = record(run, step)
-        for line in first:
+        lines, first = record(run, step)
+        for line in lines:
             log.line(line)
         load(run, before)
-        if record(run, step) == first:
+        if record(run, step)[1] == first:
             log.line("equal    a second computation gives the same losses, gradients and weights")
             return 0
         log.line("differs  a second computation gives another result: the machine, or a kernel without fixed order")
@@ -70,20 +68,20 @@ def advance(run: Run, iteration: int) -> None:
     run.model.optimize_parameters(iteration)
 
 
-def record(run: Run, step: int) -> list[str]:
-    """Make the step. Returns lines: the losses of each micro-batch, the gradient norms, a checksum of the weights."""
-    lines: list[str] = []
+def record(run: Run, step: int) -> tuple[list[str], list[Any]]:
+    """Make the step.
 
-    def add(place: int, terms: Mapping[str, Tensor]) -> None:
-        losses = {name: float(term.detach()) for name, term in terms.items()}
-        lines.append(f"losses   of micro-batch {place}: {describe_losses(losses)}")
-
-    run.model.on_micro_batch = add
+    Returns: lines with the losses of each micro-batch, the gradient norms and a checksum of the weights; the same
+    values with all their bits.
+    """
     advance(run, step)
-    run.model.on_micro_batch = None
-    norms = ", ".join(f"{name} {number(float(norm))}" for name, norm in run.model.gradient_norms.items())
-    return [*lines, f"gradient {norms or 'norms are not computed with fp16'}",
-            f"weights  {run.model.checksum() % 2**32:08x} after the step"]
+    norms = {name: float(norm) for name, norm in run.model.gradient_norms.items()}
+    losses, checksum = run.model.micro_losses(), run.model.checksum()
+    lines = [f"losses   of micro-batch {place}: {describe_losses(terms)}" for place, terms in losses.items()]
+    lines.append(", ".join(f"{name} {number(norm)}" for name, norm in norms.items()) or
+                 "gradient norms are not computed with fp16")
+    lines.append(f"weights  {checksum % 2**32:08x} after the step")
+    return lines, [repr(losses), repr(norms), checksum]
 
 
 def load(run: Run, parts: dict[str, Any]) -> None:
@@ -92,10 +90,3 @@ def load(run: Run, parts: dict[str, Any]) -> None:
         run.model.get_bare_model(network).load_state_dict(parts[label])
     for label, optimizer in run.model.optimizers.items():
         optimizer.load_state_dict(parts[label])
-
-
-def describe(dataset: Any, key: tuple[int, int]) -> str:
-    """Name a sample: its file, if it has one, its epoch and its index."""
-    names = dataset.sample_names() if hasattr(dataset, "sample_names") else []
-    epoch, index = key
-    return f"{names[index]} (epoch {epoch}, index {index})" if names else f"index {index} of epoch {epoch}"

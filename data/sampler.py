@@ -6,8 +6,9 @@ permutation per epoch follows torch's DistributedSampler.
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -44,6 +45,14 @@ def names_digest(dataset) -> str | None:
     """
     names = dataset.sample_names() if hasattr(dataset, "sample_names") else None
     return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16] if names else None
+
+
+def describe_samples(dataset, keys: Sequence[Key], most: int = 8) -> str:
+    """Name samples: their files, if they have some, epochs and indices; after `most` of them the number of the rest."""
+    names = dataset.sample_names() if hasattr(dataset, "sample_names") else None
+    words = [f"{names[index]} (epoch {epoch}, index {index})" if names else f"index {index} of epoch {epoch}"
+             for epoch, index in keys[:most]]
+    return ", ".join(words) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
 class EndlessBatches:
@@ -95,6 +104,12 @@ class EndlessBatches:
         """Tell whether batch number `batches` ends an epoch whose number, from 1, is a multiple of `every`."""
         epoch, offset = self.after(batches)
         return offset + self.batch_size > self.length and (epoch + 1) % every == 0
+
+    def keys_of(self, number: int) -> list[Key]:
+        """Return the keys of this rank in batch `number` from `self.position` on, from 1."""
+        there = copy.copy(self)
+        there.position = self.after(number - 1)
+        return next(iter(there))
 
     def __iter__(self) -> Iterator[list[Key]]:
         (epoch, offset), share = self.position, self.batch_size // self.world_size

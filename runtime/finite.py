@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from data.sampler import describe_samples
+from runtime import distributed
 
 MIN_SCALE = 2.0**-10  # of fp16's loss: the scale starts at 2**16 and each skipped step halves it
 
@@ -27,8 +32,12 @@ class FiniteCheck:
         """Add the losses and gradient norms of a step, by name, scalars."""
         self.pending.append((iteration, losses, norms))
 
-    def check(self) -> None:
-        """Check all steps since the last call. Raises: NonFiniteLoss, which names the iteration and the terms."""
+    def check(self, explain: Callable[[], str] = lambda: "") -> None:
+        """Check all steps since the last call.
+
+        Args: explain: called for a step that is not finite; its text becomes a part of the message.
+        Raises: NonFiniteLoss, which names the iteration and the terms.
+        """
         scaler = self.scaler
         if self.pending and scaler and scaler.get_scale() < MIN_SCALE:
             raise NonFiniteLoss(f"the gradient was not finite in so many steps until iteration {self.pending[-1][0]} "
@@ -41,6 +50,32 @@ class FiniteCheck:
             if not all(math.isfinite(value) for value in values.values()):
                 terms = ", ".join(f"{name} {value}" for name, value in values.items())
                 what = "loss" if not all(math.isfinite(values[name]) for name in losses) else "gradient"
-                raise NonFiniteLoss(f"the {what} is not finite at iteration {iteration}: {terms}; the last checkpoint "
-                                    'is intact; lower the learning rate, or set train.on_nan to "skip"; '
-                                    f"--replay {iteration} shows the samples of that step")
+                raise NonFiniteLoss(f"the {what} is not finite at iteration {iteration}: {terms}; {explain()}the last "
+                                    "checkpoint is intact; lower the learning rate, look at the samples, or set "
+                                    f'train.on_nan to "skip"; --replay {iteration} computes that step again')
+
+
+def compute_again(run: Any) -> str:
+    """Compute the last step of a `train.Run` again, which changed nothing since it was not finite. All ranks call it.
+
+    A second computation without fault trains the weights, so the run must end.
+
+    Returns: whether the result is the same, with the micro-batches and samples that are not finite; ends in "; ".
+    """
+    model = run.model
+    seen = [(model.micro_losses(), {name: float(norm) for name, norm in model.gradient_norms.items()})]
+    model.optimize_parameters(run.iteration)
+    losses, norms = model.micro_losses(), {name: float(norm) for name, norm in model.gradient_norms.items()}
+    equal = distributed.gather(repr(seen[0]) == repr((losses, norms)))
+    if not all(equal):
+        ranks = [str(rank) for rank, same in enumerate(equal) if not same]
+        where = f" on rank {', '.join(ranks)}" if len(equal) > 1 else ""
+        return f"another result when computed again{where}: the machine, or a kernel without fixed order; "
+    keys = run.batches.keys_of(run.iteration - run.started_at)
+    size = len(keys) // len(losses)
+    found = [(number, describe_samples(run.train_set, keys[place * size : (place + 1) * size]))
+             for place, (number, terms) in enumerate(losses.items())
+             if not all(math.isfinite(value) for value in terms.values())]
+    found = sum(distributed.gather(found), []) or [("any", describe_samples(run.train_set, keys))]
+    return "the same again: " + "; ".join(f"micro-batch {number}, {names}" for number, names in found) + "; "
+

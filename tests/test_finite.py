@@ -1,12 +1,16 @@
 """Nothing that is not finite gets into a checkpoint: neither by a loss nor by a gradient nor by what a step leaves."""
 
 import json
+import os
+import random
+import re
 
 import pytest
 import torch
 
 import checkpoint
 import train
+from data.sampler import order
 from models.model_plain import ModelPlain
 from runtime.hooks import Hooks
 from tests import tiny
@@ -72,7 +76,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_or_is_skipped_with_its_batc
         run.model.degraded = run.model.degraded * float("nan")
 
     path = tiny.write(tmp_path, "one")
-    with pytest.raises(train.NonFiniteLoss, match="not finite at iteration 3: G_loss nan"):
+    with pytest.raises(train.NonFiniteLoss, match="not finite at iteration 3: G_loss nan; the same again: "):
         run("-opt", path, hooks=[tiny.At("before_step", 3, poison)])
     assert checkpoint.find_newest(tmp_path / "one/models").iteration == 2 and all_finite(tmp_path / "one")
     skip = ("--set", "train.on_nan=skip")
@@ -135,3 +139,76 @@ def test_a_checkpoint_of_weights_that_are_not_finite_is_named(tmp_path):
     checkpoint.commit(tmp_path / "spoilt", 9, parts)
     with pytest.raises(checkpoint.CheckpointError, match="9.json: G.body.0.bias is not finite"):
         run("-opt", path, "--resume", tmp_path / "spoilt/9.json", "--set", "train.total_iter=12")
+
+
+def fault_in(tmp_path, monkeypatch, key=None, call=None, **over):
+    """The message of a run in which one sample, or the input of one forward pass, is NaN."""
+    get, forward, calls = tiny.Images.__getitem__, tiny.Net.forward, []
+    nan = torch.full((3, 16, 16), float("nan"))
+
+    def passed(self, x):
+        calls.append(1)
+        return forward(self, x * (float("nan") if len(calls) == call else 1))
+
+    monkeypatch.setattr(tiny.Images, "__getitem__", lambda self, k: get(self, k) | ({"L": nan} if k == key else {}))
+    monkeypatch.setattr(tiny.Net, "forward", passed)
+    with pytest.raises(train.NonFiniteLoss) as caught:
+        run("-opt", tiny.write(tmp_path, train={"accumulate": 2, "checkpoint_test": 0, **over}))
+    return str(caught.value)
+
+
+def test_a_loss_that_is_not_finite_is_computed_again_and_names_its_micro_batch_and_samples(tmp_path, monkeypatch):
+    said = fault_in(tmp_path, monkeypatch, key=(1, 4))
+    epoch_1 = order(0, 1, 11)
+    place = epoch_1.index(4)
+    step, number = 3 + place // 4, place % 4 // 2  # epoch 0 has two batches of four
+    pair = epoch_1[place // 2 * 2 : place // 2 * 2 + 2]
+    assert f"not finite at iteration {step}: " in said
+    assert f"; the same again: micro-batch {number}, index {pair[0]} of epoch 1, index {pair[1]} of epoch 1; " in said
+    assert f"--replay {step}" in said
+
+
+def test_a_loss_that_is_not_finite_only_once_is_the_fault_of_the_machine(tmp_path, monkeypatch):
+    said = fault_in(tmp_path, monkeypatch, call=6)  # the second micro-batch of step 3
+    assert "not finite at iteration 3: " in said and "another result when computed again: the machine" in said
+    assert checkpoint.find_newest(tmp_path / "run/models").iteration == 2 and all_finite(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(int(os.environ.get("PERDURE_REPLAYS", "4"))))
+def test_a_fault_at_random_is_named_as_repeated_or_not_also_by_a_replay(tmp_path, monkeypatch, capsys, trial):
+    """A NaN in a random sample, and a bit flipped in the weights or inputs of one of two computations of a step."""
+    draw = random.Random(trial)
+    key = draw.choice([(epoch, index) for epoch in range(4) for index in order(0, epoch, 11)[:8]])
+    with monkeypatch.context() as patch:
+        (tmp_path / "nan").mkdir()
+        said = fault_in(tmp_path / "nan", patch, key=key)
+        step = int(re.search(r"at iteration (\d+)", said)[1])
+        named = f"index {key[1]} of epoch {key[0]}"
+        assert re.search(rf"the same again: micro-batch [01], [^;]*{named}[,;]", said)
+        capsys.readouterr()
+        assert run("-opt", tmp_path / "nan/run.json", "--replay", step) == 0
+        said = capsys.readouterr().out
+        assert named in said.split("samples  of step")[1] and "nan" in said and "equal    " in said
+    with monkeypatch.context() as patch:
+        (tmp_path / "once").mkdir()
+        assert "another result" in fault_in(tmp_path / "once", patch, call=draw.randrange(1, 17))
+    path = tiny.write(tmp_path, "flip", train={"accumulate": 2})
+    assert run("-opt", path) == 0
+    step = draw.randrange(3, 10)
+    begun = checkpoint.find_newest(tmp_path / "flip/models", before=step).iteration
+    real, calls, target = tiny.Net.forward, [], 2 * (step - begun - 1) + draw.randrange(4) + 1
+
+    def flipped(self, x):
+        calls.append(1)
+        if len(calls) == target:
+            where = draw.choice([x, *(p.data for p in self.parameters())])
+            bits = where.reshape(-1).view(torch.int32)
+            bits[draw.randrange(len(bits))] ^= 1 << draw.randrange(12, 31)
+            x = bits.view(torch.float32).view(x.shape) if where is x else x
+        return real(self, x)
+
+    monkeypatch.setattr(tiny.Net, "forward", flipped)
+    capsys.readouterr()
+    assert run("-opt", path, "--replay", step) == 1, (step, target)
+    assert "differs  a second computation" in capsys.readouterr().out

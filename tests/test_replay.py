@@ -29,7 +29,7 @@ def test_a_replayed_step_is_that_of_the_run(trained, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "resume   from" in said and "4.json: iteration 4 of 9" in said
     assert f"weights  {checksum % 2**32:08x} after the step" in said and "equal    a second computation" in said
-    assert len(re.findall("losses   of micro-batch", said)) == 2 and "gradient gradient norm of optimizerG 0." in said
+    assert len(re.findall("losses   of micro-batch", said)) == 2 and "\ngradient norm of optimizerG 0." in said
     assert len(re.findall(r"index \d+ of epoch 2", said)) == 4
     assert sorted(tmp_path.rglob("*")) == before
     assert run("-opt", path, "--replay", 6, "--resume", tmp_path / "run/models/2.json") == 0
