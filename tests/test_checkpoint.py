@@ -208,7 +208,7 @@ def test_a_lost_record_is_rebuilt_from_the_seals_of_whole_members(tmp_path, monk
 
 @pytest.mark.parametrize("damage, says", [
     ("flipped", "20_G.pth: damaged"), ("one missing", "20: .* state is missing"),
-    ("of another save", "20: .* of different saves"), ("copied from another iteration", "15_E.pth is G of iteration 20")])
+    ("of another save", "20: .* of different saves"), ("copied from another iteration", "15_E.pth is G of")])
 def test_members_that_make_no_set_are_said_and_put_aside_not_deleted(tmp_path, damage, says):
     models = tmp_path / "models"
     models.mkdir()

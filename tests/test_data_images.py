@@ -106,7 +106,7 @@ def test_a_corrupt_jpeg_is_named_and_by_option_skipped(folder):
     bad.write_bytes(bad.read_bytes()[:-2])  # its end marker
     dataset = train(folder)
     place = dataset.items[0][0].index(str(bad))
-    with pytest.raises(ValueError, match=r"1_bad.jpg: not a readable image \(the file ends too early\).*or set skip_") as told:
+    with pytest.raises(ValueError, match=r"1_bad.jpg: .*\(the file ends too early\).*or set") as told:
         dataset[place]
     assert "\n" not in str(told.value)
     patient = train(folder, skip_corrupt=True, random_crop=False, use_hflip=False)

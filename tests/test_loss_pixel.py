@@ -1,4 +1,4 @@
-"""Pixel losses: what a plain computation in float64 gives, cases worked out by hand, and KAIR's numbers."""
+"""Pixel losses: what a plain computation in float64 gives, a case worked out by hand, and KAIR's numbers."""
 
 import math
 
@@ -37,23 +37,6 @@ def pair(*shape):
     return target + 0.2 * torch.randn_like(target), target
 
 
-# 3, 4 and 0 are the differences
-@pytest.mark.parametrize("loss, expected, gradient", [
-    (L1Loss(), 7 / 3, [1 / 3, -1 / 3, 0]),
-    (L2Loss(), 25 / 3, [2, -8 / 3, 0]),
-    (L2SumLoss(), 25, [6, -8, 0]),
-    (CharbonnierLoss(7), (4 + math.sqrt(23) + math.sqrt(7)) / 3, [3 / 4 / 3, -4 / math.sqrt(23) / 3, 0]),
-    (CharbonnierLoss(0.0), 7 / 3, None),  # its gradient does not exist where images are equal
-], ids=lambda value: type(value).__name__)
-def test_three_pixels_by_hand(loss, expected, gradient):
-    restored = torch.tensor([5.0, 0.0, 1.0], dtype=torch.float64).view(1, 1, 1, 3).requires_grad_()
-    value = loss(restored, torch.tensor([2.0, 4.0, 1.0], dtype=torch.float64).view(1, 1, 1, 3))
-    assert value.item() == pytest.approx(expected, rel=1e-12)
-    if gradient:
-        value.backward()
-        assert restored.grad.flatten().tolist() == pytest.approx(gradient, rel=1e-12)
-
-
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 4, 3, 5, 6)], ids=["images", "frames"])
 @pytest.mark.parametrize("loss, plain", [
     (L1Loss(), lambda d: np.abs(d).mean()),
@@ -65,13 +48,6 @@ def test_three_pixels_by_hand(loss, expected, gradient):
 def test_losses_are_their_formulas(loss, plain, shape):
     restored, target = pair(*shape)
     assert loss(restored, target).item() == pytest.approx(plain((restored - target).numpy()), rel=1e-12)
-
-
-def test_a_perfect_result_costs_the_root_of_eps():
-    x = torch.rand(1, 3, 4, 4)
-    assert CharbonnierLoss()(x, x).item() == pytest.approx(math.sqrt(1e-9), rel=1e-6)
-    assert L1Loss()(x, x) == L2Loss()(x, x) == L2SumLoss()(x, x) == 0
-    assert SSIMLoss()(x, x).item() == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 9, 14), (1, 1, 4, 13)], ids=str)

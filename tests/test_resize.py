@@ -118,9 +118,3 @@ def test_wrong_degradations_are_named_in_one_line(options, says):
         Degradation(4, options)
     assert says in str(error.value) and "\n" not in str(error.value)
     assert options == given  # the options are the caller's
-
-
-def test_options_are_not_changed():
-    options = {"type": "blur", "noise_sigma": 3}
-    Degradation(4, options)
-    assert options == {"type": "blur", "noise_sigma": 3}
