@@ -1,8 +1,11 @@
 """The pages in docs/: the reference is what the code says, links lead somewhere, and the commands exist."""
 
+import ast
+import io
 import re
 import shlex
 import sys
+import tokenize
 import types
 
 import pytest
@@ -72,6 +75,23 @@ def test_contributing_names_every_file_once_it_is_there():
     modules = {str(path.relative_to(ROOT)) for path in FILES} - {f"{room}/__{kind}__.py" for room in ROOMS
                                                                  for kind in ("init", "main")}
     assert modules <= named, modules - named
+
+
+def lines_of_code(source):
+    """Count the lines that hold code: no blank line, comment or docstring."""
+    tree, lines = ast.parse(source), set()
+    documented = [node.body[0] for node in ast.walk(tree)
+                  if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)]
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in (tokenize.NAME, tokenize.NUMBER, tokenize.STRING, tokenize.OP):
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return len(lines - {line for text in documented for line in range(text.lineno, text.end_lineno + 1)})
+
+
+def test_the_whole_stays_small():
+    """Below 15,000 lines of code; docstrings are not counted, so that nothing is saved on them."""
+    assert lines_of_code('"""A."""\n\nx = """b\nc"""  # d\n') == 2
+    assert sum(lines_of_code(path.read_text()) for path in [*FILES, *(ROOT / "benchmarks").glob("*.py")]) < 15_000
 
 
 def test_every_option_is_explained_in_a_sentence_of_its_own():
