@@ -330,7 +330,7 @@ def kernels_chosen(exact: bool) -> Iterator[None]:
     """Choose the kernels as a run does, deterministic or fast, and restore the previous choice."""
     torch.use_deterministic_algorithms(exact)
     torch.utils.deterministic.fill_uninitialized_memory = False  # as runtime.determinism does
-    torch.set_float32_matmul_precision("highest" if exact else "high")
+    torch.set_float32_matmul_precision("high")
     try:
         with determinism.fastest_kernels(True):
             yield

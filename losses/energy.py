@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from runtime.determinism import full_float32
 from runtime.ranges import NonNegativeFloat, PositiveInt, checked
 
 
@@ -48,10 +49,12 @@ class PatchSlicedWassersteinLoss(nn.Module):
             rows = len(x) * (x.shape[2] + 2 * pad - p + 1) * (x.shape[3] + 2 * pad - p + 1)
             chosen = None
             if self.max_samples is not None and rows > self.max_samples:
-                chosen = torch.randperm(rows, generator=generator)[: self.max_samples].to(x.device)
+                chosen = torch.randperm(rows, generator=generator)[: self.max_samples]
+                chosen = chosen.to(x.device, non_blocking=True)
             theta = torch.randn(x.shape[1] * p * p, self.num_projections, generator=generator)
-            theta = F.normalize(theta, dim=0, eps=0).T.reshape(-1, x.shape[1], p, p).to(x.device)
-            return F.mse_loss(*(self._sorted(batch, theta, chosen) for batch in (x, style)))
+            theta = F.normalize(theta, dim=0, eps=0).T.reshape(-1, x.shape[1], p, p).to(x.device, non_blocking=True)
+            with full_float32():
+                return F.mse_loss(*(self._sorted(batch, theta, chosen) for batch in (x, style)))
 
     def _sorted(self, batch: Tensor, theta: Tensor, chosen: Tensor | None) -> Tensor:
         """Return sorted projections (num_projections, N); a convolution projects patches without extracting them."""
@@ -85,7 +88,8 @@ class CosineSSMLoss(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             x, y = (batch.float().flatten(2) for batch in (x, y))  # (B, c, n)
             if self.max_spatial_samples is not None and x.shape[2] > self.max_spatial_samples:
-                chosen = torch.randperm(x.shape[2], generator=generator)[: self.max_spatial_samples].to(x.device)
+                chosen = torch.randperm(x.shape[2], generator=generator)[: self.max_spatial_samples]
+                chosen = chosen.to(x.device, non_blocking=True)
                 x, y = x[..., chosen], y[..., chosen]
             x, y = (F.normalize(batch, dim=1).double() for batch in (x, y))
             total = sum(weight * (a @ b.mT).square().sum() for weight, a, b in ((1, x, x), (1, y, y), (-2, x, y)))

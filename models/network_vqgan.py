@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metrics.vqgan import perplexity
+from runtime.determinism import full_float32
 from runtime.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, ProperFraction, checked
 from storage.foreign import TAMING_LOSS
 
@@ -247,13 +248,19 @@ class Decoder(nn.Module):
 # ---- codebooks ---------------------------------------------------------------
 
 
-@torch.no_grad()
+@torch.library.custom_op("perdure::nearest", mutates_args=())  # torch.compile can't trace a change of precision
 def nearest(z: Tensor, codes: Tensor) -> Tensor:
-    """Return the index (N,) of the code (K, C) that is closest to each vector (N, C)."""
+    """Return the index (N,) of the code (K, C) that is closest to each vector (N, C), without gradient."""
     norms = codes.square().sum(dim=1)
     # |z|^2 is equal for all codes; chunks bound the memory
     chunks = z.split(max(MAX_DISTANCES // len(codes), 1))
-    return torch.cat([torch.addmm(norms, part, codes.T, alpha=-2).argmin(dim=1) for part in chunks])
+    with full_float32():
+        return torch.cat([torch.addmm(norms, part, codes.T, alpha=-2).argmin(dim=1) for part in chunks])
+
+
+@nearest.register_fake
+def _(z: Tensor, codes: Tensor) -> Tensor:
+    return z.new_empty(len(z), dtype=torch.int64)
 
 
 class Indices(nn.Module):
@@ -336,7 +343,7 @@ class VectorQuantizer(Indices):
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             flat = z.detach().permute(0, 2, 3, 1).flatten(0, 2)  # (N, C)
-            indices = nearest(flat, self.embedding.weight)
+            indices = nearest(flat, self.embedding.weight.detach())
             size = (z.shape[0], *z.shape[2:])
             codes = self.lookup(indices.view(size))
             output = z + (codes - z).detach()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,18 @@ import torch
 import options
 from runtime import distributed
 
+DRIVER = Path("/proc/driver/nvidia/version")
+
 
 def environment() -> dict[str, Any]:
     """Return the versions and settings that exactness depends on, besides options and state."""
-    return {"torch": str(torch.__version__), "numpy": np.__version__, "num_threads": torch.get_num_threads(),
-            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    found = {"torch": str(torch.__version__), "numpy": np.__version__, "num_threads": torch.get_num_threads(),
+             "cuda": None}
+    if torch.cuda.is_available():
+        driver = re.search(r"\d+(\.\d+)+", DRIVER.read_text()) if DRIVER.exists() else None
+        found |= {"cuda": torch.cuda.get_device_name(), "cuda_version": torch.version.cuda,
+                  "cudnn": torch.backends.cudnn.version(), "driver": driver and driver[0]}
+    return found
 
 
 def prepare_machine(opt: dict) -> None:
@@ -44,9 +53,22 @@ def prepare_machine(opt: dict) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # no code here reads memory before writing it
-    elif device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, which repeats itself
     seed_generators(opt["train"]["manual_seed"])
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Multiply and convolve in float32 on CUDA, not in TF32, which confuses values that lie close together."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 @contextlib.contextmanager

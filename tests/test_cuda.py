@@ -11,10 +11,12 @@ import torch
 
 import checkpoint
 import main as door
+from losses.energy import PatchSlicedWassersteinLoss
 from models.model_base import ModelBase
 from models.model_plain import ModelPlain
 from models.model_vqgan import ModelVQGAN
-from runtime import distributed, resume
+from models.network_vqgan import nearest
+from runtime import determinism, distributed, resume
 from tests import tiny
 from tests.conftest import ROOT, write_json
 from tests.runs import run
@@ -123,3 +125,59 @@ def test_the_cards_are_hidden_from_tests_unless_asked_for(monkeypatch):
         monkeypatch.setenv("PERDURE_TEST_CUDA", asked)
         runpy.run_path(str(ROOT / "tests/conftest.py"))
         assert os.environ["CUDA_VISIBLE_DEVICES"] == wanted
+
+
+def test_what_compares_close_values_computes_in_full_float32(monkeypatch):
+    """TF32 keeps 10 bits: codes and projections that lie close together would change places."""
+    seen = []
+
+    def watch(owner, name):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: (seen.append(precision()), real(*args, **kwargs))[1])
+
+    def precision():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    watch(torch, "addmm")
+    watch(torch.nn.functional, "conv2d")
+    torch.set_float32_matmul_precision("high")
+    try:
+        before = precision()
+        nearest(torch.randn(5, 4), torch.randn(7, 4))
+        PatchSlicedWassersteinLoss()(*torch.randn(2, 2, 4, 8, 8))
+        assert seen == [("highest", False)] * 3 and precision() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_tf32_is_not_tied_to_deterministic(monkeypatch, tmp_path):
+    """It repeats itself, and without it a deterministic step of large matrix products takes several times as long."""
+    cuda_here(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    opt = {"num_threads": 1, "device": "cuda", "gpu_ids": None, "dist_timeout": 9, "deterministic": True,
+           "train": {"manual_seed": 0}}
+    try:
+        determinism.prepare_machine(opt)
+        assert torch.get_float32_matmul_precision() == "high" and torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_resume_says_which_of_cuda_cudnn_and_driver_changed(tmp_path, monkeypatch, capsys):
+    path, found = tiny.write(tmp_path, train={"total_iter": 2}, device="cpu"), []
+    for cudnn, driver in ((91900, "Kernel Module  535.104.05  Sat Aug 19\nGCC 12.3.0"), (92000, "x86_64  580.65.06")):
+        with monkeypatch.context() as patch:
+            cuda_here(patch)
+            patch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+            patch.setattr(torch.version, "cuda", "13.0")
+            patch.setattr(torch.backends.cudnn, "version", lambda cudnn=cudnn: cudnn)
+            patch.setattr(determinism, "DRIVER", tmp_path / "version")
+            determinism.DRIVER.write_text(f"NVRM version: NVIDIA UNIX {driver}\n")
+            found.append(determinism.environment())
+    assert [found[0][key] for key in ("cuda_version", "cudnn", "driver")] == ["13.0", 91900, "535.104.05"]
+    for count, environment in enumerate(found, start=2):
+        monkeypatch.setattr(determinism, "environment", lambda environment=environment: environment)
+        assert run("-opt", path, "--set", f"train.total_iter={count}") == 0
+    said = capsys.readouterr().out
+    assert "cudnn 91900 -> 92000, driver 535.104.05 -> 580.65.06" in said and "cuda_version" not in said
