@@ -51,6 +51,7 @@ MEMBER = re.compile(r"(\d+)_([A-Za-z][A-Za-z0-9]*)\.pth")
 RECORD = re.compile(r"(\d+)\.json")
 BASICSR = re.compile(r"net_([a-z])_(\d+)\.pth")  # its networks, beside ../training_states/{iter}.state
 SUFFIXES = (".pt", ".pth", ".ckpt")  # of files that may be bundles
+PASSING = ("interrupted", "clock")  # reasons of a save that the next one supersedes
 ABOUT = ("timestamp", "epoch", "reason", "best", "metric")  # facts about a set, in its record and in each seal
 Report = Callable[[str], None]
 
@@ -152,7 +153,7 @@ class Layout:
 
     def file_name(self, iteration: int, epoch: int, reason: str) -> str:
         """Return the file name of a committed bundle."""
-        if reason == "interrupted":
+        if reason in PASSING:
             return self.interrupted
         return self.name.format(epoch=epoch, iter=iteration) if self.name else self.latest or self.interrupted
 
@@ -581,8 +582,8 @@ def read_weights(path: Path | str) -> tuple[dict[str, torch.Tensor], Mapping[str
 def retained(sets: Sequence[CheckpointSet], keep_last_n: int | None, best: int | None) -> dict[int, list[str]]:
     """Return the iterations that retention keeps, each with the reasons.
 
-    Kept are the newest set, the best, and the last n regular ones; a set that was saved only because a run was
-    interrupted, or for a best that has been surpassed, is superseded.
+    Kept are the newest set, the best, and the last n regular ones; a set that was saved only by the clock, because a
+    run was interrupted, or for a best that has been surpassed, is superseded.
 
     Args: sets: oldest first. keep_last_n: None: all regular ones. best: iteration of the best validation.
     """
@@ -777,7 +778,7 @@ class Saver:
         waited = time.monotonic() - began
 
         def relink(found: CheckpointSet) -> None:
-            self._link(found, latest=info.get("reason") != "interrupted", best=best == iteration)
+            self._link(found, latest=info.get("reason") not in PASSING, best=best == iteration)
 
         def write() -> Saved:
             if amend:
@@ -798,7 +799,7 @@ class Saver:
     def relink(self, best: int | None) -> None:
         """Renew the links latest and best, after a kill between a commit and its links, or after a rewind."""
         sets = [found for found in find_sets(self.folder) if found.committed]
-        regular = [found for found in sets if found.record.get("reason") != "interrupted"]
+        regular = [found for found in sets if found.record.get("reason") not in PASSING]
         for found in sets:
             self._link(found, latest=found in regular[-1:], best=found.iteration == best)
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, Literal
 
-from runtime.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Range
+from runtime.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
 
 Table = Mapping[str, str]  # name in an option file -> "module:Class", imported when asked for
 Schema = dict[str, tuple[Any, Any]]  # key -> (annotation, default or REQUIRED)
@@ -65,7 +65,9 @@ class Checkpoint:
     name: str | None = "epoch_{epoch:04d}.pt"
     latest: str | None = "latest.pt"  # hard link to the newest bundle (split: latest.json); null: no link
     best: str | None = "best.pt"  # hard link to the bundle of the best validation (split: best.json); null: no link
-    interrupted: str = "interrupted.pt"  # bundle saved by a stop; the next regular save removes it
+    interrupted: str = "interrupted.pt"  # bundle saved by a stop or by the clock; the next save removes it
+    # Minutes without a save after which one is made besides the regular ones; it is kept until the next save; 0: none.
+    every_minutes: NonNegativeFloat = 10
     keep_last_n: PositiveInt | None = None  # how many checkpoints to keep, besides the best; null: all
     best_metric: str | None = None  # column of test.csv that decides the best, or its end ("psnr"); null: the model's
     best_mode: Literal["max", "min"] | None = None  # whether larger or smaller is better; null: the model's

@@ -119,7 +119,9 @@ class Run:
     def save(self, reason: str = "regular", amend: bool = False) -> None:
         """Commit a checkpoint of this iteration and apply retention. All ranks call it.
 
-        Args: amend: add the metrics of the validation to a checkpoint that is already committed.
+        Args:
+            reason: why it is made if no regular one is due.
+            amend: add the metrics of the validation to a checkpoint that is already committed.
         Raises: NonFiniteLoss before writing a state that training cannot continue from.
         """
         saved = distributed.from_main(lambda: self.saves.at == self.iteration)
@@ -219,7 +221,7 @@ class Run:
 
     def steps(self, samples: Iterator[Mapping[str, Any]], stop: StopRequest) -> None:
         model, train, total = self.model, self.opt["train"], self.opt["train"]["total_iter"]
-        while self.iteration < total and stop.all_ready(lambda: self.fetch(samples)):
+        while self.iteration < total and stop.all_ready(lambda: self.fetch(samples), self.saves.due()):
             self.iteration += 1
             model.update_learning_rate(self.iteration - 1)
             self.hooks.before_step(self)
@@ -239,8 +241,8 @@ class Run:
             if self.due(train["checkpoint_print"], None):
                 self.losses.check()
                 self.record()
-            if self.save_due():
-                self.save()
+            if self.save_due() or stop.save:
+                self.save("clock")
             if self.validation_due():  # after the save, so that a failure in it costs no step
                 self.losses.check()
                 self.validate(stop)

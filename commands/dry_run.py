@@ -98,7 +98,7 @@ def estimate(run: Run) -> int:
 def check_disk(run: Run, size: int) -> Finding:
     """Compare the checkpoints that retention will keep, `size` bytes each, with the free disk space."""
     saves, keep = times_due(run, "save"), run.opt["checkpoint"]
-    saves = checkpoint.num_retained(run.saves.layout, keep["keep_last_n"], saves)
+    saves = checkpoint.num_retained(run.saves.layout, keep["keep_last_n"], saves) + (keep["every_minutes"] > 0)
     place = nearest(run.models)
     free = shutil.disk_usage(place).free
     text = f"checkpoints to come: {saves} of {format_bytes(size)}, {format_bytes(free)} free"

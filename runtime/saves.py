@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import options
 from checkpoint import CheckpointError, Layout, Saver
 from log.run_log import RunLog
+from runtime import distributed
 
 
 def check_ranks(iteration: int, checksums: Sequence[int]) -> None:
@@ -37,7 +39,8 @@ class Saves:
     def __init__(self, opt: options.Section, folder: Path, device_type: str, log: RunLog):
         self.folder, self.log = folder, log
         keep = opt["checkpoint"]
-        self.on_error = keep["on_save_error"]
+        self.on_error, self.pause = keep["on_save_error"], 60 * keep["every_minutes"]
+        self.since = time.monotonic()  # time of the last save, or of the start
         self.at: int | None = None  # iteration of the last save
         self.reason = "regular"  # of that save
         self.amending = False  # whether the last save only adds the metrics of its validation
@@ -49,10 +52,15 @@ class Saves:
             raise options.OptionError(f"{opt['opt_path']}: checkpoint: {error}") from None
         self.saver = Saver(folder, self.layout, keep["keep_last_n"], background)
 
+    def due(self) -> bool:
+        """Return whether `checkpoint.every_minutes` are over; on other ranks than 0 never."""
+        return distributed.is_main() and 0 < self.pause <= time.monotonic() - self.since
+
     def write(self, iteration: int, parts: Mapping[str, Any], reason: str) -> None:
         """Start to write a checkpoint, or write it, depending on `checkpoint.async`."""
         state = parts["state"]
         self.amending, self.failure = self.at == iteration, ""
+        self.since = time.monotonic()
         self.at, self.reason = iteration, self.reason if self.amending else reason
         try:
             self.saver.save(iteration, parts, best=state["best"],

@@ -38,6 +38,7 @@ class StopRequest:
         self.unit, self.waits = unit, waits
         self.signal: signal.Signals | None = None  # received by this process
         self.agreed: signal.Signals | None = None  # for which all processes stop after the same step
+        self.save = False  # whether all save after this step, because rank 0's clock says so
         self.problem: str | None = None  # why one of them has no next batch, for which all stop, too
         self.fetching = False  # whether a signal interrupts the main thread
 
@@ -52,10 +53,12 @@ class StopRequest:
         if not _Handlers.open.requests and not _Handlers.open.is_program:
             _Handlers.open.close()
 
-    def all_ready(self, fetch: Callable[[], None]) -> bool:
+    def all_ready(self, fetch: Callable[[], None], save: bool = False) -> bool:
         """Fetch the next batch. Returns whether every process has its own; if not, all stop before this step.
 
         A stop request interrupts the fetching. The text of an exception in any process is in `problem` of all.
+
+        Args: save: whether rank 0's clock asks for a save after this step, which `save` then tells all.
         """
         from runtime import distributed  # imports torch, see above
 
@@ -68,7 +71,8 @@ class StopRequest:
             pass
         except Exception as error:
             problem = str(error)
-        number = distributed.max_over_ranks(FAILED if problem is not None else self.signal or 0)
+        number = FAILED if problem is not None else self.signal or 0
+        number, self.save = divmod(distributed.max_over_ranks(2 * number + save), 2)  # one exchange for both
         if number == FAILED:
             self.problem = next(text for text in distributed.gather(problem) if text is not None)
         elif number:

@@ -81,7 +81,7 @@ def test_training_after_a_look_is_bit_for_bit_the_training_without(tmp_path, opt
     looked = options_of("looked", dataset="restless")
     assert door.main(looked) == 0
     said = capfd.readouterr().out
-    assert "checked  11 of 11 training samples read, 1 of 2 of test; checkpoints to come: 5 of" in said
+    assert "checked  11 of 11 training samples read, 1 of 2 of test; checkpoints to come: 6 of" in said
     with monkeypatch.context() as without:
         without.setattr(dry_run, "look", lambda run: None)
         assert door.main(options_of("plain", dataset="restless")) == 0
@@ -104,7 +104,7 @@ def test_a_dry_run_tries_all_and_leaves_nothing(tmp_path, options_of, capfd, mon
         ("start", "data", "data test", "steps", "use test", "memory", "save", "disk", "duration"), "ok")
     assert table["start"][1].startswith("at iteration 0 of 9")
     assert table["data"][1] == "11 of 11 training samples read"
-    assert table["disk"][1].startswith("checkpoints to come: 3 of ")
+    assert table["disk"][1].startswith("checkpoints to come: 4 of ")
     assert "9 steps of" in table["duration"][1] and "3 validations" in table["duration"][1]
 
     assert door.main([*arguments, "--set", "train.total_iter=5"]) == 0
@@ -164,7 +164,7 @@ def test_a_disk_that_is_too_small(options_of, capfd, monkeypatch):
     code, table = dry(options_of(), capfd)
     assert code == 0 and table["disk"][0] == "warn" and "checkpoint.keep_last_n" in table["disk"][1]
     assert door.main(options_of()) == 0  # a warning, for there may be room when it is needed
-    assert "warning  checkpoints to come: 5 of" in capfd.readouterr().out
+    assert "warning  checkpoints to come: 6 of" in capfd.readouterr().out
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 0, 100))
     code, table = dry(options_of("other"), capfd)
     assert code == 2 and table["disk"][0] == table["save"][0] == "fail"
