@@ -221,6 +221,13 @@ class StrokeEncoder(nn.Module):
         return [f1, f2, tokens.transpose(1, 2).unflatten(2, f3.shape[2:])], tokens
 
 
+class Probability(nn.Sigmoid):
+    """Compute a sigmoid in float32 or better: half precision has no values between 0.998 and 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+
 class DenseHeads(nn.Module):
     """Predict maps from features (B, 64, H, W): with `full` also width, offset and keypoints."""
 
@@ -228,14 +235,14 @@ class DenseHeads(nn.Module):
         super().__init__()
         self.full = full
         self.shared_conv = nn.Sequential(conv_bn(64, 64, 3), nn.GELU())
-        self.skeleton = nn.Sequential(nn.Conv2d(64, 1, 1), nn.Sigmoid())
+        self.skeleton = nn.Sequential(nn.Conv2d(64, 1, 1), Probability())
         self.tangent = nn.Sequential(nn.Conv2d(64, 2, 1), nn.Tanh())
         nn.init.constant_(self.skeleton[0].bias, RARE)
         if full:
             self.width = nn.Sequential(nn.Conv2d(64, 1, 1), nn.Softplus())
             self.offset_conv = nn.Conv2d(64, 2, 1)
             self.geo_aspp = ASPP(66, 32)
-            self.keypoints = nn.Sequential(nn.Conv2d(32, 2, 1), nn.Sigmoid())
+            self.keypoints = nn.Sequential(nn.Conv2d(32, 2, 1), Probability())
             nn.init.constant_(self.keypoints[0].bias, RARE)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:

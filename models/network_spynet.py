@@ -67,15 +67,19 @@ def sample(x: Tensor, columns: Tensor, rows: Tensor, mode: str = "bilinear", pad
 
 
 def needs_fixed_order(x: Tensor) -> bool:
-    """Tell whether to avoid kernels that add in any order, as those of grid_sample and deform_conv2d on CUDA."""
-    return (x.is_cuda and torch.are_deterministic_algorithms_enabled()
+    """Tell whether to avoid kernels whose gradients add in any order, as those of grid_sample and deform_conv2d."""
+    return (x.is_cuda and torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled()
             and not torch.is_deterministic_algorithms_warn_only_enabled())  # warnings are to name these kernels
 
 
 def sample_by_gather(x: Tensor, columns: Tensor, rows: Tensor, mode: str = "bilinear",
                      padding_mode: str = "zeros") -> Tensor:
-    """Sample as `sample` does, by operations whose gradients add in a fixed order in deterministic mode."""
-    height, width = x.shape[-2:]
+    """Sample as `sample` does, by operations whose gradients add in a fixed order in deterministic mode.
+
+    Rows of all channels are read, as the gradient sorts the places that are read: C times fewer than single values.
+    """
+    (height, width), rows_of_x = x.shape[-2:], x.flatten(2).mT.flatten(0, 1)  # (N*H*W, C)
+    first = torch.arange(len(x), device=x.device)[:, None, None] * (height * width)
     if padding_mode == "border":
         columns, rows = columns.clamp(0, width - 1), rows.clamp(0, height - 1)
     if mode == "nearest":
@@ -87,8 +91,7 @@ def sample_by_gather(x: Tensor, columns: Tensor, rows: Tensor, mode: str = "bili
             inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
             # a NaN index would abort the process on CUDA; as a factor below it stays NaN
             line, at = (t.clamp(0, size - 1).nan_to_num().long() for t, size in ((row, height), (column, width)))
-            index = (line * width + at).flatten(1)[:, None].expand(-1, x.shape[1], -1)  # (N, C, h*w)
-            value = x.flatten(2).gather(2, index).unflatten(2, columns.shape[1:])
+            value = F.embedding(first + line * width + at, rows_of_x).movedim(-1, 1)  # (N, C, h, w)
             total = total + value * (across * down * inside)[:, None]
     return total
 
@@ -153,8 +156,8 @@ def deform_conv_by_gather(x: Tensor, offset: Tensor, modulation: Tensor, weight:
     rows = dy + (tap[:, None, None] // 3 - 1 + row[:, None])
     columns = dx + (tap[:, None, None] % 3 - 1 + column)
     taps = sample_by_gather(x.view(n * groups, -1, h, w), columns.flatten(2), rows.flatten(2))  # (N*g, C/g, 9, H*W)
-    taps = taps * modulation.view(n * groups, 1, 9, h * w)
-    out = weight.view(weight_groups, -1, weight[0].numel()) @ taps.view(n, weight_groups, -1, h * w)
+    taps = (taps * modulation.view(n * groups, 1, 9, h * w)).reshape(n, weight_groups, -1, h * w)
+    out = weight.view(weight_groups, -1, weight[0].numel()) @ taps
     return out.view(n, -1, h, w) + bias[:, None, None]
 
 
@@ -271,6 +274,9 @@ class SpyNet(nn.Module):
 
         Returns: Flows (N, 2, H // s, W // s) for s = 1, 2, 4, 8, each in pixels of its scale.
         """
+        if ref.device.type != "meta" and torch.is_autocast_enabled(ref.device.type):
+            with torch.autocast(ref.device.type, enabled=False):  # half precision is too coarse for coordinates
+                return self(ref.float(), supp.float())
         height, width = ref.shape[-2:]
         ref, supp = self._pyramid(ref), self._pyramid(supp)
         flow, flows = torch.zeros_like(ref[0][:, :2]), []

@@ -245,7 +245,7 @@ class Block(nn.Module):
     def _run(self, recompute: bool, function: Callable[..., Tensor], *args) -> Tensor:
         """Call a function; with recompute, training stores only its inputs and calls it again for the gradient."""
         if recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False)
+            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # it draws nothing
         return function(*args)
 
     def _drop(self, branch: Tensor) -> Tensor:

@@ -213,3 +213,14 @@ def test_other_images_and_losses_are_refused():
         DenseLoss(offset_weight=-1)
     with pytest.raises(ValueError, match="keypoint_sigma -1 must be >= 0"):
         DenseLoss(keypoint_sigma=-1)
+
+
+def test_probabilities_are_computed_in_float32_under_autocast():
+    """In bfloat16 the sigmoid of 7 is 1, and a keypoint there has no gradient."""
+    net = UnifiedModel(embed_dim=32, num_layers=1).eval()
+    for head in (net.decoder.heads.skeleton, net.decoder.heads.keypoints):
+        torch.nn.init.constant_(head[0].bias, 7.0)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        maps = net(torch.rand(1, 1, 64, 64))
+    for name in ("skeleton", "keypoints"):
+        assert maps[name].dtype == torch.float32 and maps[name].max() < 1

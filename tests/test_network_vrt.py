@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import deform_conv2d
 
 import models.network_spynet as spynet
@@ -530,10 +531,45 @@ def test_sampling_by_gather_is_grid_sample(mode, padding):
 
 
 def test_only_exact_mode_on_cuda_avoids_its_kernels(monkeypatch):
-    for cuda, exact, warn_only in itertools.product((True, False), repeat=3):
+    for cuda, exact, warn_only, grad in itertools.product((True, False), repeat=4):
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda exact=exact: exact)
         monkeypatch.setattr(torch, "is_deterministic_algorithms_warn_only_enabled", lambda warn=warn_only: warn)
-        assert spynet.needs_fixed_order(SimpleNamespace(is_cuda=cuda)) == (cuda and exact and not warn_only)
+        with torch.set_grad_enabled(grad):  # a validation has no gradient whose order could matter
+            wanted = cuda and exact and not warn_only and grad
+            assert spynet.needs_fixed_order(SimpleNamespace(is_cuda=cuda)) == wanted
+
+
+def test_the_gradient_of_sampling_by_gather_sorts_points_not_single_values():
+    """In deterministic mode CUDA sorts all indices that a gradient adds to."""
+    class Indices(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.embedding_dense_backward.default:
+                seen.append(args[1].numel())
+            assert not func.__name__.startswith(("scatter", "index_put", "gather"))
+            return func(*args, **(kwargs or {}))
+
+    seen, x = [], torch.randn(2, 16, 4, 5, requires_grad=True)
+    with Indices():
+        spynet.sample_by_gather(x, 4 * torch.rand(2, 3, 6), 3 * torch.rand(2, 3, 6)).sum().backward()
+    assert seen == [2 * 3 * 6] * 4  # of each corner, for all 16 channels at once
+
+
+def test_flows_are_estimated_in_float32_under_autocast():
+    net, frames = SpyNet(), torch.rand(2, 1, 3, 32, 32)
+    for level in net.basic_module:
+        torch.nn.init.normal_(level.basic_module[-1].weight, std=0.1)
+    with torch.no_grad():
+        wanted = net(*frames)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = net(*frames)
+    assert all(torch.equal(one, two) for one, two in zip(found, wanted))
+
+
+def test_blocks_that_are_computed_again_save_no_random_state(monkeypatch):
+    """They draw nothing, and on CUDA a copy of the state waits for the device."""
+    net = tiny(use_checkpoint_attn=True, use_checkpoint_ffn=True).train()
+    monkeypatch.setattr(torch, "get_rng_state", None)
+    net(torch.rand(1, 2, 3, 32, 32)).sum().backward()
 
 
 @pytest.mark.parametrize("padding", ["zeros", "border"])
