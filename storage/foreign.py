@@ -17,6 +17,7 @@ import torch
 from storage.inert import Unread, unread_in
 from storage.sealed import CheckpointError
 
+TRUST = "; or, if you trust its author, run its code: python -m checkpoint convert --trust"  # end of a message
 VERSION = 3  # of the state: 1 and 2 also had the states of random generators
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # DistributedDataParallel's and torch.compile's, in any nesting
 TRAINING = re.compile(r"epoch|check|ckpt|latest|last|best|step|iter|interrupt", re.IGNORECASE)  # in names of files
@@ -57,7 +58,7 @@ def extract_weights(payload: Any, path: Path | str, param_key: str = "params") -
     """
     if isinstance(payload, Unread):
         raise CheckpointError(f"{path}: is a pickled object ({payload.name}), which only the program that wrote it can "
-                              "read; there, torch.save(model.state_dict(), FILE) writes what can be read here")
+                              f"read; there, torch.save(model.state_dict(), FILE) writes what can be read here{TRUST}")
     if not isinstance(payload, Mapping):
         raise CheckpointError(f"{path}: holds a {type(payload).__name__}, not the weights of a network")
     if is_optimizer(payload):
@@ -134,7 +135,8 @@ def unpack(payload: Any, path: Path | str) -> dict[str, Any]:
 
     Raises: CheckpointError where a part that is needed can't be read.
     """
-    if not isinstance(payload, Mapping) or is_optimizer(payload):
+    if not isinstance(payload, Mapping) or is_optimizer(payload) or \
+            all(isinstance(value, torch.Tensor) for value in payload.values()):  # weights, whatever their names
         return {}
     keys = {label: _find_key(label, payload) for label in KEYS}
     keys |= {match[1]: key for key in payload if (match := OTHER.fullmatch(str(key))) and match[1] not in keys}
@@ -151,7 +153,7 @@ def unpack(payload: Any, path: Path | str) -> dict[str, Any]:
         if found := unread_in(part):
             raise CheckpointError(f"{path}: refused: {label} holds an object ({found.name}), and only tensors and "
                                   "plain values are read; in the program that wrote it save state_dict() instead, or "
-                                  "start with the weights alone: --init-from")
+                                  f"start with the weights alone: --init-from{TRUST}")
     if "G" in parts:
         own, discriminator = split_taming(parts["G"])
         parts |= {"G": own, "D": discriminator} if discriminator else {

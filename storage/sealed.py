@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from storage import inert
+from storage import inert, safetensors
 
 END = b"PK\x05\x06"  # signature of a zip archive's last record: 22 bytes, the last two are the comment's length
 MARK = b'{"perdure": '
@@ -133,6 +133,8 @@ def read_seal(path: Path) -> dict[str, Any] | None:
 
     Only the end of the file is read; `find_fault` verifies the rest.
     """
+    if safetensors.is_safetensors(path):
+        return None
     with open(path, "rb") as file:
         head = file.read(4)
         size = file.seek(0, os.SEEK_END)
@@ -167,6 +169,10 @@ def find_fault(path: Path, facts: Mapping[str, int] | None = None) -> str | None
     try:
         if not facts and (kind := find_other_format(path)):
             return kind
+        if not facts and safetensors.is_safetensors(path):
+            with open(path, "rb") as file:
+                safetensors.read_header(file)
+            return None
         if facts:
             if size != facts["size"]:
                 return f"has {size} bytes, was committed with {facts['size']}"
@@ -202,7 +208,6 @@ def has_checksums(path: Path) -> bool:
 
 def find_other_format(path: Path) -> str | None:
     """Return which other format a file has, and how to get a torch file from it; None if it may be a torch file."""
-    size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(512)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -210,9 +215,6 @@ def find_other_format(path: Path) -> str | None:
         return "is a web page, not a checkpoint: the download needs a login or a confirmation; download it again"
     if text.startswith(b"version https://git-lfs"):
         return "is a pointer of Git LFS, not the file itself: run git lfs pull in its repository"
-    if size > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= size - 8:
-        return ("is a safetensors file: convert it with python -c \"import torch, safetensors.torch as s; "
-                f"torch.save(s.load_file('{path.name}'), '{path.stem}_weights.pth')\"")
     for kind, mark in (("a gzip archive: unpack it", b"\x1f\x8b"), ("an HDF5 file, as Keras writes", b"\x89HDF"),
                        ("a GGUF file", b"GGUF"), ("a picture", b"\x89PNG"), ("a 7z archive: unpack it", b"7z\xbc\xaf")):
         if head.startswith(mark):
@@ -231,9 +233,9 @@ def _crc32(path: Path) -> int:
 
 
 def load_file(path: Path | str) -> Any:
-    """Verify a torch file, then read it to the CPU; code in it is never run.
+    """Verify a torch or safetensors file, then read it to the CPU; code in it is never run.
 
-    Raises: CheckpointError, one line, when it is missing, empty, damaged, not a torch file, or holds code.
+    Raises: CheckpointError, one line, when it is missing, empty, damaged, of another format, or holds code.
     """
     path = Path(path)
     if path.is_dir():
@@ -243,7 +245,7 @@ def load_file(path: Path | str) -> Any:
     if fault := find_fault(path):
         hint = ", its writer was interrupted" if fault == "is empty" else ""
         raise CheckpointError(f"{path}: {fault}" + (f"{hint}; name another checkpoint" if len(fault) < 60 else ""))
-    return read_torch(path)
+    return safetensors.read(path) if safetensors.is_safetensors(path) else read_torch(path)
 
 
 def read_torch(path: Path) -> Any:
