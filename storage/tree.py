@@ -7,32 +7,47 @@ from typing import Any
 
 import torch
 
+BUFFER = 1 << 28  # most bytes of a buffer of several tensors; torch rounds pinned memory up to a power of two
+
 
 class Snapshot:
-    """Copies a nested state to host memory, into buffers that are allocated once."""
+    """Copies a nested state to host memory, into parts of a few large buffers that are allocated once."""
 
     def __init__(self):
-        self.buffers: dict[tuple, torch.Tensor] = {}  # by the path of keys to the tensor
+        self.rooms: dict[tuple, torch.Tensor] = {}  # by the path of keys to the tensor
+        self.rest: dict[bool, torch.UntypedStorage] = {}  # what is left of a buffer, pinned or not
 
     def take(self, tree: Any) -> Any:
         """Return the copy; it overwrites the previous one."""
+        self.devices, self.left = set(), num_bytes(tree)
         copied = self._copy(tree, ())
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
+        for device in self.devices:
+            torch.cuda.current_stream(device).synchronize()
         return copied
 
     def _copy(self, tree: Any, path: tuple) -> Any:
         if isinstance(tree, torch.Tensor):
-            buffer = self.buffers.get(path)
-            if buffer is None or buffer.shape != tree.shape or buffer.dtype != tree.dtype:
-                buffer = self.buffers[path] = torch.empty_like(
-                    tree, device="cpu", memory_format=torch.contiguous_format, pin_memory=tree.is_cuda)
-            return buffer.copy_(tree.detach(), non_blocking=True)
+            room = self.rooms.get(path)
+            if room is None or room.shape != tree.shape or room.dtype != tree.dtype:
+                room = self.rooms[path] = self._room_for(tree)
+            self.left -= tree.nbytes
+            self.devices |= {tree.device} if tree.is_cuda else set()
+            return room.copy_(tree.detach(), non_blocking=True)
         if isinstance(tree, Mapping):
             return {key: self._copy(value, (*path, key)) for key, value in tree.items()}
         if isinstance(tree, (list, tuple)):
             return [self._copy(value, (*path, i)) for i, value in enumerate(tree)]
         return tree
+
+    def _room_for(self, value: torch.Tensor) -> torch.Tensor:
+        """Return room for a tensor, in a storage of its own: torch.save writes whole storages."""
+        room, pinned = torch.empty(0, dtype=value.dtype), value.is_cuda
+        kept = self.rest.get(pinned, room.untyped_storage())
+        buffer = kept if value.nbytes <= len(kept) else torch.empty(
+            max(value.nbytes, min(BUFFER, self.left)), dtype=torch.uint8, pin_memory=pinned).untyped_storage()
+        rest = buffer[-(-value.nbytes // 64) * 64 :]
+        self.rest[pinned] = rest if buffer is kept else max(rest, kept, key=len)
+        return room.set_(buffer[: value.nbytes], 0, value.shape) if value.nbytes else room.new_empty(value.shape)
 
 
 def to_cpu(tree: Any) -> Any:

@@ -12,9 +12,11 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import checkpoint
 import options
@@ -23,6 +25,7 @@ from commands import prove
 from models.model_plain import ModelPlain
 from runtime.hooks import Hooks
 from storage import files
+from storage import tree as storage_tree
 from storage.tree import Snapshot
 from tests import tiny, world
 from tests.conftest import write_json
@@ -79,13 +82,43 @@ def test_a_snapshot_is_a_copy_in_buffers_that_are_used_again():
     tree = {"a": torch.arange(6.0).reshape(2, 3).t(), "b": [torch.ones(2, dtype=torch.int64), {"c": 3}], "a/b": None}
     snapshot = Snapshot()
     first = snapshot.take(tree)
-    addresses = [t.data_ptr() for t in snapshot.buffers.values()]
+    addresses = [t.data_ptr() for t in snapshot.rooms.values()]
     assert torch.equal(first["a"], tree["a"]) and first["b"][1] == {"c": 3}
     tree["a"].add_(1)
     assert not torch.equal(first["a"], tree["a"])  # what is being written does not move
     second = snapshot.take(tree)
     assert torch.equal(second["a"], tree["a"])
-    assert [t.data_ptr() for t in snapshot.buffers.values()] == addresses
+    assert [t.data_ptr() for t in snapshot.rooms.values()] == addresses
+
+
+def test_a_snapshot_of_many_tensors_needs_few_buffers(monkeypatch):
+    """Each pinned buffer takes a call of the driver, and torch rounds its size up to a power of two."""
+    state = {"G": {str(i): torch.rand(i % 5, 7, dtype=[torch.float32, torch.float64][i % 2]) for i in range(300)},
+             "big": torch.rand(9000), "state": {"flag": torch.tensor(True)}}
+    monkeypatch.setattr(storage_tree, "BUFFER", 20_000)
+    sizes, real = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **how: (
+        sizes.append(size[0]) if how["dtype"] == torch.uint8 else None, real(*size, **how))[1])
+    snapshot = Snapshot()
+    for _ in range(2):
+        copied = snapshot.take(state)
+        assert not list(storage_tree.differences(state, copied))
+    assert sizes == [20_000, 20_000, 36_000]
+    written = io.BytesIO()
+    torch.save(copied["G"]["1"], written)
+    assert written.tell() < 3000  # without the rest of the buffer
+
+
+def test_a_snapshot_waits_for_every_card_that_it_copies_from(monkeypatch):
+    """A wait for the current card alone would leave copies from others unfinished when they are written."""
+    waited = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(
+        synchronize=lambda: waited.append(str(device))))
+    monkeypatch.setattr(Snapshot, "_room_for", lambda self, value: torch.empty_like(value, device="cpu"))
+    with FakeTensorMode():
+        state = {"G": [torch.empty(3, device=f"cuda:{i}") for i in (1, 0, 1)], "step": torch.zeros(())}
+        Snapshot().take(state)
+    assert sorted(waited) == ["cuda:0", "cuda:1"]
 
 
 def test_training_continues_while_a_save_is_written_and_the_next_save_waits(tmp_path, monkeypatch):
