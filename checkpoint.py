@@ -453,8 +453,9 @@ def find_newest(folder: Path | str, report: Report | None = None, before: int | 
     complete = [s.iteration for s in kairs if set(s.labels) == everything]
     for candidate in reversed(sets):
         if complete and candidate in kairs and set(candidate.labels) != everything:
-            report(f"{candidate.iteration}: only {', '.join(candidate.labels)} of this iteration; "
-                   f"{', '.join(sorted(everything))} are together at {max(complete)}")
+            newest = {label: max(s.iteration for s in kairs if label in s.labels) for label in sorted(everything)}
+            report(f"Checkpoint step mismatch: {', '.join(f'{label}={n}' for label, n in newest.items())}; "
+                   f"{candidate.iteration} is not used, {max(complete)} has all of them")
         elif fault := candidate.fault():
             report(f"checkpoint {candidate.iteration} is not used: {fault}")
         else:

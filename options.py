@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, Literal
 
+from models import KAIR_ONLY
 from runtime.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
 
 Table = Mapping[str, str]  # name in an option file -> "module:Class", imported when asked for
@@ -142,7 +143,7 @@ FLAGS = {
 
 # Keys of KAIR's files, and of ours from earlier versions, that are not used here: they pass with a notice.
 UNUSED = {
-    "merge_bn": "", "merge_bn_startpoint": "",
+    "merge_bn": "", "merge_bn_startpoint": "", "is_train": "", "num_gpu": "", "rank": "", "world_size": "",
     "find_unused_parameters": "gradients are summed after the backward pass",
     "use_static_graph": "gradients are summed after the backward pass",
     "netG.init_type": "each network initialises itself", "netG.scale": "netG.upscale is used",
@@ -150,7 +151,7 @@ UNUSED = {
     "train.G_optimizer_reuse": "the optimizer is always saved and restored",
     "train.F_feature_layer": "", "train.F_weights": "", "train.F_lossfn_type": "", "train.F_use_input_norm": "",
     "train.F_use_range_norm": "",
-    "path.log": "it is in the run's folder",
+    "path.log": "it is in the run's folder", "path.task": "it is root/task",
     "path.images": "it is in the run's folder", "path.options": "it is in the run's folder",
     "path.pretrained_optimizerG": "resume restores it",
     "datasets.*.interval_list": "a sequence of Vimeo-90K is taken as it is",
@@ -422,6 +423,9 @@ def with_defaults(section: Section, schema: Schema) -> Section:
 
 def resolve(table: Table, name: str, where: str) -> type:
     """Import the class that a name stands for. Raises OptionError with the closest name."""
+    if name not in table and str(name).lower() in KAIR_ONLY:
+        raise OptionError(f"{where}: KAIR's {name} is not one of the recipes here, which docs/recipes.md lists; "
+                          "docs/recipe.md shows how to add it")
     if name not in table:
         raise OptionError(f"{where}: unknown '{name}'; {closest(str(name), table)}")
     module, _, attribute = table[name].partition(":")
@@ -475,16 +479,18 @@ def parse(path: str, overrides: Iterable[tuple[str, Any, str]], models: Table, n
     top = schema_of(Top) | {k: (dict, None) for k in tree if k.startswith("net") and isinstance(tree[k], dict)}
     opt = with_defaults(check(tree, top, "", where, notices), top)
     model = resolve(models, opt["model"], f"{where('model')}: model")
-    for name, schema in (("path", schema_of(Path)), ("checkpoint", schema_of(Checkpoint)), ("log", schema_of(Log)),
-                         ("train", schema_of(model.TrainOptions)), ("val", schema_of(model.ValOptions))):
-        opt[name] = with_defaults(check(opt[name], schema, name, where, notices), schema)
     for name in [k for k in opt if k.startswith("net") and opt[k] is not None]:
         network = resolve(networks, opt[name].get("net_type"), f"{where(name)}: {name}.net_type")
         opt[name] = check(opt[name], schema_of(network) | {"net_type": (str, REQUIRED)}, name, where, notices)
+    for name, schema in (("path", schema_of(Path)), ("checkpoint", schema_of(Checkpoint)), ("log", schema_of(Log)),
+                         ("train", schema_of(model.TrainOptions)), ("val", schema_of(model.ValOptions))):
+        opt[name] = with_defaults(check(opt[name], schema, name, where, notices), schema)
     for name in opt["datasets"]:
         opt["datasets"][name] = check_dataset(opt, name, datasets, where, notices)
     if "train" not in opt["datasets"]:
         raise OptionError(f"{where('datasets')}: datasets.train: missing; training needs a training set")
+    if opt["path"]["models"] == os.path.join(opt["path"]["root"], opt["task"], "models"):
+        opt["path"]["models"] = None  # KAIR writes the default into the options that it saves
     if stage is not None and opt["path"]["models"]:
         opt["path"]["models"] = os.path.join(opt["path"]["models"], stage)
     elif stage is not None:
@@ -578,6 +584,12 @@ def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def __getattr__(name: str) -> Any:
+    if name == "find_last_checkpoint":  # here in KAIR's utils_option
+        return importlib.import_module("checkpoint").find_last_checkpoint
+    raise AttributeError(name)
 
 
 if __name__ == "__main__":

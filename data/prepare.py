@@ -42,7 +42,7 @@ def main(argv: list[str]) -> str:
         raise ValueError(f"{out} exists already; remove it, or name another")
     check_folder(folder, "FOLDER")
     above = os.path.dirname(os.path.abspath(out))
-    check_folder(above, "the place of " + out)
+    os.makedirs(above, exist_ok=True)
     partial = tempfile.mkdtemp(prefix=f".{os.path.basename(out)}.", dir=above)
     try:
         made = os.path.join(partial, "made")

@@ -90,7 +90,8 @@ class VideoRecurrentTrainDataset(Dataset):
                  name: str | None = None, degradation: dict | None = None, sigma_min: Level = 0.0,
                  sigma_max: Level | None = None, seed: Seed = 0):
         if not dataroot_gt and (dataroot_lq or meta_info_file):
-            raise ValueError(f"dataroot_gt is missing, though {dataroot_lq or meta_info_file} is given; name it")
+            raise ValueError(f"dataroot_gt is missing, though {dataroot_lq or meta_info_file} is given; name it, or "
+                             "set that to null as well, for drawn video")
         if self.nonblind and sigma_max is None:
             raise ValueError("sigma_max is missing; give the largest level of noise, 0..255, e.g. 50")
         self.sigmas = None if sigma_max is None else (sigma_min, sigma_max)

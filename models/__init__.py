@@ -1,5 +1,14 @@
 """The tables of models and networks: name in an option file -> "module:Class", imported when it is built."""
 
+# Lower-case names of models, networks and datasets in KAIR's option files that have no counterpart here.
+KAIR_ONLY = {
+    "gan", "plain2", "plain4", "dncnn", "fdncnn", "ffdnet", "srmd", "dpsr", "dnsr", "msrresnet0", "msrresnet1", "rrdb",
+    "rrdbnet", "imdn", "usrnet", "usrgan", "drunet", "swinir", "rvrt", "bsrnet", "bsrgan", "blindsr",
+    "discriminator_unet", "discriminator_patchgan", "discriminator_vgg_96", "discriminator_vgg_128", "discriminator_vgg_128_sn",
+    "discriminator_vgg_192", "l", "low-quality", "input-only", "denoising", "dnpatch", "denoising-noiselevel",
+    "denoising-noiselevelmap", "sr", "super-resolution", "dpir", "jpeg", "plain", "plainpatch",
+}
+
 MODELS = {
     "plain": "models.model_plain:ModelPlain",
     "vrt": "models.model_vrt:ModelVRT",

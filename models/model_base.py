@@ -183,6 +183,11 @@ class ModelBase(TrainingStep):
         if self.scaler and state.get("scaler_state_dict"):
             self.scaler.load_state_dict(state["scaler_state_dict"])
 
+    def save(self, iter_label: int) -> None:
+        """Write networks and optimizers as `{iter}_{label}.pth` to the folder of checkpoints, as KAIR's models do."""
+        for label, part in self.parts().items() if distributed.is_main() else ():
+            checkpoint.save_file(self.save_dir / f"{iter_label}_{label}.pth", tree.to_cpu(part))
+
     def save_network(self, save_dir: str, network: nn.Module, network_label: str, iter_label: int | str) -> None:
         """Write the weights of one network as `{iter}_{label}.pth` in `save_dir`."""
         path = Path(save_dir) / f"{iter_label}_{network_label}.pth"

@@ -21,7 +21,7 @@ from storage.sealed import CheckpointError, load_file
 NUM_LEVELS = 6  # basic_module[0] works at 1/32 of the size, basic_module[5] at full size
 STRIDE = 2 ** (NUM_LEVELS - 1)
 REMEDY = (
-    "copy spynet_sintel_final-3d2a1287.pth from the model_zoo of KAIR's release v1.0 (see KAIR's README) to there, "
+    "fetch github.com/JingyunLiang/VRT/releases/download/v0.0/spynet_sintel_final-3d2a1287.pth to there, "
     "or set spynet_path to null to train the flow from zero"
 )
 
