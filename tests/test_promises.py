@@ -67,8 +67,8 @@ def kairs_record(folder, **over):
     tree["train"] |= {"F_feature_layer": 34, "F_weights": 1.0, "F_lossfn_type": "l1", "F_use_input_norm": True,
                       "F_use_range_norm": False, "G_scheduler_restart_weights": 1, "G_optimizer_reuse": False}
     tree |= {"opt_path": "options/task.json", "is_train": True, "merge_bn": False, "merge_bn_startpoint": -1,
-             "scale": 1, "n_channels": 3, "find_unused_parameters": False, "use_static_graph": False, "dist": False, "num_gpu": 1,
-             "rank": 0, "world_size": 1, "gpu_ids": [0], **over}
+             "scale": 1, "n_channels": 3, "find_unused_parameters": False, "use_static_graph": False, "dist": False,
+             "num_gpu": 1, "rank": 0, "world_size": 1, "gpu_ids": [0], **over}
     (folder / "experiments/task/options").mkdir(parents=True)
     return write_json(folder / "experiments/task/options/task_261127_120000.json", tree)
 
