@@ -5,8 +5,8 @@ KAIR_ONLY = {
     "gan", "plain2", "plain4", "dncnn", "fdncnn", "ffdnet", "srmd", "dpsr", "dnsr", "msrresnet0", "msrresnet1", "rrdb",
     "rrdbnet", "imdn", "usrnet", "usrgan", "drunet", "swinir", "rvrt", "bsrnet", "bsrgan", "blindsr",
     "discriminator_unet", "discriminator_patchgan", "discriminator_vgg_96", "discriminator_vgg_128",
-    "discriminator_vgg_128_sn", "discriminator_vgg_192", "l", "low-quality", "input-only", "denoising", "dnpatch", "denoising-noiselevel",
-    "denoising-noiselevelmap", "sr", "super-resolution", "dpir", "jpeg", "plain", "plainpatch",
+    "discriminator_vgg_128_sn", "discriminator_vgg_192", "l", "low-quality", "input-only", "denoising", "dnpatch",
+    "denoising-noiselevel", "denoising-noiselevelmap", "sr", "super-resolution", "dpir", "jpeg", "plain", "plainpatch",
 }
 
 MODELS = {
