@@ -88,6 +88,16 @@ def _offsets(item: tuple[str, Any]) -> list[int]:
     return offsets
 
 
+def find_fault(path: Path) -> str | None:
+    """Return what is wrong with a file's header, or None. The format has no checksum of the data."""
+    try:
+        with open(path, "rb") as file:
+            read_header(file)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def read(path: Path) -> dict[str, torch.Tensor]:
     """Read all tensors of a file that `read_header` accepts, each into memory of its own."""
     tensors = {}

@@ -170,9 +170,8 @@ def find_fault(path: Path, facts: Mapping[str, int] | None = None) -> str | None
         if not facts and (kind := find_other_format(path)):
             return kind
         if not facts and safetensors.is_safetensors(path):
-            with open(path, "rb") as file:
-                safetensors.read_header(file)
-            return None
+            fault = safetensors.find_fault(path)
+            return f"damaged (safetensors: {fault})" if fault else None
         if facts:
             if size != facts["size"]:
                 return f"has {size} bytes, was committed with {facts['size']}"
