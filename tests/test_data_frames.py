@@ -39,11 +39,12 @@ def packed(root):
 
 def test_an_lmdb_has_basicsrs_layout(lmdb, roots, tmp_path):
     root = packed(roots[0])
-    assert sorted(os.listdir(root)) == ["data.mdb", "meta_info.txt"]
     lines = (tmp_path / "GT.lmdb/meta_info.txt").read_text().splitlines()
     assert len(lines) == 3 * FRAMES and lines[1] == "a/00000001.png (40,56,3) 1"
     with lmdb.open(root, readonly=True, lock=False) as environment, environment.begin() as transaction:
         assert transaction.get(b"b/00000005") == (tmp_path / "GT/b/00000005.png").read_bytes()
+    assert len(FrameFolder(root)[0]["L"]) == FRAMES  # which leaves no lock in a folder that may be read-only
+    assert sorted(os.listdir(root)) == ["data.mdb", "meta_info.txt"]
 
 
 @pytest.mark.parametrize("workers", (0, 1, 2))

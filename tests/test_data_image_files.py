@@ -14,7 +14,7 @@ from torchvision.io import write_png
 
 from data import prepare
 from data.frames import read_frame
-from data.image_files import ADAM7, CHANNELS, DEPTHS, BadPicture, levels_in, picture_in, read_picture
+from data.image_files import ADAM7, CHANNELS, DEPTHS, BadPicture, encode, levels_in, picture_in, read_picture
 from data.images import ImageTrainDataset, crop, strip
 from data.masks import MaskTrainDataset, images_in, read_image, read_mask
 from data.styles import StyleLatents
@@ -253,6 +253,8 @@ def test_absurd_sizes_take_no_memory():
         assert tracemalloc.get_traced_memory()[1] < 20_000_000
     finally:
         tracemalloc.stop()
+    for size in ((65_535, 1), (1, 65_535)):  # the largest
+        assert picture_in(encode(torch.zeros(1, *size, dtype=torch.uint8)), "x").shape == (3, *size)
 
 
 def test_a_thin_picture_is_an_error_or_cut_before_it_is_enlarged(tmp_path, monkeypatch):

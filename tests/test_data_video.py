@@ -220,6 +220,9 @@ def test_without_folders_video_is_drawn():
     twin = SyntheticVideoDataset(num_clips=3, num_frame=2, gt_size=32, seed=1)
     assert len(drawn) == 3 and same(drawn[5, 2], twin[5, 2])
     assert [item["folder"] for item in whole] == ["clip_100000", "clip_100001"]
+    still = SyntheticVideoDataset(num_clips=2, num_frame=2, gt_size=[32, 48], first_clip=100_000, use_hflip=False,
+                                  use_rot=False, seed=1)
+    assert all(same(whole[epoch, 1], still[epoch, 1]) for epoch in range(6))
     for given in ({"dataroot_lq": "/LQ"}, {"meta_info_file": "/meta.txt"}):
         with told("dataroot_gt is missing", *given.values()):  # a forgotten folder is not replaced in silence
             VideoRecurrentTrainDataset(**given)
