@@ -11,6 +11,7 @@ import torch
 
 import checkpoint
 from checkpoint import CheckpointError, commit, find_newest, locate
+from models.model_base import _by_module
 from models.model_plain import ModelPlain
 from storage import foreign, sealed
 from tests import tiny
@@ -136,6 +137,12 @@ def test_weights_below_a_prefix_are_found_for_the_network_that_they_fit():
     report = model.load_weights(net, prefixed(own, "net.generator.") | {"loss.w": torch.ones(1)}, True, "x.ckpt")
     assert "9 of 9 tensors loaded by name below 'net.generator.'" in report and "skipped 1: loss.w" in report
     assert all(torch.equal(value, own[key]) for key, value in net.state_dict().items())
+
+
+def test_tensors_are_counted_by_modules_no_deeper_than_8_of_them_allow():
+    assert _by_module(["a.b.c.d.e.w", "a.b.c.d.f.w", "bias"]) == "a.b.c.d (2), bias (1)"
+    assert _by_module([f"body.{i // 3}.{i}.w" for i in range(9)]) == "body.0 (3), body.1 (3), body.2 (3)"
+    assert _by_module([f"{i}.w" for i in range(10)]).endswith("7 (1), and 2 more modules")
 
 
 def test_an_optimizer_of_another_network_is_refused_by_name(tmp_path, state):

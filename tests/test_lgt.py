@@ -17,7 +17,7 @@ from torchvision.io import decode_image, write_png
 import checkpoint
 import options
 from data import DATASETS
-from data.styles import StyleDataset, StyleTestDataset, build_codec, shared_codec
+from data.styles import StyleDataset, StyleTestDataset, build_codec, fitted, shared_codec
 from models import MODELS, NETWORKS
 from models.codecs import PixelCodec
 from models.model_lgt import ModelLGT
@@ -203,8 +203,16 @@ def test_styles_are_balanced_and_a_function_of_the_key(tmp_path):
     assert any(torch.equal(items[0]["reference"], latent) for latent in of_target)  # not the source's style
 
 
+def test_pictures_are_cut_to_their_middle_or_distorted():
+    tall = torch.arange(0, 200, 10, dtype=torch.uint8).view(1, 20, 1).expand(3, 20, 12)
+    middle = tall[:, 4:16] / 127.5 - 1
+    assert torch.equal(fitted(tall, 12, True), middle) and torch.equal(fitted(tall.mT, 12, True), middle.mT)
+    whole = fitted(tall, 12, False)
+    assert whole.shape == middle.shape and whole[0, 0, 0] < middle[0, 0, 0] and whole[0, -1, 0] > middle[0, -1, 0]
+
+
 def test_latents_are_kept_by_weights_and_content(tmp_path, monkeypatch, vqgan):
-    root, cache = folders(tmp_path / "data", {"a": 1, "b": 1}), tmp_path / "latents"
+    root, cache = folders(tmp_path / "data", {"a": 1, "b": 1}), tmp_path / "made" / "latents"
     args = dict(dataroot=root, image_size=16, codec={"type": "vqgan", "path": str(vqgan)}, cache_dir=str(cache))
     first = StyleDataset(**args)[0]["source"]
     kept = set(cache.iterdir())

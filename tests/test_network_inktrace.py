@@ -140,6 +140,8 @@ def test_peaks_are_the_originals(golden):
     for channel, points in enumerate(extract_keypoints(heatmap[0], most=10)):
         rows = wanted[f"top10_ch{channel}"]
         assert torch.equal(points, rows[rows[:, 2] > 0])
+    every = extract_keypoints(heatmap[0], most=heatmap.numel())
+    assert [len(points) for points in every] == wanted["nms"][0].count_nonzero((1, 2)).tolist()
 
 
 def test_bells_are_the_originals(golden):

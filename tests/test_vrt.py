@@ -17,6 +17,7 @@ from models import model_vrt
 from models.model_vrt import ModelVRT
 from tests.conftest import ROOT, SHARED, write_json
 from tests.runs import differing, final, run, run_until, straight_and_stopped
+from tests.test_options import parse
 from tests.vrt import vrt_file
 
 
@@ -136,6 +137,13 @@ def test_fixed_parameters_learn_at_their_own_rate():
     others, fixed = model.parameter_groups()
     assert [id(p) for p in others["params"]] == [id(p) for p in net["body"].parameters()] and "lr" not in others
     assert fixed["params"] == model.fixed and fixed["lr"] == 1e-4
+
+
+def test_without_upscale_the_networks_own_is_compared_with_scale(tmp_path):
+    opt, _ = parse(vrt_file(tmp_path), ("scale", 2))
+    del opt["netG"]["upscale"]
+    with pytest.raises(ValueError, match="scale 2 and netG.upscale 4 must be equal"):
+        ModelVRT(opt)
 
 
 def frames_in(folder, clips, numbers, size):
