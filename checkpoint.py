@@ -837,9 +837,8 @@ def timestamp() -> str:
 
 
 if __name__ == "__main__":
-    import signal
-
     from commands.checkpoints import main
+    from storage import system
 
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when piped into head
+    system.end_quietly_in_pipes()
     sys.exit(main(sys.argv[1:]))

@@ -7,8 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import resource
 import shutil
 import tempfile
 import time
@@ -30,7 +28,7 @@ from runtime.evaluate import describe_losses
 from runtime.hooks import Hooks
 from runtime.resume import find_source, restore
 from runtime.signals import StopRequest
-from storage import tree
+from storage import system, tree
 from storage.files import format_bytes
 from train import Run
 
@@ -263,8 +261,9 @@ class Trial:
     def memory(self) -> Finding:
         """Report the peak memory so far."""
         if not self.cuda:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            peak, whole = system.peak_memory(), system.total_memory()
+            if peak is None or whole is None:
+                return "ok", "not measured on this system"
         else:
             peak, whole = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(None).total_memory
         text = f"{format_bytes(peak)} at the most, of {format_bytes(whole)}"

@@ -8,9 +8,7 @@ that have no deterministic kernel.
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +27,7 @@ from data import DATASETS
 from models import MODELS, NETWORKS
 from runtime.determinism import missing_kernel
 from runtime.hooks import Hooks
+from storage import system
 from storage.tree import differences, flat
 
 IGNORED = ("config", "timestamp", "environment", "history", "best", "metric")  # keys of a state not compared
@@ -101,7 +100,7 @@ def _run(folder: str, name: str, option_file: str, overrides: list[Override], st
     """Run once in a new process. Returns its output."""
     task = json.dumps([option_file, overrides, stage, folder, name, steps, kill_after, look])
     done = subprocess.run([sys.executable, "-c", CHILD, task], capture_output=True, text=True)
-    if done.returncode != (-signal.SIGKILL if kill_after else 0):
+    if done.returncode != (system.KILLED if kill_after else 0):
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise options.OptionError((lines[-1] if lines else f"the run ended with {done.returncode}")
                                   .removeprefix("error: "))
@@ -126,7 +125,7 @@ class Witness(Hooks):
     def after_step(self, run: train.Run) -> None:
         if self.kill_after is not None and run.iteration > self.kill_after:
             run.saves.saver.wait()
-            os.kill(os.getpid(), signal.SIGKILL)
+            system.die()
 
 
 def _child(option_file: str, overrides: list[Override], stage: str | None, folder: str, name: str, steps: int,

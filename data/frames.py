@@ -19,6 +19,7 @@ from torch import Tensor
 
 from data.folders import is_folder, list_folder, passed_over, read_lines
 from data.image_files import KINDS, picture_in, printable, read_picture, size_of
+from storage import system
 
 VAL_PARTITIONS = {"REDS4": {"000", "011", "015", "020"}, "official": {f"{clip:03d}" for clip in range(240, 270)}}
 LMDB = ".lmdb"
@@ -96,7 +97,7 @@ def _close_all() -> None:
         _open.popitem()[1].close()
 
 
-os.register_at_fork(before=_close_all)  # an lmdb environment must not cross a fork
+system.at_fork(before=_close_all)  # an lmdb environment must not cross a fork
 
 
 def lmdb_module() -> Any:

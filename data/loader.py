@@ -28,8 +28,8 @@ SHARED = f"shared memory (/dev/shm) is full: give a container more with --shm-si
 REMEDIES = {errno.EIO: "the disk or the network share fails: look at dmesg", errno.ENOMEM: LESS,
             errno.ESTALE: "the network share was mounted again: start again", errno.EMFILE: "raise it with ulimit -n",
             errno.EACCES: "give this user the right to read it", errno.EPERM: "give this user the right to read it"}
-DEATHS = {signal.SIGKILL: f"as by the system when memory runs out: {LESS}", signal.SIGBUS: SHARED,
-          signal.SIGSEGV: "in a library that reads the data: find the sample with dataloader_num_workers 0"}
+DEATHS = {"SIGKILL": f"as by the system when memory runs out: {LESS}", "SIGBUS": SHARED,
+          "SIGSEGV": "in a library that reads the data: find the sample with dataloader_num_workers 0"}
 
 
 class Failure(str):
@@ -147,7 +147,7 @@ class Batches:
                     raise OptionError(f"a data worker ended with exit code {code}; find the sample with "
                                       "datasets.train.dataloader_num_workers 0")
                 name = signal.Signals(-code).name
-                raise OptionError(f"a data worker was ended by {name}{', ' + DEATHS[-code] if -code in DEATHS else ''}")
+                raise OptionError(f"a data worker was ended by {name}{', ' + DEATHS[name] if name in DEATHS else ''}")
 
     def close(self) -> None:
         """Kill the workers, which hold only data, even if they hang."""
@@ -165,7 +165,7 @@ def endless(dataset, batches: EndlessBatches, workers: int, pinned: bool) -> Bat
 
     Raises: OptionError: the workers cannot start.
     """
-    complaints = multiprocessing.SimpleQueue()
+    complaints = multiprocessing.SimpleQueue() if workers else None
     loader = DataLoader(_OneThread(dataset), batch_sampler=batches, num_workers=workers, pin_memory=pinned,
                         collate_fn=_collate, worker_init_fn=partial(_begin_worker, complaints),
                         generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,6 @@ Legend: B batch, D pictures of a sample, C channels, H W pixels.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +35,7 @@ from options import OptionError, check, resolve, schema_of
 from runtime import distributed
 from runtime.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, ProperFraction
 from storage.foreign import split_taming
+from storage.system import total_memory
 
 
 class ModelVQGAN(ModelPlain):
@@ -326,8 +326,8 @@ def check_codebook(opt: Mapping[str, Any]) -> None:
     if device.type == "cuda":
         there = torch.cuda.mem_get_info(device)[1]
     else:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if (needed := 4 * count * width * 4) > there:
+        there = total_memory()
+    if there and (needed := 4 * count * width * 4) > there:
         raise OptionError(f"{opt['opt_path']}: netG: a codebook of n_embed {count} x embed_dim {width} needs "
                           f"{needed / 2**30:,.0f} GiB in training, and {device} has {there / 2**30:,.0f}; lower "
                           "either")

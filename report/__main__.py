@@ -1,10 +1,10 @@
 """python -m report RUN [RUN ...]"""
 
-import signal
 import sys
 
 from report import main
+from storage import system
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when piped into head
+    system.end_quietly_in_pipes()
     sys.exit(main(sys.argv[1:]))

@@ -27,6 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from storage import system
+
 PATIENCE = datetime.timedelta(days=7)  # a rank may validate or write for hours; `_Watch` detects a dead one
 LOOK_EVERY = 0.5  # seconds between two looks at the state of the other ranks
 BEAT_EVERY = 4  # looks per heartbeat
@@ -233,7 +235,7 @@ class _Watch:
                 if not asked and self.store.check([self.stop]):
                     asked, (number, rank) = True, map(int, self.store.get(self.stop).split())
                     if rank != dist.get_rank():
-                        os.kill(os.getpid(), number)
+                        system.send_to_self(number)
                 looks += 1
                 if looks % BEAT_EVERY == 0:
                     self._beat()
@@ -242,7 +244,7 @@ class _Watch:
                 alive = False
             if not alive:
                 if not self.ended.is_set():
-                    os.kill(os.getpid(), signal.SIGTERM)  # stop as if asked to, so that the run is saved
+                    system.send_to_self(signal.SIGTERM)  # stop as if asked to, so that the run is saved
                 return
 
     def _beat(self) -> None:

@@ -1,9 +1,9 @@
 """Handle the signals that ask a run to stop: answer at once, also in a long step, and stop where nothing is lost.
 
 Python calls its handlers between two of its own instructions, hence not while this process computes or waits for others
-in C. So a thread reads the signals from a pipe (signal.set_wakeup_fd): it records and announces them, and forwards them
-to the other processes. The module imports only the standard library, because `main.py` imports it first: importing the
-rest takes seconds, and a signal in that time is answered as well.
+in C. So a thread reads the signals from a socket (signal.set_wakeup_fd): it records and announces them, and forwards
+them to the other processes. The module imports only the standard library, because `main.py` imports it first: importing
+the rest takes seconds, and a signal in that time is answered as well.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+from storage import system
+
+STOP_SIGNALS = system.named_signals("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGBREAK")
 SAME_PRESS = 2.0  # seconds: torchrun forwards the SIGINT that its processes already got from the terminal
 FAILED = 1000  # larger than the number of any signal
 
@@ -113,12 +116,12 @@ class _Handlers:
         self.requests: list[StopRequest] = []
         self.ending = self.ended = False  # the work is done; a signal ends this process
         self.end_others: Callable[[int], tuple[bool, int | None]] = lambda number: (True, None)
-        self.reader, self.writer = os.pipe()
-        os.set_blocking(self.writer, False)
+        self.reader, self.writer = socket.socketpair()
+        self.writer.setblocking(False)
         wanted = [sig for sig in STOP_SIGNALS  # nohup ignores SIGHUP on purpose
-                  if sig != signal.SIGHUP or signal.getsignal(sig) != signal.SIG_IGN]
+                  if sig.name != "SIGHUP" or signal.getsignal(sig) != signal.SIG_IGN]
         self.previous = {sig: signal.signal(sig, self.handle) for sig in wanted}
-        self.wakeup = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+        self.wakeup = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
         self.thread = threading.Thread(target=self.listen, daemon=True)
         self.thread.start()
 
@@ -127,10 +130,10 @@ class _Handlers:
         signal.set_wakeup_fd(self.wakeup)
         for sig, handler in self.previous.items():
             signal.signal(sig, handler)
-        os.write(self.writer, b"\0")
+        self.writer.send(b"\0")
         self.thread.join()
-        os.close(self.reader)
-        os.close(self.writer)
+        self.reader.close()
+        self.writer.close()
 
     @property
     def ends_now(self) -> bool:
@@ -156,7 +159,7 @@ class _Handlers:
     def listen(self) -> None:
         """Handle signals in a thread, at once."""
         first = None
-        while number := os.read(self.reader, 1)[0]:
+        while number := self.reader.recv(1)[0]:
             if number not in self.previous:
                 continue  # another signal with a handler in Python
             if self.ends_now:
@@ -228,15 +231,14 @@ def end_by_signal(number: int) -> None:
     """End this process by a signal, so that a shell script that waits for it ends as well."""
     with contextlib.suppress(OSError, RuntimeError, ValueError):
         sys.stdout.flush()
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
+    system.end_by_signal(number)
 
 
 def _forked() -> None:
-    """Separate a data worker from the pipe of its parent."""
+    """Separate a data worker from the socket of its parent."""
     if _Handlers.open:
         with contextlib.suppress(ValueError):
             signal.set_wakeup_fd(-1)
 
 
-os.register_at_fork(after_in_child=_forked)
+system.at_fork(after_in_child=_forked)

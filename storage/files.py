@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import socket
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from storage import system
 from storage.sealed import CHUNK, CheckpointError, add_seal
 
 UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # errors of a call that is not implemented
@@ -61,7 +60,7 @@ def write_durably(path: Path, payload: Any, about: Mapping[str, Any] | None = No
             facts = add_seal(writer, about or {})
         file.flush()
         with _unsupported_noted("files"):
-            os.fsync(file.fileno())
+            system.sync_file(file.fileno())
         return {"size": file.tell(), **facts}
 
 
@@ -79,11 +78,7 @@ def removed_on_failure(path: Path) -> Iterator[None]:
 def sync_folder(folder: Path) -> None:
     """Force a folder's entries (renames, links, removals) to the disk; some CIFS, FUSE and DrvFs can't do that."""
     with _unsupported_noted("folders", errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        system.sync_folder(folder)
 
 
 @contextlib.contextmanager
@@ -146,8 +141,6 @@ def format_bytes(size: float) -> str:
 class FolderLock:
     """Locks a folder for one writing process. The system frees the lock when its owner ends, however it ends.
 
-    A POSIX record lock: unlike flock's it is not inherited by data workers, which may outlive a killed parent.
-
     Raises: CheckpointError naming the owner, or when the folder can't be written.
     """
 
@@ -158,7 +151,7 @@ class FolderLock:
         except OSError as error:
             raise CheckpointError(f"{folder}: can't be written: {error.strerror}") from None
         try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            system.lock(self.file)
         except OSError as error:
             self.file.seek(0)
             owner = self.file.read().strip() or "another process"
@@ -181,10 +174,10 @@ def is_locked(folder: Path) -> bool:
 
     Not for the process that has the lock: closing the file here would free it.
     """
-    query = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # a struct flock
     try:
-        with open(folder / ".lock", "rb") as file:
-            return struct.unpack_from("h", fcntl.fcntl(file, fcntl.F_GETLK, query))[0] != fcntl.F_UNLCK
+        path = folder / ".lock"
+        with open(path, "r+b" if os.access(path, os.W_OK) else "rb") as file:
+            return system.is_locked(file)
     except FileNotFoundError:
         return False
     except OSError:

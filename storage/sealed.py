@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from storage import inert, safetensors
+from storage.system import read_at
 
 END = b"PK\x05\x06"  # signature of a zip archive's last record: 22 bytes, the last two are the comment's length
 MARK = b'{"perdure": '
@@ -50,7 +51,7 @@ def add_seal(writer: Any, about: Mapping[str, Any]) -> dict[str, int]:
     file = writer.file
     file.flush()
     body = file.tell()
-    assert os.pread(file.fileno(), 4, body - 22) == END, "torch.save wrote something else than a plain zip archive"
+    assert read_at(file.fileno(), 4, body - 22) == END, "torch.save wrote something else than a plain zip archive"
     crc = _Archive(file.fileno(), body).crc32()
     comment = with_checksum({"perdure": 2, **about, "body": body, "body_crc32": crc})
     file.seek(body - 2)
@@ -73,7 +74,7 @@ class _Archive:
         self.data: list[tuple[int, int, int]] = []  # from, to, CRC-32
         end = 0
         for record in records:
-            header = os.pread(descriptor, 30, record.header_offset)
+            header = read_at(descriptor, 30, record.header_offset)
             name, extra = struct.unpack("<HH", header[26:30])
             start = record.header_offset + 30 + name + extra
             if record.header_offset < end or record.compress_type or record.file_size != record.compress_size or \
@@ -88,16 +89,15 @@ class _Archive:
         """Return the CRC-32 of every byte that is not a record's data, with the comment's length taken as 0."""
         crc, at = 0, 0
         for start, end, _ in self.data:
-            crc, at = zlib.crc32(os.pread(self.descriptor, start - at, at), crc), end
-        return zlib.crc32(os.pread(self.descriptor, self.body - 2 - at, at) + b"\0\0", crc)
+            crc, at = zlib.crc32(read_at(self.descriptor, start - at, at), crc), end
+        return zlib.crc32(read_at(self.descriptor, self.body - 2 - at, at) + b"\0\0", crc)
 
     def find_broken_record(self) -> int | None:
         """Return the number of the first record whose data do not match its CRC, counted from 0."""
-        buffer = memoryview(bytearray(CHUNK))
         for i, (start, end, expected) in enumerate(self.data):
             crc = 0
-            while start < end and (count := os.preadv(self.descriptor, [buffer[: end - start]], start)):
-                crc, start = zlib.crc32(buffer[:count], crc), start + count
+            while start < end and (read := read_at(self.descriptor, min(CHUNK, end - start), start)):
+                crc, start = zlib.crc32(read, crc), start + len(read)
             if crc != expected or start < end:
                 return i
         return None

@@ -23,6 +23,7 @@ from data import DATASETS
 from data.sampler import sample_rng
 from models import MODELS, NETWORKS
 from runtime.hooks import Hooks
+from storage import system
 from tests.conftest import write_json
 
 ROWS = ((MODELS, "tiny", "models.model_plain:ModelPlain"), (NETWORKS, "tiny", "tests.tiny:Net"),
@@ -86,7 +87,7 @@ class At(Hooks):
 
 def stop_after(iteration, sig=signal.SIGTERM):
     """Send this process a signal in the step of this number."""
-    return At("after_step", iteration, lambda run: os.kill(os.getpid(), sig))
+    return At("after_step", iteration, lambda run: system.send_to_self(sig))
 
 
 def die_at(count):
