@@ -1,4 +1,5 @@
-"""The main job stopped at random moments, by each signal, on drawn and on real video; 200 kills of short runs.
+"""The main job stopped at random moments, by each signal, on drawn and on real video; 200 kills of short runs; random
+schedules of launches on other numbers of processes.
 
 Minutes long, so not part of the usual run:  python -m pytest -n 0 -s -m slow tests/test_campaign.py
 """
@@ -13,6 +14,7 @@ import time
 import pytest
 
 import checkpoint
+from tests import world
 from tests.conftest import ROOT, SHARED, run_main
 from tests.runs import assert_equal_runs, differing, final
 from tests.vrt import vrt_file
@@ -119,3 +121,55 @@ def test_killed_at_random_points_again_and_again(small, layout, background):
             ended, reached = ended + 1, {}
     print(f"{layout}, {'in background' if background else 'waiting'}: {kills} kills, {ended} runs ended, all equal; "
           f"newest checkpoint after each kill: {points}")
+
+
+SCHEDULES = int(os.environ.get("PERDURE_SCHEDULES", 2))  # for each recipe and choice of numbers of processes
+
+
+def schedule(dice, sizes, total=6):
+    """Draw launches until the end of a run, (processes, act); the act is (rank, step, signal), or None in the last one.
+
+    SIGKILL loses the steps since the last save. After SIGTERM the ranks agree on this step or the next.
+    """
+    launches, done = [], 0
+    while len(launches) < dice.randint(1, 4) and done < total:
+        size, step = dice.choice(sizes), dice.randint(done + 1, total)
+        how = dice.choice(["SIGKILL", "SIGTERM"]) if step < total - 1 else "SIGKILL"
+        launches.append((size, (dice.randrange(size), step, how)))
+        done = step + 1 if how == "SIGTERM" else max(done, (step - 1) // 2 * 2)
+    return [*launches, (dice.choice(sizes), None)]
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory):
+    """Runs a recipe without a stop, once for each number of processes and micro-batches. Returns its folder."""
+    runs = {}
+
+    def launch(kind, size, accumulate):
+        if (key := (kind, size, accumulate)) not in runs:
+            folder = tmp_path_factory.mktemp("straight")
+            path = world.recipe(kind, folder, "one", train={"accumulate": accumulate})
+            codes, said = world.run(folder / "out", size, "-opt", path, seconds=600)
+            assert codes == [0] * size, said
+            runs[key] = folder / "one"
+        return runs[key]
+
+    return launch
+
+
+@pytest.mark.parametrize("straight_size, sizes, accumulate", [(1, (1, 2, 4), 4), (3, (3,), 3), (6, (6,), 6)],
+                         ids=["on 1, 2, 4", "on 3", "on 6"])
+@pytest.mark.parametrize("kind", world.RECIPES)
+@pytest.mark.parametrize("number", range(SCHEDULES))
+def test_a_random_schedule_of_launches_ends_with_the_same_bits(tmp_path, never_stopped, kind, straight_size, sizes,
+                                                               accumulate, number):
+    expected = never_stopped(kind, straight_size, accumulate)
+    launches = schedule(random.Random(f"{kind}, {sizes}, {number}"), sizes)
+    path = world.recipe(kind, tmp_path, "two", train={"accumulate": accumulate})
+    print(f"{kind}, {number}: {launches}", flush=True)
+    for size, act in launches:
+        codes, said = world.run(tmp_path / "out", size, "-opt", path, acts=[act] if act else [], seconds=600)
+        assert all(codes) if act else codes == [0] * size, (launches, said)
+        sets = checkpoint.find_sets(tmp_path / "two/models")
+        assert all(found.fault() is None for found in sets), launches
+    assert_equal_runs(expected, tmp_path / "two", 6)
