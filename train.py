@@ -288,7 +288,8 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
             task=opt["task"], total=opt["train"]["total_iter"], command=command,
             metric=(run.history.metric, run.history.mode),
             origins=opt.origins)) if distributed.is_main() else SilentLog()
-        with determinism.missing_kernels_named(run.model.device):
+        with determinism.failures_named(run.model.device, "; the last checkpoint is intact, and the same "
+                                        "command resumes from it"):
             run.loop(stop)
         run.save_surely("interrupted")
         if stop.problem:

@@ -23,7 +23,7 @@ from data.loader import clips_of, endless
 from log.run_log import RunLog, start_log
 from log.terminal import duration
 from models import MODELS
-from runtime.determinism import fastest_kernels, missing_kernels_named, prepare_machine
+from runtime.determinism import LESS_MEMORY, failures_named, fastest_kernels, prepare_machine
 from runtime.evaluate import describe_losses
 from runtime.hooks import Hooks
 from runtime.resume import find_source, restore
@@ -231,7 +231,7 @@ class Trial:
         between = [left[len(left) * i // 6] for i in range(1, 6)]
         samples = endless(run.train_set, run.batches, self.opt["datasets"]["train"]["dataloader_num_workers"],
                           pinned=self.cuda)
-        with contextlib.closing(samples), fastest_kernels(True), missing_kernels_named(run.model.device):
+        with contextlib.closing(samples), fastest_kernels(True), failures_named(run.model.device):
             for iteration in (left[0], left[-1], *between):
                 at = time.monotonic()
                 data = next(samples)
@@ -292,14 +292,9 @@ class Trial:
 
 # ---------------------------------------------------------------- messages
 
-LESS_MEMORY = "raise train.accumulate, set train.amp, or lower datasets.train.dataloader_batch_size"
-
-
 def explain(error: Exception, opt: options.Section) -> str:
     """Describe an error in one line, with a remedy where its own message has none."""
     text = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return f"out of memory: {text[:160]}; {LESS_MEMORY}"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}; is path.root right?"
     return text

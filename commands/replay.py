@@ -19,7 +19,7 @@ from data.loader import endless
 from data.sampler import describe_samples
 from log.run_log import start_log
 from log.terminal import number
-from runtime.determinism import missing_kernels_named, prepare_machine
+from runtime.determinism import failures_named, prepare_machine
 from runtime.evaluate import describe_losses
 from runtime.resume import restore
 from train import Run
@@ -43,7 +43,7 @@ def replay(opt: options.Section, notices: Sequence[str], step: int, resume: str 
                                       "name an older checkpoint")
         run.model.save_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="perdure_"))) / "models"
         samples = stack.enter_context(contextlib.closing(endless(run.train_set, run.batches, 0, pinned=False)))
-        stack.enter_context(missing_kernels_named(run.model.device))
+        stack.enter_context(failures_named(run.model.device))
         for iteration in range(run.iteration + 1, step):
             run.fetch(samples)
             advance(run, iteration)

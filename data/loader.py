@@ -21,6 +21,7 @@ from torch.utils.data._utils import signal_handling
 
 from data.sampler import EndlessBatches
 from options import OptionError
+from runtime.determinism import lacks_memory
 from runtime.signals import STOP_SIGNALS, Interrupted
 
 LESS = "lower datasets.train.dataloader_num_workers or dataloader_batch_size"
@@ -44,7 +45,7 @@ def describe_error(error: BaseException) -> str:
         return "; ".join([text, *([REMEDIES[error.errno]] if error.errno in REMEDIES else [])])
     if isinstance(error, (ValueError, FileNotFoundError)):
         return text  # already written for users
-    if isinstance(error, MemoryError):
+    if lacks_memory(error):
         return f"no memory is left for a sample: {LESS}"
     if re.search("shared memory|</torch_", str(error)):
         return SHARED

@@ -17,6 +17,7 @@ import options
 from runtime import distributed
 
 DRIVER = Path("/proc/driver/nvidia/version")
+LESS_MEMORY = "raise train.accumulate, set train.amp, or lower datasets.train.dataloader_batch_size"
 
 
 def environment() -> dict[str, Any]:
@@ -91,12 +92,24 @@ def missing_kernel(error: BaseException) -> str | None:
     return text.split()[0] if "does not have a deterministic implementation" in text else None
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Tell whether an error says that the memory of this machine or of its card is full."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(
+        re.search("can't allocate memory|CUDA error: out of memory|_STATUS_ALLOC_FAILED", str(error)))
+
+
 @contextlib.contextmanager
-def missing_kernels_named(device: torch.device) -> Iterator[None]:
-    """Turn torch's error about a missing deterministic kernel into an OptionError that names the remedy."""
+def failures_named(device: torch.device, kept: str = "") -> Iterator[None]:
+    """Turn errors about memory and missing deterministic kernels into an OptionError that names the remedy.
+
+    Args: kept: end of the message about memory, e.g. "; the last checkpoint is intact".
+    """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if lacks_memory(error):
+            text = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise options.OptionError(f"out of memory: {text[:160]}; {LESS_MEMORY}{kept}") from None
         if operation := missing_kernel(error):
             raise options.OptionError(f"deterministic: {operation} has no deterministic kernel on {device}; set "
                                       "deterministic to false, or use --device cpu") from None

@@ -7,12 +7,11 @@ import hashlib
 import json
 import os
 import time
+import traceback
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from data.loader import clip_name, clips_of
 from log.run_log import RunLog
@@ -20,7 +19,7 @@ from log.terminal import duration, number
 from models.model_base import ModelBase
 from options import OptionError
 from runtime import distributed
-from runtime.determinism import fastest_kernels
+from runtime.determinism import fastest_kernels, lacks_memory
 from runtime.signals import Interrupted, StopRequest
 from storage.files import save_file
 from storage.sealed import verified, with_checksum
@@ -147,6 +146,7 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, iterat
             rows, sample = None, None
         except Exception as error:
             failure = error
+            traceback.clear_frames(error.__traceback__)  # what they hold may fill a card, and the save needs room
         where = f"test set {name}" if sample is None else f"test set {name}, {clip_name(sample)}"
         gathered = distributed.gather((rows, failure and f"{where}: {explain(failure)}"))
         if progress and (failure or None in [part for part, _ in gathered]):
@@ -189,7 +189,7 @@ def validate(run: Any, stop: StopRequest) -> None:
     except ValidationError as error:
         run.save(reason="interrupted")
         distributed.from_main(run.saves.finish)
-        if not isinstance(error.__cause__, (ValueError, OSError, MemoryError, torch.OutOfMemoryError, type(None))):
+        if not (lacks_memory(error.__cause__) or isinstance(error.__cause__, (ValueError, OSError, type(None)))):
             run.log.record_traceback(error.__cause__)  # an unexpected error is a fault in the code
         raise ValidationError(f"the validation of iteration {run.iteration} failed: {error}; the steps so far are "
                               "saved; mend this and run the same command") from None
@@ -213,7 +213,7 @@ def validate(run: Any, stop: StopRequest) -> None:
 def explain(error: BaseException) -> str:
     """Describe an error in one line, with a remedy if it is about memory."""
     text = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+    if lacks_memory(error):
         return f"out of memory ({text[:160]}); test on smaller pieces (val.num_frame_testing, val.size_patch_testing," \
                " val.tile) or smaller pictures"
     return text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"

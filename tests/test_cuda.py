@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import sys
+import weakref
 from typing import get_args, get_type_hints
 
 import pytest
@@ -16,10 +17,11 @@ from models.model_base import ModelBase
 from models.model_plain import ModelPlain
 from models.model_vqgan import ModelVQGAN
 from models.network_vqgan import nearest
+from options import OptionError
 from runtime import determinism, distributed, resume
 from tests import tiny
 from tests.conftest import ROOT, write_json
-from tests.runs import run
+from tests.runs import assert_equal_runs, run
 
 pytestmark = pytest.mark.usefixtures("tiny_tables")
 KINDS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -125,6 +127,48 @@ def test_the_cards_are_hidden_from_tests_unless_asked_for(monkeypatch):
         monkeypatch.setenv("PERDURE_TEST_CUDA", asked)
         runpy.run_path(str(ROOT / "tests/conftest.py"))
         assert os.environ["CUDA_VISIBLE_DEVICES"] == wanted
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+                                   RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"),
+                                   RuntimeError("CUDNN_STATUS_ALLOC_FAILED"), RuntimeError("can't allocate memory")])
+def test_out_of_memory_in_a_step_is_one_line_and_the_last_checkpoint_is_resumed(tmp_path, monkeypatch, error):
+    def full(self, step):
+        raise error
+
+    one, two = (tiny.write(tmp_path, name, train={"total_iter": 6}) for name in ("one", "two"))
+    told = pytest.raises(OptionError, match="^out of memory: .*train.accumulate.* the last checkpoint is intact")
+    with monkeypatch.context() as patch, told as line:
+        run("-opt", one, hooks=[tiny.At("before_step", 5, lambda run: patch.setattr(ModelPlain, "losses", full))])
+    assert "\n" not in str(line.value) and checkpoint.find_newest(tmp_path / "one/models").iteration == 4
+    assert run("-opt", one) == 0 and run("-opt", two) == 0
+    assert_equal_runs(tmp_path / "one", tmp_path / "two", 6)
+
+
+def test_another_error_in_a_step_is_no_lack_of_memory(tmp_path, monkeypatch):
+    def broken(self, step):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(ModelPlain, "losses", broken)
+    with pytest.raises(RuntimeError, match="^mat1"):
+        run("-opt", tiny.write(tmp_path))
+
+
+def test_a_validation_that_fills_the_card_lets_it_go_before_the_save(tmp_path, monkeypatch):
+    class Activations:
+        pass
+
+    def full(self):
+        held = Activations()
+        alive.append(weakref.ref(held))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    alive = []
+    monkeypatch.setattr(ModelPlain, "test", full)
+    saved = tiny.At("before_save", 3, lambda run: alive.append(alive[0]()))
+    with pytest.raises(OptionError, match="out of memory"):
+        run("-opt", tiny.write(tmp_path, train={"checkpoint_save": 100}), hooks=[saved])
+    assert alive[1:] == [None]
 
 
 def test_what_compares_close_values_computes_in_full_float32(monkeypatch):
