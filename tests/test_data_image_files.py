@@ -150,6 +150,8 @@ def test_a_palettes_indices_are_the_class_ids_whatever_its_bits(tmp_path, count)
 def test_a_mask_of_two_colours_is_the_grey_one(tmp_path):
     grey = saved(tmp_path / "grey.png", DISC.astype(np.uint8) * 255)
     twins = [saved(tmp_path / "one_bit.png", DISC), saved(tmp_path / "deep.png", DISC.astype(np.uint16) * 65535)]
+    for mode in ("LA", "RGBA"):
+        twins.append(saved(tmp_path / f"{mode}.png", np.array(Image.open(grey).convert(mode)), mode))
     for i, palette in enumerate(((0, 0, 0, 255, 0, 0), (0, 0, 0, 255, 255, 255), (255, 255, 255, 0, 0, 0))):
         image = Image.fromarray(DISC.astype(np.uint8) if i < 2 else 1 - DISC.astype(np.uint8), "P")
         image.putpalette(palette)

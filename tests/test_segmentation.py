@@ -174,7 +174,8 @@ def test_pictures_are_image_truth_and_prediction(tmp_path):
     made = model(tmp_path, data={"num_classes": 3, "ignore_index": 9})
     image, ids = torch.rand(1, 3, 16, 16), torch.randint(3, (1, 16, 16))
     ids[0, 0, 0] = 9
-    made.feed_data({"L": image, "H": ids, "folder": ["x"]})
+    made.feed_data({"L": image, "H": ids, "folder": ["x"], "epoch": [3], "num_samples": [7]})
+    assert made.epoch["place"] == (3, 7)
     made.test()
     shown, truth, said = made.pictures()
     assert torch.equal(shown, image[0]) and truth.shape == said.shape == (3, 16, 16)
