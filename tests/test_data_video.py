@@ -1,5 +1,6 @@
 """Clips on disk: every item is a pure function of its key, LQ and GT stay together, mistakes are told in one line."""
 
+import shutil
 from contextlib import contextmanager
 
 import numpy as np
@@ -244,9 +245,11 @@ def test_whole_clips(gt, lq):
     assert item["H"].shape == (FRAMES, 3, HEIGHT, WIDTH) and item["L"].shape == (FRAMES, 3, HEIGHT // 4, WIDTH // 4)
     assert shown(item) == [(1, number) for number in range(FRAMES)]
     assert item["lq_path"] == [f"{lq}/b/{number:08d}.png" for number in range(FRAMES)]  # also when cached
-    assert same(cached[1], item)
     only = VideoRecurrentTestDataset(dataroot_lq=lq)[0]
     assert "H" not in only and torch.equal(only["L"], dataset[0]["L"])
+    for root in (gt, lq):
+        shutil.rmtree(root)
+    assert same(cached[1], item)
 
 
 def test_lq_of_whole_clips_is_made_on_the_fly(tmp_path):
