@@ -211,16 +211,23 @@ def program(argv: list[str], hooks: Sequence[Hooks] = ()) -> None:
             traceback.print_exc()
         else:
             code = distributed.code_of_failure()  # another rank failed first and printed the cause
-    if code > 128 and distributed.launched():
-        code = 0  # torchrun restarts a failed process, and a requested stop is not a failure
-    if code > 128:
+    if code > 128 and (code := code_of_stop(code)) > 128:
         signals.end_by_signal(code - 128)
     distributed.exit_process(code)
 
 
+def code_of_stop(code: int) -> int:
+    """Return 0 below torchrun, which would restart a failed process, and leave a mark for scripts/train.slurm."""
+    if not distributed.launched():
+        return code
+    if mark := os.environ.get("PERDURE_STOPPED"):
+        Path(mark).touch()
+    return 0
+
+
 def end_others(number: int) -> tuple[bool, int | None]:
     """End all ranks for a signal before the first step: see `signals.program`."""
-    code = 0 if distributed.launched() else 128 + number
+    code = code_of_stop(128 + number)
     return distributed.fail(f"stopped by signal {number}", code, record=False), None if code else 0
 
 

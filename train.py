@@ -29,6 +29,7 @@ from runtime.hooks import HookList, Hooks
 from runtime.resume import find_source, open_folder, restore
 from runtime.saves import Saves, check_ranks
 from runtime.signals import StopRequest
+from runtime.watchdog import watch
 from storage.files import FolderLock
 from storage.tree import plain
 
@@ -127,6 +128,7 @@ class Run:
         saved = distributed.from_main(lambda: self.saves.at == self.iteration)
         if self.iteration == 0 or saved and not amend:
             return
+        watch.begin("rest" if saved else "save", f"save {self.iteration}")
         self.hooks.before_save(self)
         self.saves.finish()
         self.losses.check()
@@ -139,6 +141,7 @@ class Run:
         state = self.state()
         distributed.from_main(lambda: self.saves.write(self.iteration, {**self.model.parts(), "state": state},
                                                        "regular" if self.save_due() else reason))
+        watch.begin("rest", f"the end of save {self.iteration}")
 
     def save_surely(self, reason: str) -> None:
         """Save before the process ends. A failed save is retried for five seconds, whatever `on_save_error` is.
@@ -221,7 +224,8 @@ class Run:
 
     def steps(self, samples: Iterator[Mapping[str, Any]], stop: StopRequest) -> None:
         model, train, total = self.model, self.opt["train"], self.opt["train"]["total_iter"]
-        while self.iteration < total and stop.all_ready(lambda: self.fetch(samples), self.saves.due()):
+        while self.iteration < total and stop.all_ready(
+                lambda: self.fetch(samples), self.iteration + 1, self.saves.due()):
             self.iteration += 1
             model.update_learning_rate(self.iteration - 1)
             self.hooks.before_step(self)
@@ -266,6 +270,10 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
     prepare_machine(opt)
     with StopRequest(waits=False) as stop, contextlib.ExitStack() as stack:
         log = stack.enter_context(contextlib.closing(start_log(opt["log"], notices, preface, distributed.is_main())))
+        try:
+            watch.configure(opt["train"], log)
+        except ValueError as error:
+            raise options.OptionError(f"{opt['opt_path']}: {error}") from None
         run = stack.enter_context(contextlib.closing(Run(opt, log, hooks)))
         run.claim()
         source = distributed.from_main(lambda: find_source(run, resume, init_from, fresh))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -53,6 +54,7 @@ class RunLog:
         self.live = not quiet and is_terminal(self.stream)
         self.drawn = False  # whether the progress line is on the screen
         self.file, self.folder = None, None
+        self.lock = threading.Lock()  # the thread of runtime/watchdog.py prints lines, too
         self.unwritten: list[str] = []  # lines that are not in the file yet
         self.rows: dict[str, list[Mapping]] = {}  # rows that are not in their table yet
         self.tables: dict[str, CsvTable] = {}
@@ -95,9 +97,10 @@ class RunLog:
         """Print a line and record it in the file."""
         text = printable(text)
         word = text.split(" ", 1)[0]
-        if not self.quiet or word in LOUD:
-            self._print(status(word, self.stream) + text[len(word):])
-        self._record(text)
+        with self.lock:
+            if not self.quiet or word in LOUD:
+                self._print(status(word, self.stream) + text[len(word):])
+            self._record(text)
 
     def warn(self, text: str) -> None:
         """Print and record a warning, also in a quiet run."""

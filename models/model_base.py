@@ -20,7 +20,7 @@ from models import NETWORKS
 from models.step import TrainingStep
 from options import build, models_folder
 from runtime import distributed
-from runtime.ranges import NonNegativeInt, PositiveInt, Seed
+from runtime.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 from runtime.schedules import Schedule
 from storage import tree
 
@@ -44,6 +44,14 @@ class ModelBase(TrainingStep):
         on_nan: Literal["stop", "skip"] = "stop"  # at a non-finite loss stop the run, or skip the step
         nan_limit: PositiveInt = 20  # consecutive skipped steps after which the run stops
         amp: Literal["bf16", "fp16"] | None = None  # precision of forward passes; null: float32, as weights and loss
+        # Time from the start by which the run must have stopped, as by SIGUSR1, and saved: "11h30m", "90m", seconds, or
+        # "slurm" for the end of the job; null: no limit.
+        stop_after: str | float | None = None
+        # Seconds that a scheduler grants between its signal and the kill; a start warns where a stop may take longer.
+        grace: PositiveFloat | None = None
+        # Seconds without the end of a step, sample or save after which a process counts as hung and is ended; 0: never;
+        # null: 1800 with several processes, else never.
+        watchdog: NonNegativeFloat | None = None
         compile: bool = False  # compile G's forward pass (torch.compile): a slow start, then faster
         accumulate: PositiveInt = 1  # micro-batches per optimizer step, over all processes; more need less memory
 

@@ -21,6 +21,7 @@ from options import OptionError
 from runtime import distributed
 from runtime.determinism import fastest_kernels, lacks_memory
 from runtime.signals import Interrupted, StopRequest
+from runtime.watchdog import watch
 from storage.files import save_file
 from storage.sealed import verified, with_checksum
 from storage.tree import plain
@@ -132,7 +133,7 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, iterat
         try:
             samples = clips_of(dataset, own)
             for index in own:
-                sample = stop.fetch(partial(next, samples))  # a stop request interrupts a sample that hangs
+                sample = stop.fetch(partial(next, samples), "sample", f"sample {index} of {name}")  # or is interrupted
                 log.progress(f"validating {name}: {len(known) + len(rows)} of {len(dataset)}")
                 rows[index] = model.validate(sample)
                 if progress:
@@ -147,8 +148,10 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, iterat
         except Exception as error:
             failure = error
             traceback.clear_frames(error.__traceback__)  # what they hold may fill a card, and the save needs room
+        watch.begin("wait", f"the other ranks' samples of {name}")
         where = f"test set {name}" if sample is None else f"test set {name}, {clip_name(sample)}"
         gathered = distributed.gather((rows, failure and f"{where}: {explain(failure)}"))
+        watch.begin("rest", f"the metrics of {name}")
         if progress and (failure or None in [part for part, _ in gathered]):
             progress.flush()
         if reasons := [reason for _, reason in gathered if reason]:

@@ -21,6 +21,7 @@ from log.run_log import tolerated
 from log.terminal import number
 from runtime import distributed
 from runtime.evaluate import Progress
+from runtime.watchdog import watch
 from storage import files, foreign, sealed
 from storage.tree import plain
 
@@ -93,6 +94,7 @@ def restore(run: Any, source: CheckpointSet | None) -> None:
     if run.iteration is None:  # others count epochs only
         run.iteration = state["epoch"] * per_epoch
     run.started_at = run.iteration
+    watch.inherit(source and source.record and source.record.get("longest"))
     run.history.rows = state["history"] if "history" in state else foreign.convert_validations(state, run.iteration)
     run.resumed_from = run.resumed_from or (state.get("metadata") or {}).get("resumed_from")
     seed, rank = train["manual_seed"], distributed.rank()

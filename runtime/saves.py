@@ -12,6 +12,8 @@ import options
 from checkpoint import CheckpointError, Layout, Saver
 from log.run_log import RunLog
 from runtime import distributed
+from runtime.watchdog import watch
+from storage import files
 
 
 def check_ranks(iteration: int, checksums: Sequence[int]) -> None:
@@ -51,6 +53,7 @@ class Saves:
         except ValueError as error:
             raise options.OptionError(f"{opt['opt_path']}: checkpoint: {error}") from None
         self.saver = Saver(folder, self.layout, keep["keep_last_n"], background)
+        watch.background, watch.written = background, lambda: files.written
 
     def due(self) -> bool:
         """Return whether `checkpoint.every_minutes` are over; on other ranks than 0 never."""
@@ -63,7 +66,7 @@ class Saves:
         self.since = time.monotonic()
         self.at, self.reason = iteration, self.reason if self.amending else reason
         try:
-            self.saver.save(iteration, parts, best=state["best"],
+            self.saver.save(iteration, parts, best=state["best"], longest=watch.longest.copy(),
                             amend=self.amending, reason=self.reason, epoch=state["epoch"], metric=state["metric"])
         except (OSError, RuntimeError) as error:
             self._handle_failure(error)
@@ -82,6 +85,7 @@ class Saves:
             self._handle_failure(error)
             return
         if saved and not saved.amended:
+            watch.measure("save", saved.seconds)
             waited = f", {saved.waited:.2f} s of it waited for" if self.saver.background else ""
             self.log.line(f"saved    {saved.found.path} in {saved.seconds:.1f} s{waited}")
 

@@ -2,8 +2,8 @@
 
 Python calls its handlers between two of its own instructions, hence not while this process computes or waits for others
 in C. So a thread reads the signals from a socket (signal.set_wakeup_fd): it records and announces them, and forwards
-them to the other processes. The module imports only the standard library, because `main.py` imports it first: importing
-the rest takes seconds, and a signal in that time is answered as well.
+them to the other processes. The module imports the standard library only, and what does likewise, because `main.py`
+imports it first: importing the rest takes seconds, and a signal in that time is answered as well.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from runtime.watchdog import print_now, watch
 from storage import system
 
 STOP_SIGNALS = system.named_signals("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGBREAK")
@@ -56,12 +57,14 @@ class StopRequest:
         if not _Handlers.open.requests and not _Handlers.open.is_program:
             _Handlers.open.close()
 
-    def all_ready(self, fetch: Callable[[], None], save: bool = False) -> bool:
+    def all_ready(self, fetch: Callable[[], None], step: int, save: bool = False) -> bool:
         """Fetch the next batch. Returns whether every process has its own; if not, all stop before this step.
 
         A stop request interrupts the fetching. The text of an exception in any process is in `problem` of all.
 
-        Args: save: whether rank 0's clock asks for a save after this step, which `save` then tells all.
+        Args:
+            step: its number.
+            save: whether rank 0's clock asks for a save after this step, which the attribute `save` then tells all.
         """
         from runtime import distributed  # imports torch, see above
 
@@ -69,7 +72,7 @@ class StopRequest:
         if self.agreed:
             return False
         try:
-            self.fetch(fetch)
+            self.fetch(fetch, "step", f"step {step}")
         except Interrupted:
             pass
         except Exception as error:
@@ -82,15 +85,22 @@ class StopRequest:
             self.agreed = signal.Signals(number)
         return not number
 
-    def fetch(self, get: Callable[[], Any]) -> Any:
-        """Return what `get` returns. Raises Interrupted when a stop request came before or comes meanwhile."""
+    def fetch(self, get: Callable[[], Any], kind: str, place: str) -> Any:
+        """Return what `get` returns: the data of a unit of work, which begins then.
+
+        Args: kind, place: of the unit, see `Watch.begin`.
+        Raises: Interrupted when a stop request came before or comes meanwhile.
+        """
+        watch.begin("wait", f"the data of {place}")
         try:
             self.fetching = True
             if self.signal:
                 raise Interrupted
-            return get()
+            found = get()
         finally:
             self.fetching = False
+        watch.begin(kind, place)
+        return found
 
     def agree(self) -> None:
         """Stop all processes here if any of them has a stop request, without another step."""
@@ -124,9 +134,11 @@ class _Handlers:
         self.wakeup = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
         self.thread = threading.Thread(target=self.listen, daemon=True)
         self.thread.start()
+        watch.start()
 
     def close(self) -> None:
         _Handlers.open = None
+        watch.close()
         signal.set_wakeup_fd(self.wakeup)
         for sig, handler in self.previous.items():
             signal.signal(sig, handler)
@@ -195,16 +207,6 @@ class _Handlers:
         if threading.current_thread() is threading.main_thread():
             end_by_signal(number)
         os._exit(128 + number)
-
-
-def print_now(text: str, always: bool = False) -> None:
-    """Write a line without the buffers that the main thread may be using.
-
-    Args: always: also in a process that is not the main one.
-    """
-    if always or int(os.environ.get("RANK", 0)) == 0:
-        with contextlib.suppress(OSError):
-            os.write(2, f"{chr(13) + chr(27) + '[K' if os.isatty(2) else ''}{text}\n".encode())
 
 
 def begin_program() -> None:

@@ -21,6 +21,7 @@ from storage import system
 from storage.sealed import CHUNK, CheckpointError, add_seal
 
 UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # errors of a call that is not implemented
+written = 0  # bytes, of all files: it tells a long save from one that hangs
 notices: list[str] = []  # what the file system lacks, once each; the run prints them
 
 
@@ -31,6 +32,8 @@ class _Writer:
         self.file, self.error = file, None
 
     def write(self, data) -> int:
+        global written
+        written += len(data)
         try:
             return self.file.write(data)
         except OSError as error:

@@ -339,9 +339,11 @@ def test_two_nodes(tmp_path, straight):
 
 
 @pytest.mark.slow
-def test_the_slurm_script_goes_back_into_the_queue_and_resumes(tmp_path, straight):
-    """With a Slurm of three shell scripts: one node, whose step gets USR1 before the end."""
-    path, tools = tiny_file(tmp_path, "other", train=LONG), tmp_path / "bin"
+@pytest.mark.parametrize("how", ["signal", "clock"])
+def test_the_slurm_script_goes_back_into_the_queue_and_resumes(tmp_path, how):
+    """With a Slurm of three shell scripts: one node, whose step gets USR1 before the end, or sees it come."""
+    train = {**LONG, "total_iter": 120 if how == "signal" else 1500}
+    path, tools = tiny_file(tmp_path, "other", train=train), tmp_path / "bin"
     tools.mkdir()
     torch_run = ('for word; do [ $word = main.py ] && words+=(-m tests.tiny) || words+=("$word"); done; '
                  f'exec {sys.executable} -m torch.distributed.run "${{words[@]}}"')
@@ -353,18 +355,22 @@ def test_the_slurm_script_goes_back_into_the_queue_and_resumes(tmp_path, straigh
                    "SLURM_JOB_NODELIST": "x", "SLURM_JOB_NUM_NODES": "1", "PROCESSES": "2", "OMP_NUM_THREADS": "1"}
     for count in (0, 1):
         mark = f"slurm{count}"
+        if how == "clock":
+            environment["SLURM_JOB_END_TIME"] = str(int(time.time()) + (1000 if count else 30))
         process = subprocess.Popen(["bash", "scripts/train.slurm", str(path), "--fresh"], cwd=ROOT, text=True,
                                    env={**environment, "PERDURE_TRIAL": mark, "SLURM_RESTART_COUNT": str(count)},
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        if count == 0:
+        if count == 0 and how == "signal":
             wait_for(tmp_path / "other/log/train.log", "iter      30", process)
             for pid in marked(mark):
                 if pid != process.pid:  # all of the step, not the batch shell
                     os.kill(pid, signal.SIGUSR1)
-        said = ended(process, mark, 120)[1]
+        said = ended(process, mark, 300)[1]
         assert process.returncode == 0, said
         assert ("requeue" in said) == ("stopped  by SIGUSR1" in said) == (count == 0), said
-    assert_equal_runs(straight, tmp_path / "other", 120)
+    codes, said = world.run(tmp_path / "out", 2, "-opt", tiny_file(tmp_path, "straight", train=train), seconds=300)
+    assert codes == [0, 0], said
+    assert_equal_runs(tmp_path / "straight", tmp_path / "other", train["total_iter"])
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import checkpoint
 import options
 from runtime import distributed
 from runtime.hooks import Hooks
+from runtime.watchdog import watch
 from tests import tiny
 from tests.conftest import ROOT, write_json
 from tests.programs import fork, run_main_here
@@ -35,9 +36,9 @@ class Acts(Hooks):
     """Lets things happen in this process, as (step, what).
 
     Before a validation: "bad validation", a signal and "at validation". After a step: a signal, "press N" (SIGINT
-    now and N seconds later), "raise", "sleep", "other weights", "full disk"; "nan": in the next loss; "worker dies in
-    save": in the next save; "dies at file operation N" of those to come. In the data of a step: "sample" and what
-    `Troubled` does. In step 0: "nohup", "impatient", "listens late", "SIGTERM at start".
+    now and N seconds later), "raise", "sleep", "time is over" (train.stop_after), "other weights", "full disk"; "nan":
+    in the next loss; "worker dies in save": in the next save; "dies at file operation N" of those to come. In the data
+    of a step: "sample" and what `Troubled` does. In step 0: "nohup", "impatient", "listens late", "SIGTERM at start".
     """
 
     def __init__(self, acts):
@@ -83,6 +84,8 @@ class Acts(Hooks):
                 next(run.model.netG.parameters()).data.view(-1)[0] += 1e-3
             elif what == "sleep":
                 time.sleep(600)
+            elif what == "time is over":
+                watch.end = time.monotonic()
             elif what == "worker dies in save":
                 checkpoint.commit = self.commit_without_a_worker
             elif what.startswith("dies at file operation"):
