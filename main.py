@@ -64,8 +64,9 @@ def parser_for(flags: dict[str, str], **settings) -> argparse.ArgumentParser:
     instead.add_argument("--dry-run", action="store_true",
                          help="try data, steps, a validation and a save once without training, and print a table")
     instead.add_argument("--test", action="store_true", help="test without training: on the test sets, or with --input")
-    parser.add_argument("--input", metavar="PATH", help="with --test: test on these files, e.g. a folder of frames")
-    parser.add_argument("--output", metavar="FOLDER", help="with --test: write results here; partial output is resumed")
+    parser.add_argument("--input", metavar="PATH", help="with --test: test on these files: a folder, a video")
+    parser.add_argument("--output", metavar="PATH",
+                        help="with --test: write results here, a folder or a video; partial output is resumed")
     parser.add_argument("--truth", metavar="PATH", help="with --test: the ground truth of the inputs, for metrics")
     instead.add_argument("--prove-resume", type=int, nargs="?", const=6, metavar="N",
                          help="compare N steps with N steps that are killed halfway and resumed; default 6")

@@ -10,7 +10,8 @@ import csv
 import io
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 import checkpoint
 import options
 from checkpoint import CheckpointError
-from data import DATASETS
+from data import DATASETS, movie
 from data.folders import passed_over
 from log.pictures import write_picture
 from log.run_log import RunLog, start_log
@@ -30,6 +31,7 @@ from models.model_base import ModelBase
 from runtime.determinism import prepare_machine
 from runtime.evaluate import describe_losses, evaluate
 from runtime.signals import StopRequest
+from storage.files import sync_folder
 from train import build_model
 
 MADE_BY = "made_by.json"
@@ -44,7 +46,7 @@ def infer(opt: options.Section, notices: list[str], *, resume: str | None = None
         notices: lines for the user from reading the options.
         resume: a checkpoint or weights file; None: the run's best, else its newest, else path.pretrained_netG.
         source: files or folder to process; None: the test sets.
-        output: folder of the results; needed with `source`.
+        output: folder of the results, or a video where the source is one; needed with `source`.
         truth: ground truth of `source`, for metrics.
         command: the command that resumes partial output, to be printed.
     Returns: the exit code.
@@ -52,6 +54,8 @@ def infer(opt: options.Section, notices: list[str], *, resume: str | None = None
     """
     if (source is None) != (output is None):
         raise options.OptionError("--input and --output belong together: files to process, and a folder for results")
+    with as_option_error():
+        videos = movie.outputs(source, Path(output)) if source else []
     prepare_machine(opt)
     options.resolve(MODELS, opt["model"], "model").prepare_inference(opt)
     model = build_model(opt)
@@ -66,7 +70,14 @@ def infer(opt: options.Section, notices: list[str], *, resume: str | None = None
             pictures = model.save_dir.parent / "images" / "use" if opt["val"]["save_img"] else None
             evaluate(model, sets, log, None, stop, pictures)
             return stop.exit_code
-        return write_results(model, opt, source, Path(output), truth, log, stop, command)
+        weights = checkpoint.fingerprint({f"{label}.{key}": value for label, network in model.networks.items()
+                                          for key, value in network.state_dict().items()})
+        whole = {"task": opt["task"], "weights": weights, **{key: opt["val"][key] for key in model.inference_options}}
+        for clip, path in videos:
+            origin = whole | origin_of(clip, truth if clip == source else truth and beside(clip, truth))
+            if code := write_video(model, origin, path, log, stop, command):
+                return code
+        return 0 if videos else write_results(model, whole | origin_of(source, truth), Path(output), log, stop, command)
 
 
 def load_weights(model: ModelBase, opt: Mapping[str, Any], resume: str | None, log: RunLog) -> str:
@@ -81,38 +92,95 @@ def load_weights(model: ModelBase, opt: Mapping[str, Any], resume: str | None, l
     raise CheckpointError(f"{model.save_dir}: no checkpoint yet; train first, or name weights with --resume")
 
 
-def write_results(model: ModelBase, opt: options.Section, source: str, output: Path, truth: str | None, log: RunLog,
-                  stop: StopRequest, command: str) -> int:
-    """Write the results for everything in `source` that `output` lacks. Returns the exit code."""
-    if Path(source).resolve() == output.resolve():
-        raise options.OptionError(f"--output {output}: is the input; name another folder")
-    weights = {f"{label}.{key}": value for label, network in model.networks.items()
-               for key, value in network.state_dict().items()}
-    origin = {"task": opt["task"], "weights": checkpoint.fingerprint(weights), "source": os.path.realpath(source),
-              "truth": truth and os.path.realpath(truth), **{key: opt["val"][key] for key in model.inference_options}}
-    rows = Rows(output / "metrics.csv")
+def origin_of(source: str, truth: str | None) -> dict[str, Any]:
+    """Return which files results come from."""
+    return {"source": os.path.realpath(source), "truth": truth and os.path.realpath(truth)}
+
+
+def beside(clip: str, folder: str) -> str:
+    """Return the video of a folder that has the name of a clip, with any extension. Raises OptionError."""
+    with as_option_error():
+        found = [path for path in movie.videos_in(folder) if Path(path).stem == Path(clip).stem]
+    if not found:
+        raise options.OptionError(f"--truth {folder}: has no video named {Path(clip).stem}, as {clip}")
+    return found[0]
+
+
+@contextlib.contextmanager
+def as_option_error() -> Iterator[None]:
+    """Raise errors of a user's files as OptionError."""
     try:
-        results = model.infer(source, truth, lambda name: not (output / name).exists() or
-                                bool(truth and name not in rows.rows))
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise options.OptionError(str(error)) from error
+
+
+def write_video(model: ModelBase, origin: Mapping[str, Any], path: Path, log: RunLog, stop: StopRequest,
+                command: str) -> int:
+    """Write the results for a video as a video; until it is complete, they lie in a folder beside it.
+
+    Returns: the exit code. Raises: OptionError.
+    """
+    source, kept = origin["source"], path.with_name(f"{path.name}.frames")
+    mark = f"made by {checkpoint.fingerprint({}, *origin.items())[:16]}"  # no paths in a file that is published
+    if path.resolve() == Path(source):
+        raise options.OptionError(f"--output {path}: is the input; name another file")
+    with as_option_error():
+        if path.exists():
+            if movie.mark_of(str(path)) != mark:
+                raise options.OptionError(f"--output {path}: exists, and is not the result of these weights, options "
+                                          "and input; name another file, or remove it")
+            log.line(f"done     {path} was there")
+            return 0
+        movie.try_writing(path, source)
+        names = [model.shown_output.format(name) for name in movie.frame_paths(source)]
+        if code := write_results(model, origin, kept, log, stop, command, names):
+            return code
+        partial = kept / f"{os.getpid()}{path.suffix}"  # a killed command's ffmpeg may live for a moment
+        movie.write_video(partial, ((kept / name).read_bytes() for name in names), source, mark)
+    os.replace(partial, path)
+    if (kept / "metrics.csv").exists():
+        os.replace(kept / "metrics.csv", path.with_suffix(".csv"))
+    sync_folder(path.parent)
+    shutil.rmtree(kept)
+    log.line(f"video    {path}: {len(names)} frames")
+    return 0
+
+
+def write_results(model: ModelBase, origin: Mapping[str, Any], output: Path, log: RunLog, stop: StopRequest,
+                  command: str, names: Sequence[str] | None = None) -> int:
+    """Write the results for everything in the source that `output` lacks.
+
+    Args: origin: what the results depend on, with "source" and "truth". names: of the results to write; None: all.
+    Returns: the exit code.
+    """
+    source, truth = origin["source"], origin["truth"]
+    if Path(source) == output.resolve():
+        raise options.OptionError(f"--output {output}: is the input; name another folder")
+    rows, chosen = Rows(output / "metrics.csv"), set(names or ())
+    with as_option_error():
+        results = model.infer(source, truth, lambda name: (not names or name in chosen) and (
+            not (output / name).exists() or bool(truth and name not in rows.rows)))
         total = next(results)
+        total = len(names) if names else total
         if note := passed_over():
             log.line(f"note     {note}")
         claim(output, origin)
         done = 0
         for name, content, metrics in results:
-            done += 1
             if metrics:
                 rows.add(name, metrics)
+            if names and name not in chosen:
+                continue
+            done += 1
             (output / name).parent.mkdir(parents=True, exist_ok=True)
             write_result(output / name, content)
             log.progress(f"{name}: {total - done} to go")
             if stop.signal:
                 log.line(f"stopped  by {stop.signal.name}; resume with: {command}")
                 return stop.exit_code
-    except (ValueError, FileNotFoundError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise options.OptionError(str(error)) from error
     log.line(f"done     {done} written, {total - done} were there: {output}")
     if rows.rows:
         rows.close()

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 
 from data.image_files import EXTENSIONS, KINDS, printable, read_bytes, unreadable
 
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".avi", ".webm")
 OTHERS = (".tif", ".tiff", ".bmp", ".gif", ".jfif", ".jp2", ".jxl", ".avif", ".heic", ".ppm", ".pgm", ".tga", ".exr",
-          ".mp4", ".mov", ".avi", ".mkv", ".webm")
+          *VIDEOS)
 SYSTEM = {"@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"}
 
 _passed: dict[str, tuple[Counter, str]] = {}  # folder -> number of unsupported files by extension, and one of them
@@ -75,7 +76,8 @@ def passed_over(lead: str = "") -> str:
     counts = ", ".join(f"{count:,} {ending}" for ending, count in sorted(found.items()))
     example = next((printable(path) for _, path in _passed.values()), "")
     _passed.clear()
-    return f"{lead}passed over: {counts} files, as {example}; {KINDS} files are read" if counts else ""
+    remedy = "; of videos python -m data.prepare frames makes them" if any(map(found.get, VIDEOS)) else ""
+    return f"{lead}passed over: {counts} files, as {example}; {KINDS} files are read{remedy}" if counts else ""
 
 
 def read_lines(path: str, bytewise: bool = False) -> list[str]:

@@ -1,6 +1,7 @@
 """Frames of clips in folders or in an lmdb: listing, pairing by name, and reading.
 
-A frame is identified by its path, in an lmdb by `ROOT.lmdb/clip/frame` without extension, like the keys of BasicSR.
+A frame is identified by its path, in an lmdb by `ROOT.lmdb/clip/frame` without extension, like the keys of BasicSR,
+in a video by `CLIP.mp4/number`.
 Source: the layout of BasicSR's lmdb (data.mdb and meta_info.txt) and KAIR's meta_info files. Differs: LQ and GT are
 paired by name, not by position; numbers in names are sorted by value (2 before 10); options are not changed.
 A frame in memory is (3,H,W) uint8 RGB.
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from data.folders import is_folder, list_folder, passed_over, read_lines
 from data.image_files import KINDS, picture_in, printable, read_picture, size_of
+from data.movie import frame_paths, is_frame, is_video, read_frames
 from storage import system
 
 VAL_PARTITIONS = {"REDS4": {"000", "011", "015", "020"}, "official": {f"{clip:03d}" for clip in range(240, 270)}}
@@ -68,6 +70,8 @@ class FrameReader:
 
     def __call__(self, paths: Sequence[str]) -> list[Tensor]:
         """Return read-only frames (3,H,W) uint8. Raises ValueError where their sizes differ."""
+        if paths and is_frame(paths[0]):
+            return read_frames(paths)
         frames = [self.kept[path] if path in self.kept else read_frame(path) for path in paths]
         for path, frame in zip(paths, frames, strict=True):
             if frame.shape != frames[0].shape:
@@ -80,11 +84,11 @@ def paths_of(clips: Iterable[Clip]) -> Iterable[str]:
     return (path for clip in clips for path in (clip.gt or []) + (clip.lq or []))
 
 
-def read_frame(path: str) -> Tensor:
-    """Read a frame from an image file or an lmdb, as (3,H,W) uint8 RGB."""
+def read_frame(path: str, least: int = 1) -> Tensor:
+    """Read a frame from an image file, an lmdb or a video, as (3,H,W) uint8 RGB; `least` as in `read_picture`."""
     if LMDB + "/" in path and not os.path.isfile(path):
-        return picture_in(_in_lmdb(path), path)
-    return read_picture(path)
+        return picture_in(_in_lmdb(path), path, least)
+    return read_frames([path])[0] if is_frame(path) else read_picture(path, least)
 
 
 # lmdb --------------------------------------------------------------------------------------------------------------
@@ -137,14 +141,15 @@ def _scan_lmdb(root: str, side: str) -> dict[str, dict[str, str]]:
     return {folder: dict(sorted(clips[folder].items(), key=_natural)) for folder in sorted(clips)}
 
 
-def check_backend(io_backend: dict | None, *roots: str | None, sides: Sequence[str] = SIDES) -> None:
-    """Raise an error where the backend is unknown, a root is missing, or a root is of another kind."""
+def check_backend(io_backend: dict | None, *roots: str | None, sides: Sequence[str] = SIDES,
+                  videos: bool = False) -> None:
+    """Raise an error where the backend is unknown, a root is missing or of another kind; `videos` may be roots."""
     backend = dict(io_backend or {"type": "disk"})  # a copy, to keep the options
     kind = backend.pop("type", None)
     if kind not in ("disk", "lmdb") or backend:
         raise ValueError(f'io_backend {io_backend} is unknown; valid are {{"type": "disk"}} and {{"type": "lmdb"}}')
     for side, root in zip(sides, roots):
-        if not root:
+        if not root or videos and is_video(root):
             continue
         if root.endswith(LMDB) != (kind == "lmdb"):
             need = f"the name of an lmdb ends with {LMDB}; {MAKE_LMDB}" if kind == "lmdb" else 'give {"type": "lmdb"}'
@@ -159,7 +164,7 @@ def check_folder(folder: str, side: str) -> None:
     there = is_folder(folder)
     if os.path.isfile(folder):
         raise ValueError(f"{side}: {printable(folder)} is a file; give a folder of {KINDS} frames, or of one such "
-                         "folder for each clip; of a video, ffmpeg -i VIDEO FOLDER/%06d.png makes one")
+                         "folder for each clip; of a video, python -m data.prepare frames VIDEO FOLDER makes one")
     if not there:
         remedies = [MAKE_LMDB] * folder.endswith(LMDB) + [f"fetch {text}" for name, text in PUBLIC.items()
                                                           if name in folder.split("/")]
@@ -194,6 +199,8 @@ def scan_clips(gt_root: str | None, lq_root: str | None, only: Sequence[str] | N
 
 def scan_root(root: str, side: str, only: Sequence[str] | None = None) -> dict[str, dict[str, str]]:
     """Return {clip: {frame: path}}, sorted; the clip "" holds frames in the root itself."""
+    if is_video(root):
+        return {"": frame_paths(root)}
     if root.endswith(LMDB):
         clips = _scan_lmdb(root, side)
         return {folder: scan_frames(root, folder, side) for folder in (clips if only is None else only)}

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from data.folders import is_folder, passed_over, read_lines, walk
 from data.frames import scan_clips
 from data.image_files import EXTENSIONS, KINDS, MIN_SIDE, BadPicture, printable, read_picture
+from data.movie import frame_paths, is_video
 from data.sampler import Key, sample_rng
 from data.synthetic import SyntheticImageDataset, as_channels
 from data.transforms import augment, build_drawn, split_key
@@ -195,10 +196,12 @@ def list_images(dataroot: str, what: str = "dataroot") -> list[str]:
 
 
 def images_by_name(source: str) -> dict[str, str]:
-    """Return the paths of `list_images` by their paths below the source without extensions.
+    """Return the paths of `list_images` by their paths below the source without extensions, or frames of a video.
 
     Raises: FileNotFoundError, ValueError: as `list_images`, and where two pictures have equal names.
     """
+    if is_video(source):
+        return frame_paths(source)
     root = source if os.path.isdir(source) else os.path.dirname(source) or "."
     found = list_images(source, "input")
     paths = {os.path.splitext(os.path.relpath(path, root))[0]: path for path in found}

@@ -22,7 +22,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as T
 
 from data.folders import is_folder, list_folder, passed_over
+from data.frames import read_frame
 from data.image_files import EXTENSIONS, KINDS, MIN_SIDE, printable, read_levels, read_picture, size_of
+from data.movie import frame_paths, is_video
 from data.sampler import Key, sample_rng
 from data.synthetic_masks import SyntheticMaskDataset
 from data.transforms import build_drawn, split_key
@@ -176,16 +178,18 @@ class MaskTestDataset(MaskDataset):
 
 
 def images_in(source: str) -> list[Path]:
-    """Return the images of a folder in order, or one image. Raises FileNotFoundError, ValueError."""
+    """Return the images of a folder or the frames of a video in order, or one image. Raises ValueError, OSError."""
     path = Path(source)
+    if is_video(path):
+        return [Path(frame) for frame in frame_paths(source).values()]
     if path.is_file() and path.suffix.lower() not in EXTENSIONS:
         raise ValueError(f"input: {printable(source)} is not an image; give a {KINDS} file, or a folder of such")
     return [path] if path.is_file() else list(by_stem(path, "input").values())
 
 
 def read_image(path: Path) -> Tensor:
-    """Read an image as (3,H,W) float32 RGB in [0,1]. Raises: as `read_picture`."""
-    return read_picture(str(path), MIN_SIDE).float() / 255
+    """Read an image, or a frame of a video, as (3,H,W) float32 RGB in [0,1]. Raises: as `read_picture`."""
+    return read_frame(str(path), MIN_SIDE).float() / 255
 
 
 def by_stem(folder: Path, name: str) -> dict[str, Path]:

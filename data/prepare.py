@@ -1,5 +1,6 @@
-"""Prepare a folder of clips for training: pack it into an lmdb, or list it in a meta_info file.
+"""Prepare clips for training: turn videos into frames, pack frames into an lmdb, or list them in a meta_info file.
 
+    python -m data.prepare frames clip.mp4 trainsets/mine/clip
     python -m data.prepare lmdb trainsets/DVD/train_GT trainsets/DVD/train_GT.lmdb
     python -m data.prepare meta trainsets/DVD/train_GT meta_info_DVD_train_GT.txt
 
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from data.folders import passed_over, walk
 from data.frames import LMDB, check_folder, check_numbers, lmdb_module, read_frame
 from data.image_files import KINDS
+from data.movie import pictures_of
 
 BATCH = 64  # frames per transaction, which holds them in memory
 PAGE = 4096
@@ -30,9 +32,11 @@ def main(argv: list[str]) -> str:
     parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, out in (("lmdb", "OUT.lmdb"), ("meta", "OUT.txt")):
+    for name, out in (("frames", "OUT"), ("lmdb", "OUT.lmdb"), ("meta", "OUT.txt")):
         command = commands.add_parser(name)
-        command.add_argument("folder", metavar="FOLDER", help="of clip folders, at any depth, of frames")
+        command.add_argument("folder", metavar="VIDEO" if name == "frames" else "FOLDER",
+                             help="a video, or a folder of videos" if name == "frames" else
+                             "of clip folders, at any depth, of frames")
         command.add_argument("out", metavar=out)
     args = parser.parse_args(argv)
     folder, out = os.path.normpath(args.folder), os.path.normpath(args.out)
@@ -40,13 +44,14 @@ def main(argv: list[str]) -> str:
         raise ValueError(f"{out}: the name of an lmdb ends with {LMDB}")
     if os.path.exists(out):
         raise ValueError(f"{out} exists already; remove it, or name another")
-    check_folder(folder, "FOLDER")
+    if args.command != "frames":
+        check_folder(folder, "FOLDER")
     above = os.path.dirname(os.path.abspath(out))
     os.makedirs(above, exist_ok=True)
     partial = tempfile.mkdtemp(prefix=f".{os.path.basename(out)}.", dir=above)
     try:
         made = os.path.join(partial, "made")
-        summary = {"lmdb": write_lmdb, "meta": write_meta}[args.command](folder, made)
+        summary = {"frames": write_frames, "lmdb": write_lmdb, "meta": write_meta}[args.command](folder, made)
         os.rename(made, out)
     finally:
         shutil.rmtree(partial)
@@ -65,6 +70,18 @@ def clips_below(folder: str) -> Iterator[tuple[str, list[str]]]:
             yield os.path.relpath(place, folder), frames
     if empty:
         raise ValueError(f"{folder} holds no frames; {KINDS} files are needed{passed_over('; ')}")
+
+
+def write_frames(source: str, out: str) -> str:
+    """Write the frames of a video, or of each video of a folder into a folder of its own."""
+    count = 0
+    for name, content in pictures_of(source):
+        path = os.path.join(out, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(content)
+        count += 1
+    return f"{count} frames"
 
 
 def write_lmdb(folder: str, out: str) -> str:

@@ -202,7 +202,7 @@ class VideoRecurrentTestDataset(Dataset):
     Raises: FileNotFoundError, ValueError: options, names of files or frames are invalid.
     """
 
-    sides = SIDES
+    sides, videos = SIDES, False
 
     @checked
     def __init__(self, *, dataroot_gt: str | None = None, dataroot_lq: str | None = None,
@@ -221,7 +221,7 @@ class VideoRecurrentTestDataset(Dataset):
             scale=scale, seed=seed, degradation=degradation)
         if self.drawn:
             return
-        check_backend(io_backend, dataroot_gt, dataroot_lq, sides=self.sides)
+        check_backend(io_backend, dataroot_gt, dataroot_lq, sides=self.sides, videos=self.videos)
         self.degradation = lq_maker(scale, dataroot_lq, degradation)
         self.scale, self.sigma, self.seed = scale, sigma, seed
         only = [line.split()[0] for _, line in lines_of(meta_info_file)] if meta_info_file else None
@@ -297,14 +297,14 @@ class FrameFolder(VideoRecurrentTestDataset):
     """Load the frames of one clip or of several, for inference.
 
     Args:
-        input: folder of frames or of clip folders, or an lmdb.
+        input: folder of frames or of clip folders, an lmdb, or a video.
         gt: ground truth with equal names of frames; None: unknown.
         scale: GT pixels per input pixel.
         sigma: noise level of the input, 0..255, as fourth channel for nonblind denoising; None: no channel.
     Raises: FileNotFoundError, ValueError: options, names of files or frames are invalid.
     """
 
-    sides = ("gt", "input")
+    sides, videos = ("gt", "input"), True
 
     @checked
     def __init__(self, input: str, gt: str | None = None, *, scale: int = 1, sigma: Level | None = None):

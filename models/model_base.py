@@ -147,6 +147,7 @@ class ModelBase(TrainingStep):
         """Return the metrics of all outputs, computed from `rows` (by file name) as `summarize` does."""
         return mean_of(list(rows.values()))
 
+    shown_output = "{}.png"  # name of the output of a video's frame that a video of outputs shows
     inference_options: Sequence[str] = ()  # keys of `val` that outputs depend on; a folder holds outputs of equal ones
     shares_tests = True  # whether all ranks share the samples of a test set; else rank 0 tests all
     best_metric = "psnr", "max"  # test metric that selects the best checkpoint, and its better direction

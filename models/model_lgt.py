@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from torchvision.utils import make_grid
 
 from checkpoint import CheckpointError
-from data.image_files import read_picture
+from data.frames import read_frame
 from data.images import images_by_name
 from data.sampler import cpu_generator
 from data.styles import build_codec, style_names
@@ -368,6 +368,10 @@ class ModelLGT(ModelPlain):
         self.netG = self.define_network("G")
         return super().load_for_inference(payload, source)
 
+    @property
+    def shown_output(self) -> str:
+        return f"{{}}_to_{self.opt['val']['style']}.png"
+
     def infer(self, source: str, truth: str | None, wanted: Callable[[str], bool]) -> Iterator[Any]:
         """Yield pictures in style `val.style`, NAME_to_STYLE.png; the noise of each depends on its name alone."""
         v = self.opt["val"]
@@ -381,7 +385,7 @@ class ModelLGT(ModelPlain):
         yield len(paths)
         for name, path in paths.items():
             if wanted(file := f"{name}_to_{v['style']}.png"):
-                picture = read_picture(path).float() / 255
+                picture = read_frame(path).float() / 255
                 yield file, self.translate(picture, v["style"], v["source_style"], zlib.crc32(os.fsencode(name))), None
 
     def translate(self, picture: Tensor, target: str, source: str | None = None, seed: int = 0) -> Tensor:

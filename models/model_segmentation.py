@@ -248,6 +248,8 @@ class ModelSegmentation(ModelPlain):
         self.define_loss()
         return super().load_for_inference(payload, source)
 
+    shown_output = "{}_overlay.png"
+
     def infer(self, source: str, truth: str | None, wanted: Callable[[str], bool]) -> Iterator[Any]:
         """Yield of each image `{stem}_overlay.png`, then `{stem}_pred.png` with class ids, or 0 and 255."""
         images = images_in(source)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import checkpoint
 from data import DATASETS
-from data.image_files import read_picture
+from data.frames import read_frame
 from data.images import images_by_name
 from data.synthetic import as_channels
 from losses.calculator import LossCalculator
@@ -269,7 +269,7 @@ class ModelVQGAN(ModelPlain):
         yield 2 * len(paths)
         for name, path in paths.items():
             if wanted(f"{name}.png") or wanted(f"{name}.npz"):
-                picture = as_channels(read_picture(path), self.opt["n_channels"]).to(self.device)
+                picture = as_channels(read_frame(path), self.opt["n_channels"]).to(self.device)
                 self.images = picture[None].float() / 127.5 - 1
                 self.test()
                 yield f"{name}.png", (self.restored[0] + 1) / 2, self.metrics()

@@ -27,6 +27,9 @@ TILE_TRIM = 10  # output pixels dropped on inner edges of a tile, as in KAIR: th
 class ModelVRT(ModelPlain):
     """Train VRT to restore clips: `degraded` (B, T, C, h, w) -> `restored` (B, T, C, H, W)."""
 
+    inference_options = ("num_frame_testing", "num_frame_overlapping", "size_patch_testing", "size_patch_overlapping",
+                         "pad_seq", "flip_seq")
+
     @dataclass
     class TrainOptions(ModelPlain.TrainOptions):
         # Number of first iterations that freeze the parameters named by fix_keys; 0 or -1: none.
