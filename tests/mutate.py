@@ -3,6 +3,7 @@
     python -m tests.mutate --count 200 --seed 0
     python -m tests.mutate losses/pixel.py data/resize.py --count 40
     python -m tests.mutate --seed 0 --only 17 63              # two changes of that sample again, after a new test
+    python -m tests.mutate --seed 0 --only $(seq 101 200)     # its second half
 
 Every change is made in a temporary copy of the repository. A change that survives is equivalent or needs a test.
 """
@@ -28,7 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Test files of each source file, the quick ones first; where a line is absent, those of its folder.
 TESTS = {
     "checkpoint.py": "checkpoint checkpoint_cli", "options.py": "options options_vrt ranges",
-    "data": "data_folders data_frames data_images", "data/image_files.py": "data_image_files data_images",
+    "data": "data_folders data_frames data_images", "data/frames.py": "data_frames data_video",
+    "data/image_files.py": "data_image_files data_images",
     "data/images.py": "data_images data_folders", "data/loader.py": "data_images data_frames synthetic",
     "data/masks.py": "drawn segmentation", "data/resize.py": "resize data_images",
     "data/sampler.py": "sampler data_images", "data/strokes.py": "drawn data_strokes inktrace",
