@@ -37,6 +37,7 @@ from log.terminal import status
 from models import MODELS, NETWORKS
 from runtime import distributed
 from runtime.hooks import Hooks
+from storage.words import is_key, word_here
 from train import NonFiniteLoss, train
 
 
@@ -49,7 +50,7 @@ def parser_for(flags: dict[str, str], **settings) -> argparse.ArgumentParser:
     """Build the parser: the flags of every run, and those of an option file's `cli` table."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, **settings)
-    parser.add_argument("-opt", "--opt", metavar="FILE", help="option file, e.g. options/train_vrt.json")
+    parser.add_argument("-opt", "--opt", "--config", metavar="FILE", help="option file, e.g. options/train_vrt.json")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", metavar="PATH",
                        help="resume from this checkpoint: a member of a set, its record (500.json) or a folder")
@@ -96,6 +97,25 @@ def overrides_in(args: argparse.Namespace, flags: dict[str, str]) -> list[tuple[
             raise options.OptionError(f"--set {text}: write it as section.key=value")
         found.append((key.strip(), options.parse_value(value), "--set"))
     return found
+
+
+def unknown_arguments(unknown: Sequence[str], flags: dict[str, str], argv: Sequence[str]) -> str:
+    """Return a message about arguments that no flag takes, with what they are here.
+
+    Args: unknown: those arguments. flags: those of the option file, if any, and of every run. argv: all arguments.
+    """
+    known = {key: f"--{flag} VALUE" for flag, keys in flags.items() for key in options.keys_of(keys)}
+    shipped = options.option_files_with(argv, str(Path(__file__).parent / "options"))
+    found = []
+    for word in (word.partition("=")[0] for word in unknown):
+        name = word.lstrip("-").replace("-", "_")
+        if others := [path for path in shipped if name in options.cli_table(path) and name not in flags]:
+            found.append(f"{word}: a flag of {' and '.join(map(os.path.relpath, others))}; name one with -opt")
+        elif word.startswith("-") and (here := word_here(word)):
+            found.append(f"{word}: here it is " + (known.get(here, f"--set {here}=VALUE") if is_key(here) else here))
+        elif os.path.isfile(word):
+            found.append(f"{word}: an option file is named with -opt {word}")
+    return "; ".join(found or [f"unrecognized arguments: {' '.join(unknown)}; see --help"])
 
 
 def resume_command(argv: list[str], saved: bool) -> str:
@@ -153,7 +173,9 @@ def main(argv: list[str], hooks: Sequence[Hooks] = ()) -> int:
     elif first.resume:
         tree = saved_options(first.resume)
         flags |= options.check_cli(tree.get("cli", {}), first.resume)
-    args = parser_for(flags).parse_args(argv)
+    args, unknown = parser_for(flags).parse_known_args(argv)
+    if unknown:
+        raise options.OptionError(unknown_arguments(unknown, flags, argv))
     source = first.opt or args.resume
     if not source:
         raise options.OptionError("which run? give an option file: python main.py -opt options/train_vrt.json")

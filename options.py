@@ -1,4 +1,4 @@
-"""Read a JSON option file, merge what overrides it, and check every key against what reads it.
+"""Read a JSON or YAML option file, merge what overrides it, and check every key against what reads it.
 
 Order: defaults < `extends` < file < stage < command line. The signature of a component is its schema, so that an
 unknown key, a wrong type or a missing value is found before a file is created. KAIR's option files are read unmodified.
@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 
 from models import KAIR_ONLY
 from runtime.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
+from storage.words import foreign_sections, word_here
 
 Table = Mapping[str, str]  # name in an option file -> "module:Class", imported when asked for
 Schema = dict[str, tuple[Any, Any]]  # key -> (annotation, default or REQUIRED)
@@ -169,19 +170,39 @@ def blank_comments(text: str) -> str:
                   lambda found: " " * len(found[0]) if found[0].startswith("/") else found[0], text)
 
 
-def read_json(path: str) -> dict:
-    """Read the object in a JSON file with `//` comments. Raises OptionError with line and column."""
+def parse_yaml(text: str) -> Any:
+    """Parse YAML to the values that JSON has. Raises OptionError without PyYAML, ValueError for invalid text."""
+    try:
+        yaml = importlib.import_module("yaml")
+    except ImportError:
+        raise OptionError("a YAML file needs PyYAML: pip install pyyaml; or write it as JSON") from None
+    loader = type("Loader", (yaml.SafeLoader,), {})
+    loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d.]*[eE][-+]?\d+$"),
+                                 list("-+0123456789"))  # 1e-3, which PyYAML takes for a text
+    try:
+        return json.loads(json.dumps(yaml.load(text, loader), default=str))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise json.JSONDecodeError(f"{error.problem}", text, mark.index if mark else 0) from None
+
+
+def read_file(path: str) -> dict:
+    """Read the object in a JSON file with `//` comments, or a YAML file. Raises OptionError with line and column."""
+    kind = "YAML" if path.endswith((".yaml", ".yml")) else "JSON"
     try:
         with open(path, encoding="utf-8-sig") as file:  # without the byte order mark that some editors write
-            tree = json.loads(blank_comments(file.read()))
+            text = file.read()
+        tree = parse_yaml(text) if kind == "YAML" else json.loads(blank_comments(text))
+    except OptionError as error:
+        raise OptionError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise OptionError(f"{path}: no such option file; the shipped ones are in options/") from None
     except json.JSONDecodeError as error:
-        raise OptionError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
+        raise OptionError(f"{path}:{error.lineno}:{error.colno}: not valid {kind}: {error.msg}") from None
     except (OSError, ValueError, RecursionError) as error:  # e.g. a number of 5000 digits
-        raise OptionError(f"{path}: can't be read as a JSON text file: {error}") from None
+        raise OptionError(f"{path}: can't be read as a {kind} text file: {error}") from None
     if not isinstance(tree, dict):
-        raise OptionError(f"{path}: an option file holds one JSON object, not a {type(tree).__name__}")
+        raise OptionError(f"{path}: an option file holds one {kind} object, not a {type(tree).__name__}")
     return tree
 
 
@@ -191,7 +212,10 @@ def load(path: str, chain: tuple[str, ...] = ()) -> tuple[dict, dict[str, str]]:
     if real in chain:
         names = [os.path.relpath(p) for p in (*chain[chain.index(real):], real)]
         raise OptionError(f"{path}: 'extends' forms a cycle: {' -> '.join(names)}")
-    tree = read_json(path)
+    tree = read_file(path)
+    shipped = os.path.join(os.path.dirname(os.path.abspath(__file__)), "options")
+    if sentence := foreign_sections(tree, os.path.relpath(shipped, os.path.dirname(real))):
+        raise OptionError(f"{path}: {sentence}")
     base = tree.pop("extends", None)
     if base is None:
         merged, origins = {}, {}
@@ -238,13 +262,18 @@ def set_by_flag(flag: str, target: Any, text: str) -> dict[str, Any]:
 
 def find_option_file(argv: Iterable[str], folder: str) -> str | None:
     """Return the option file in a folder that defines most of the flags in `argv`; None if none or several do."""
+    found = option_files_with(argv, folder)
+    return found[0] if len(found) == 1 else None
+
+
+def option_files_with(argv: Iterable[str], folder: str) -> list[str]:
+    """Return the option files in a folder that define most of the flags in `argv`, if any does."""
     if not os.path.isdir(folder):
-        return None
+        return []
     words = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     counts = {os.path.join(folder, name): len(words & (set(cli_table(os.path.join(folder, name))) - set(FLAGS)))
               for name in sorted(os.listdir(folder)) if name.endswith(".json")}
-    most = [path for path, count in counts.items() if count == max(counts.values()) > 0]
-    return most[0] if len(most) == 1 else None
+    return [path for path, count in counts.items() if count == max(counts.values()) > 0]
 
 
 def merge(base: dict, over: Mapping, origins: dict[str, str], origin: str, prefix: str = "") -> dict:
@@ -395,7 +424,9 @@ def check(section: Mapping, schema: Schema, path: str, where: Callable[[str], st
             pattern = ".".join("*" if i == 1 and full.startswith("datasets.") else k
                                for i, k in enumerate(full.split(".")))
             if pattern not in UNUSED:
-                raise OptionError(f"{where(full)}: {full}: unknown key; {closest(key, schema)}")
+                word = word_here(full)
+                raise OptionError(f"{where(full)}: {full}: unknown key; "
+                                  + (f"here it is {word}" if word else closest(key, schema)))
             reason = UNUSED[pattern]
             notices.append(f"{where(full)}: {full} is not used here" + (f": {reason}" if reason else ""))
             continue
@@ -537,8 +568,10 @@ def merge_stage(tree: dict, origins: dict[str, str], chain: Mapping[str, dict], 
               path: str) -> tuple[dict, dict[str, str]]:
     """Merge the overrides of a stage into a file's options. Returns the options, and who set each."""
     if stage not in chain:
-        raise OptionError(f"{path}: stages: there is no {stage!r}; "
-                          + (closest(stage, chain) if chain else "the file has no stages"))
+        number = int(stage) if re.fullmatch("[1-9]", stage) else 0
+        raise OptionError(f"{path}: stages: there is no {stage!r}; " + (
+            f"number {number} is {list(chain)[number - 1]}" if 0 < number <= len(chain) else
+            closest(stage, chain) if chain else "the file has no stages"))
     over = {key: value for key, value in chain[stage].items() if key not in ("name", "init_from")} | {"stage": stage}
     tree = merge(tree, over, origins, f"{path}: stages: {stage}")
     if "init_from" in chain[stage]:

@@ -277,7 +277,7 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
         run = stack.enter_context(contextlib.closing(Run(opt, log, hooks)))
         run.claim()
         source = distributed.from_main(lambda: find_source(run, resume, init_from, fresh))
-        restore(run, source)
+        restore(run, source, named=bool(resume))
         if source and run.iteration >= opt["train"]["total_iter"] and (
                 not resume or run.remembered) and not (
                 source.committed and run.validation_missing()):

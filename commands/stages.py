@@ -53,6 +53,10 @@ def train_stages(option_file: str, overrides: Iterable[Override], only: str | No
         own = [("path.init_from", init_from, "--init-from")] if init_from and name == names[0] else []
         parsed[name] = options.parse(option_file, [*overrides, *own], MODELS, NETWORKS, DATASETS, name)
     opts = {name: opt for name, (opt, _) in parsed.items()}
+    for name in chain:
+        if name not in names and not checkpoint.has_checkpoints(folder_of(opts[name])):  # a sweep over one stage
+            elsewhere = [one for one in overrides if not one[0].startswith("path.")]
+            opts[name], _ = options.parse(option_file, elsewhere, MODELS, NETWORKS, DATASETS, name)
     for name in names[1:] if resume else names:
         if fresh or not checkpoint.has_checkpoints(folder_of(opts[name])):
             check_origin(name, names, chain, opts)

@@ -82,11 +82,26 @@ def resumed_before(run: Any, resume: str) -> CheckpointSet | None:
     return own
 
 
-def restore(run: Any, source: CheckpointSet | None) -> None:
-    """Restore model, data order and history from a set; None: start at iteration 0."""
+def check_owner(run: Any, config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a folder that the options name holds the checkpoints of another run."""
+    for key, name in (("task", "task"), ("opt_path", "option file"), ("stage", "stage")):
+        then, now = (Path(one[key]).name if one.get(key) else None for one in (config, run.opt))
+        if run.opt["path"]["models"] and key in config and then != now:
+            raise CheckpointError(f"{run.models}: holds a run of {name} {then}, and this one is of {name} {now}; give "
+                                  f"it a folder of its own (path.models), or resume that run with --resume "
+                                  f"{run.models}, or archive it with --fresh")
+
+
+def restore(run: Any, source: CheckpointSet | None, named: bool = False) -> None:
+    """Restore model, data order and history from a set; None: start at iteration 0.
+
+    Args: named: the user named the set, which may then be of another run.
+    """
     opt, train = run.opt, run.opt["train"]
     parts = source.load() if source else None
     state = (parts or {}).get("state", {})
+    if source and not named and source.folder.resolve() == run.models.resolve():
+        check_owner(run, state.get("config") or {})
     loader = opt["datasets"]["train"]
     length, size = len(run.train_set), loader["dataloader_batch_size"]
     per_epoch = max(1, length // size)

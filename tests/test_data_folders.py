@@ -124,7 +124,7 @@ def test_a_byte_order_mark_is_not_part_of_a_list_or_of_options(root, tmp_path, s
     clips = VideoRecurrentTrainDataset(dataroot_gt=str(root), meta_info_file=str(tmp_path / "meta.txt"), gt_size=8,
                                        num_frame=2, filename_tmpl="03d").clips
     assert [clip.name for clip in clips] == ["a"] == names_of(str(tmp_path / "meta.txt"), str(root))
-    assert options.read_json(str(shared / "field/bom_options.json"))["task"] == "bom"
+    assert options.read_file(str(shared / "field/bom_options.json"))["task"] == "bom"
     assert read_lines(str(shared / "field/bom_list.txt")) == ["png_good.png"]
 
 

@@ -57,22 +57,22 @@ def test_every_shipped_file_is_parsed_and_its_networks_built(path):
 ])
 def test_comments_only_outside_strings(tmp_path, text, value):
     (tmp_path / "x.json").write_text(text)
-    assert options.read_json(str(tmp_path / "x.json")) == value
+    assert options.read_file(str(tmp_path / "x.json")) == value
 
 
 def test_broken_json_names_line_and_column(tmp_path):
     path = tmp_path / "x.json"
     path.write_text('{\n  // why\n  "a": 1,\n  "b": }\n')
     with pytest.raises(options.OptionError, match=r"x\.json:4:8: not valid JSON"):
-        options.read_json(str(path))
+        options.read_file(str(path))
     path.write_text('{"a": 1,}')
     with pytest.raises(options.OptionError, match=r"x\.json:1:\d+: not valid JSON"):
-        options.read_json(str(path))
+        options.read_file(str(path))
     with pytest.raises(options.OptionError, match="no such option file"):
-        options.read_json(str(tmp_path / "none.json"))
+        options.read_file(str(tmp_path / "none.json"))
     path.write_text("[1]")
     with pytest.raises(options.OptionError, match="one JSON object, not a list"):
-        options.read_json(str(path))
+        options.read_file(str(path))
 
 
 def test_extends_merges_deeply_and_lists_replace(tmp_path):

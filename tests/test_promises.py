@@ -3,13 +3,14 @@
 docs/promises.md lists all of it, with the tests elsewhere.
 """
 
+import sys
 
 import pytest
 import torch
 
 import checkpoint
 import options
-from data import prepare
+from data import DATASETS, prepare
 from models import KAIR_ONLY, MODELS, NETWORKS
 from runtime.hooks import Hooks
 from tests import tiny
@@ -108,7 +109,145 @@ def test_data_prepare_makes_the_folder_of_its_list(tmp_path, shared):
 
 def test_a_missing_spynet_names_key_address_and_null():
     file = ROOT / "options/vrt/001_train_vrt_videosr_bi_reds_6frames.json"
-    opt, _ = options.parse(str(file), [], MODELS, NETWORKS, __import__("data").DATASETS)
+    opt, _ = options.parse(str(file), [], MODELS, NETWORKS, DATASETS)
     with pytest.raises(options.OptionError, match="netG: spynet_path: .* does not exist; fetch github.com/.*spynet.*"
                                                   "or set spynet_path to null"):
         options.build(NETWORKS, opt["netG"], "net_type")
+
+
+# ---------------------------------------------------------------- 001: InkTrace
+
+DEFAULT_YAML = """\
+model:
+  embed_dim: 128
+training:
+  lr: 1e-3
+  batch_size: 32
+  epochs: 50
+  keep_last_n: 3
+data:
+  num_workers: 4
+stages:
+  - name: "structural"
+    epochs: 30
+    model:
+      full_heads: false
+  - name: "dense"
+    init_from: "best_structural.pth"
+    training:
+      mask_ratio: 0.6
+"""
+
+
+def test_the_seeds_yaml_is_told_every_new_word_at_once(tmp_path, monkeypatch):
+    pytest.importorskip("yaml")
+    path = tmp_path / "configs/default.yaml"
+    path.parent.mkdir()
+    path.write_text(DEFAULT_YAML)
+    said = error_of("--config", path, "--stage", "structural")
+    for pair in ("model.embed_dim -> netG.embed_dim", "training.lr -> train.G_optimizer_lr",
+                 "training.batch_size -> datasets.train.dataloader_batch_size", "training.epochs -> train.total_epochs",
+                 "training.keep_last_n -> checkpoint.keep_last_n",
+                 "data.num_workers -> datasets.train.dataloader_num_workers", "stages: epochs -> train.total_epochs",
+                 "stages: model.full_heads -> netG.full_heads", "stages: training.mask_ratio -> train.mask_ratio"):
+        assert pair in said
+    base = said.rpartition('"extends": "')[2].partition('"')[0]
+    assert (path.parent / base).resolve() == ROOT / "options/train_inktrace.json"
+    path.write_text(f"extends: {base}\nnetG: {{embed_dim: 128}}\ntrain: {{G_optimizer_lr: 1e-3, total_epochs: 50}}\n"
+                    "stages:\n  - {name: structural, train: {total_epochs: 30}}\n  - {name: dense}\n")
+    opt, notices = options.parse(str(path), [], MODELS, NETWORKS, DATASETS, "structural")
+    assert (opt["netG"]["embed_dim"], opt["train"]["G_optimizer_lr"], opt["train"]["total_epochs"]) == (128, 1e-3, 30)
+    assert not notices
+
+
+@pytest.mark.parametrize("text, said", [
+    ("train: {G_optimizer_lrr: 1}", "train.G_optimizer_lrr: unknown key; did you mean 'G_optimizer_lr'"),
+    ("task: [1", "x.yaml:1:9: not valid YAML: "),
+    ("- 1", "one YAML object, not a list"),
+    ("train: {total_iter: 2024-01-01}", '"2024-01-01" is not a whole number'),
+])
+def test_yaml_has_the_checks_of_json(text, said, tmp_path):
+    pytest.importorskip("yaml")
+    path = tmp_path / "x.yaml"
+    base = f"extends: {ROOT}/options/train_vqgan.json\n" if text.startswith("train") else ""
+    path.write_text(base + text)
+    assert said in error_of("-opt", path)
+
+
+def test_yaml_without_pyyaml_names_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    (tmp_path / "x.yml").write_text("task: x")
+    assert error_of("-opt", tmp_path / "x.yml").endswith("x.yml: a YAML file needs PyYAML: pip install pyyaml; or "
+                                                         "write it as JSON")
+
+
+@pytest.mark.parametrize("words, said", [
+    ("--from-scratch", "--from-scratch: here it is --fresh"),
+    ("--embed-dim 128 --num_layers 4", "--embed-dim: here it is --set netG.embed_dim=VALUE; --num_layers: here it is "
+                                       "--set netG.num_layers=VALUE"),
+    ("--num-epochs 5", "--num-epochs: here it is --epochs VALUE"),
+    ("--weight_decay=0", "--weight_decay: here it is --set train.G_optimizer_wd=VALUE"),
+    ("--stage 2", "there is no '2'; number 2 is dense"),
+    ("--set train.num_epochs=5", "train.num_epochs: unknown key; here it is train.total_epochs"),
+    ("--set train.batch_size=5", "unknown key; here it is datasets.train.dataloader_batch_size"),
+    ("--set train.lr=5", "unknown key; here it is train.G_optimizer_lr"),
+    ("--set training.w_style=5", "training: unknown key; here it is train"),
+])
+def test_words_of_the_old_scripts_are_answered_with_the_new_ones(words, said):
+    file = ["-opt", ROOT / "options/train_inktrace.json"]
+    assert said in error_of(*file, *words.split())
+
+
+def test_a_file_alone_and_flags_of_a_recipe_alone_are_answered():
+    file = ROOT / "options/train_lgt.json"
+    assert error_of(file) == f"{file}: an option file is named with -opt {file}"
+    said = error_of("--images", "pictures")
+    assert "train_vqgan.json and " in said and "train_vqvae.json; name one with -opt" in said
+    assert "no such option file" in error_of("--config", "none.json")
+
+
+def staged(folder, name="run", **over):
+    """An option file with two stages whose folder it fixes, as train_inktrace.json does."""
+    return tiny.write(folder, name, train={"total_iter": 2}, path={"models": str(folder / "checkpoints")},
+                      checkpoint={"layout": "bundle"}, stages=[{"name": "structural"}, {"name": "dense"}],
+                      cli={"save_dir": "path.models"}, **over)
+
+
+def test_a_sweep_over_one_stage_starts_with_the_best_of_the_one_before(tmp_path, tiny_tables, capsys):
+    path = staged(tmp_path)
+    assert run("-opt", path, "--stage", "structural") == 0
+    for lr in ("1e-3", "5e-4"):
+        assert run("-opt", path, "--stage", "dense", "--lr", lr, "--save_dir", tmp_path / f"sweeps/lr_{lr}") == 0
+        assert f"from the best of structural: {tmp_path}/checkpoints/structural/epoch_" in capsys.readouterr().out
+        state = checkpoint.find_newest(tmp_path / f"sweeps/lr_{lr}/dense").load()["state"]
+        assert state["iteration"] == 2 and state["config"]["train"]["G_optimizer_lr"] == float(lr)
+
+
+def test_a_stage_resumes_from_a_file_of_the_old_scripts(tmp_path, tiny_tables, capsys):
+    net = tiny.Net()
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.rand(2, 3, 16, 16)).mean().backward()
+    optimizer.step()
+    torch.save({"epoch": 0, "model_state_dict": net.state_dict(), "optimizer_state_dict": optimizer.state_dict(),
+                "loss": 0.5}, tmp_path / "best_dense_model.pth")
+    assert run("-opt", staged(tmp_path), "--stage", "dense", "--resume", tmp_path / "best_dense_model.pth", "--set",
+               "train.total_iter=4") == 0
+    assert "best_dense_model.pth: iteration 2 of 4, epoch 1" in capsys.readouterr().out
+    assert checkpoint.find_newest(tmp_path / "checkpoints/dense").iteration == 4
+
+
+def test_a_folder_of_another_run_is_refused_with_the_way_out(tmp_path, tiny_tables, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, models = staged(tmp_path), tmp_path / "checkpoints/structural"
+    assert run("-opt", first, "--stage", "structural") == 0
+    before = sorted(tmp_path.rglob("*"))
+    for words, what in ((["--set", "task=other"], "task run, and this one is of task other"),
+                        (["-opt", staged(tmp_path, "copy", task="run")],
+                         "option file run.json, and this one is of option file copy.json")):
+        said = error_of("-opt", first, "--stage", "structural", "--set", "train.total_iter=4", *words)
+        assert f"{models}: holds a run of {what}; " in said
+        assert "folder of its own (path.models)" in said and f"--resume {models}" in said and "--fresh" in said
+    assert before == sorted(path for path in tmp_path.rglob("*") if path.name != "copy.json")
+    assert run("-opt", tmp_path / "copy.json", "--stage", "structural", "--resume", models, "--set",
+               "train.total_iter=4") == 0
+    assert checkpoint.find_newest(models).iteration == 4
