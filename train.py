@@ -288,6 +288,7 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
             raise options.OptionError(f"{resume}: is at iteration {run.iteration}, past train.total_iter "
                                       f"{opt['train']['total_iter']}; raise that")
         run.hooks.before_training(run)
+        watch.compare_grace()
         stop.waits = True  # before this line there was nothing to save
         distributed.from_main(lambda: open_folder(run, source, fresh))
         run.report = stack.enter_context(RunReport(

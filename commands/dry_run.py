@@ -23,11 +23,13 @@ from data.loader import clips_of, endless
 from log.run_log import RunLog, start_log
 from log.terminal import duration
 from models import MODELS
+from runtime import distributed
 from runtime.determinism import LESS_MEMORY, failures_named, fastest_kernels, prepare_machine
 from runtime.evaluate import describe_losses
 from runtime.hooks import Hooks
 from runtime.resume import find_source, restore
 from runtime.signals import StopRequest
+from runtime.watchdog import end_of, watch
 from storage import system, tree
 from storage.files import format_bytes
 from train import Run
@@ -45,6 +47,8 @@ class FirstLook(Hooks):
 
     def before_training(self, run: Run) -> None:
         look(run)
+        if run.opt["train"]["grace"]:
+            measure(run)
 
 
 def look(run: Run) -> None:
@@ -61,6 +65,15 @@ def look(run: Run) -> None:
         run.log.line(f"note     {note}")
     run.log.line(f"checked  {', '.join(read)}{f'; {room}' if status == 'ok' else ''} "
                  f"({time.monotonic() - began:.1f} s)")
+
+
+def measure(run: Run) -> None:
+    """Measure a sample and a save where no earlier launch did: `train.grace` is compared with them before training."""
+    trial, known = Trial(run), set(watch.longest)
+    for name in run.test_sets if "sample" not in known else ():
+        trial.validate(name)
+    if "save" not in known and distributed.is_main():
+        trial.save()
 
 
 def read_training(run: Run, seconds: float, most: int = 32) -> str:
@@ -182,6 +195,7 @@ def checks(opt: options.Section, log: RunLog, resume: str | None, init_from: str
             yield "disk", lambda: check_disk(run, trial.size or estimate(run))
             if trial.step_time:
                 yield "duration", trial.duration
+                yield "stop", trial.stop
 
 
 def each_part(opt: options.Section, error: Exception) -> Iterator[tuple[str, Callable[[], Finding]]]:
@@ -241,6 +255,7 @@ class Trial:
                 run.model.optimize_parameters(iteration)
                 losses = run.model.current_log()  # this waits for the device
                 took.append(time.monotonic() - at)
+                watch.measure("step", took[-1])
                 if iteration == left[0]:
                     first = losses
                     run.losses.add(iteration, losses, {})
@@ -255,6 +270,7 @@ class Trial:
         dataset, began, model = self.run.test_sets[name], time.monotonic(), self.run.model
         metrics = model.validate(next(clips_of(dataset)))
         took = time.monotonic() - began
+        watch.measure("sample", took)
         self.validation_time += took * len(dataset)
         return "ok", f"{took:.3g} s a sample, {len(dataset)} in all; {len(metrics)} metrics"
 
@@ -276,6 +292,7 @@ class Trial:
         with tempfile.TemporaryDirectory(prefix=".dry_run_", dir=place) as folder:
             found = checkpoint.commit(folder, max(1, run.iteration), tree.to_cpu(parts), run.saves.layout)
             self.save_time = time.monotonic() - began
+            watch.measure("save", self.save_time)
             self.size = sum(path.stat().st_size for path in Path(folder).iterdir())
             differing = [path for path, _ in tree.differences(tree.to_cpu(parts), found.load())]
         if differing:
@@ -288,6 +305,17 @@ class Trial:
         seconds = left * self.step_time + tests * self.validation_time + saves * self.save_time
         return "ok", f"about {duration(seconds)}: {left} steps of {self.step_time:.3g} s, {tests} validations of " \
                      f"{self.validation_time:.3g} s, {saves} saves of {self.save_time:.2g} s"
+
+    def stop(self) -> Finding:
+        """Compare the longest time from a stop request to a committed checkpoint with `train.grace`."""
+        train = self.opt["train"]
+        if train["stop_after"] is not None:
+            end_of(train["stop_after"], time.monotonic())
+        watch.grace = train["grace"]
+        if problem := watch.find_grace_problem():
+            return "warn", problem
+        granted = f"train.grace is {watch.grace:g} s" if watch.grace else "train.grace is not set"
+        return "ok", f"at most {watch.describe_stop()} from a signal to a committed checkpoint; {granted}"
 
 
 # ---------------------------------------------------------------- messages

@@ -27,7 +27,10 @@ SAY_AFTER = 2.0  # seconds after which a phase of the start is named
 PATIENCE = 1800.0  # default of train.watchdog with several processes: compiling, or a huge sample, takes less
 HUNG = 75  # exit code of a process that hangs: "try again" in sysexits.h
 DUMP_SECONDS = 10.0  # for writing the stacks, on a disk that may be what hangs
-MEASURED = {"step": "a step", "sample": "a validation sample", "rest": "what is between them", "save": "a save"}
+REMEDIES = {"a step": "lower datasets.train.dataloader_batch_size",
+            "a validation sample": "validate smaller pieces (val.tile, val.size_patch_testing, val.num_frame_testing)",
+            "the save in progress": "set checkpoint.async to false", "a save": "put path.root on a faster disk"}
+MEASURED = {"step": "a step", "sample": "a validation sample", "rest": "work between them", "save": "a save"}
 
 
 def print_now(text: str, always: bool = False) -> None:
@@ -136,6 +139,26 @@ class Watch:
         waited = {"the save in progress": save} if self.background else {}
         return {MEASURED[longest]: work.get(longest, 0.0), **waited, MEASURED["save"]: save}
 
+    def describe_stop(self) -> str:
+        """Return how long a stop takes at most, from the signal to the checkpoint, and of what that consists."""
+        terms = self.terms()
+        return f"{sum(terms.values()):.1f} s ({', '.join(f'{name} {seconds:.1f}' for name, seconds in terms.items())})"
+
+    def find_grace_problem(self) -> str | None:
+        """Return what to do where a stop may take longer than `train.grace`, or None."""
+        terms = self.terms()
+        if not self.grace or sum(terms.values()) <= self.grace:
+            return None
+        remedy = REMEDIES.get(max(terms, key=terms.get), REMEDIES["a save"])
+        return f"a stop may take {self.describe_stop()} until its checkpoint is written, more than train.grace " \
+               f"{self.grace:g}: {remedy}, or let the scheduler grant more"
+
+    def compare_grace(self, passed: float = 0.0) -> None:
+        """Warn once if a stop may take longer than `train.grace`; the first step, which compiles, does not count."""
+        if not self.warned and self.counts["step"] != 1 and (problem := self.find_grace_problem()):
+            self.warned = True
+            (self.say if passed else self.log.line)(f"warning  {problem}")
+
     # ------------------------------------------------ what the thread looks at
 
     def _look(self) -> None:
@@ -143,7 +166,7 @@ class Watch:
         while not self.ended.wait(LOOK_EVERY):
             now = time.monotonic()
             passed, last = min(now - last, 2 * LOOK_EVERY), now  # less the time in which this process was suspended
-            for look in (self._name_phase, self._stop_in_time, self._find_hang, *self.looks):
+            for look in (self._name_phase, self._stop_in_time, self.compare_grace, self._find_hang, *self.looks):
                 look(passed)
 
     def say(self, text: str) -> None:

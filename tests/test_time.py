@@ -1,6 +1,7 @@
 """A run and time: saves by the clock, an end by the clock, a stop that fits the grace period; none changes a bit."""
 
 import os
+import re
 import signal
 import time
 
@@ -171,3 +172,43 @@ def test_any_process_stops_all_by_its_clock_after_the_same_step(tmp_path):
     path = tiny_file(tmp_path, train={"total_iter": 100000, "checkpoint_test": 0, "stop_after": "90m"})
     codes, said = world.run(tmp_path / "out", 2, "-opt", path, acts=[(1, 3, "time is over")])
     assert codes == [-signal.SIGUSR1] * 2 and said[0].count("stopped  by SIGUSR1 after iteration") == 1, said
+
+
+# ---------------------------------------------------------------- train.grace
+
+
+@pytest.mark.parametrize("longest, background, words", [
+    ({"step": 3.0, "sample": 40.0, "save": 5.0}, False, r"45.0 s (a validation sample 40.0, a save 5.0) until its check"
+     "point is written, more than train.grace 30: validate smaller pieces"),
+    ({"step": 3.0, "save": 14.0}, True, "31.0 s (a step 3.0, the save in progress 14.0, a save 14.0) until its "
+     "checkpoint is written, more than train.grace 30: set checkpoint.async to false, or let the scheduler grant more"),
+    ({"step": 3.0, "save": 14.0}, False, None)])
+def test_a_stop_that_takes_longer_than_granted_is_warned_of_with_its_remedy(longest, background, words):
+    own = Watch()
+    own.longest, own.background, own.grace = longest, background, 30
+    problem = own.find_grace_problem()
+    assert problem is words is None or problem.startswith(f"a stop may take {words}")
+
+
+def test_every_start_compares_a_stop_with_the_grace_and_changes_nothing(tmp_path, capfd):
+    known = []
+    for name, grace in (("one", None), ("two", 1e-6)):
+        path = tiny.write(tmp_path, name, train={"grace": grace})
+        for first in (1, 5):
+            run_until(4 if first == 1 else None, "-opt", path)
+            said = capfd.readouterr().out
+            assert said.count("warning  a stop may take") == bool(grace), said
+            assert not grace or said.index("warning  a stop may") < said.index(f"iter       {first}")
+        assert run("-opt", path, "--set", "train.total_iter=10", hooks=[
+            tiny.At("before_training", 9, lambda run: known.append(set(watch.longest)))]) == 0
+    assert known == [{"step", "sample", "rest", "save"}] * 2  # of earlier launches, from the checkpoint
+    assert_equal_runs(tmp_path / "one", tmp_path / "two", TOTAL + 1)
+
+
+def test_a_dry_run_prints_how_long_a_stop_takes(tmp_path, capsys):
+    assert run("-opt", tiny.write(tmp_path), "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"ok   stop       at most \d+\.\d s \(a .*\d, a save \d.*train.grace is not set", said), said
+    assert run("-opt", tiny.write(tmp_path, train={"grace": 1e-6}), "--dry-run") == 0
+    assert re.search(r"warn stop       a stop may take .* or let the scheduler grant more", capsys.readouterr().out)
+    assert run("-opt", tiny.write(tmp_path, train={"stop_after": "soon"}), "--dry-run") == 2
