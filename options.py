@@ -23,7 +23,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, Literal
 
 from models import KAIR_ONLY
-from runtime.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
+from runtime.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 from storage.words import foreign_sections, word_here
 
 Table = Mapping[str, str]  # name in an option file -> "module:Class", imported when asked for
@@ -113,8 +113,6 @@ class Top:
     stage: str | None = None  # name of the stage that this run is; --stage sets it
     gpu_ids: list[NonNegativeInt] | None = None  # numbers of the CUDA devices, one for each process
     dist: bool = False  # KAIR's switch for several processes, not needed here: torchrun sets their number
-    # Seconds without a sign of life from one of several processes after which all end.
-    dist_timeout: PositiveFloat = 1800
     # Compute batch norm over the rows of all processes (CUDA only); results then depend on the number of processes.
     sync_batchnorm: bool = False
 
@@ -144,6 +142,7 @@ FLAGS = {
 
 # Keys of KAIR's files, and of ours from earlier versions, that are not used here: they pass with a notice.
 UNUSED = {
+    "dist_timeout": "train.watchdog is used",
     "merge_bn": "", "merge_bn_startpoint": "", "is_train": "", "num_gpu": "", "rank": "", "world_size": "",
     "find_unused_parameters": "gradients are summed after the backward pass",
     "use_static_graph": "gradients are summed after the backward pass",

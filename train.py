@@ -49,16 +49,23 @@ def build_model(opt: options.Section) -> ModelBase:
         raise options.OptionError(f"{opt['opt_path']}: netG: not enough memory for a network of this size") from None
 
 
+def build_dataset(opt: options.Section, name: str) -> Any:
+    """Build a dataset of the options. Raises: OptionError."""
+    watch.begin("start", f"scanning the data of datasets.{name}")
+    return options.build(DATASETS, opt["datasets"][name], "dataset_type")
+
+
 class Run:
     """One launch of a run: its options, folder, model, data and log, and its position in the training."""
 
     def __init__(self, opt: options.Section, log: RunLog, hooks: Iterable[Hooks] = ()):
         self.opt, self.log, self.hooks = opt, log, HookList(hooks)
         self.iteration = self.started_at = 0
-        self.train_set = options.build(DATASETS, opt["datasets"]["train"], "dataset_type")
+        self.train_set = build_dataset(opt, "train")
         self.names = names_digest(self.train_set)
-        self.test_sets = {name: options.build(DATASETS, section, "dataset_type")
-                          for name, section in opt["datasets"].items() if section["phase"] == "test"}
+        self.test_sets = {name: build_dataset(opt, name) for name, section in opt["datasets"].items()
+                          if section["phase"] == "test"}
+        watch.begin("start", f"building the model {opt['model']}")
         self.model = build_model(opt)
         self.losses = FiniteCheck(self.model.scaler)
         self.models = self.model.save_dir
@@ -209,6 +216,7 @@ class Run:
             self.validate(stop)  # the previous launch did not finish it
         else:
             Progress(self.folder / "log", None).close()  # of another iteration, which may be trained again differently
+        watch.begin("start", "starting the data workers")
         samples = endless(self.train_set, self.batches, self.opt["datasets"]["train"]["dataloader_num_workers"],
                           pinned=self.model.device.type != "cpu")
         with contextlib.closing(samples), fastest_kernels(True):
@@ -270,14 +278,14 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
     prepare_machine(opt)
     with StopRequest(waits=False) as stop, contextlib.ExitStack() as stack:
         log = stack.enter_context(contextlib.closing(start_log(opt["log"], notices, preface, distributed.is_main())))
-        try:
-            watch.configure(opt["train"], log)
-        except ValueError as error:
-            raise options.OptionError(f"{opt['opt_path']}: {error}") from None
+        watch.configure(opt, log)
         run = stack.enter_context(contextlib.closing(Run(opt, log, hooks)))
         run.claim()
+        watch.begin("start", f"looking for checkpoints in {run.models} and verifying the newest")
         source = distributed.from_main(lambda: find_source(run, resume, init_from, fresh))
+        watch.begin("start", f"reading {source.path if source else 'the first weights'}")
         restore(run, source, named=bool(resume))
+        watch.begin("start", "reading samples")
         if source and run.iteration >= opt["train"]["total_iter"] and (
                 not resume or run.remembered) and not (
                 source.committed and run.validation_missing()):
@@ -290,6 +298,7 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
         run.hooks.before_training(run)
         watch.compare_grace()
         stop.waits = True  # before this line there was nothing to save
+        watch.begin("start", f"trying a save in {run.models}")
         distributed.from_main(lambda: open_folder(run, source, fresh))
         run.report = stack.enter_context(RunReport(
             run.folder, run.models, log.line,
@@ -299,6 +308,7 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
             origins=opt.origins)) if distributed.is_main() else SilentLog()
         with determinism.failures_named(run.model.device, "; the last checkpoint is intact, and the same "
                                         "command resumes from it"):
+            watch.folder = run.folder / "log"
             run.loop(stop)
         run.save_surely("interrupted")
         if stop.problem:

@@ -49,7 +49,7 @@ def prepare_machine(opt: dict) -> None:
             raise options.OptionError(f"device: {device}: there are {torch.cuda.device_count()} CUDA devices here, and "
                                       "each process needs its own; lower --nproc_per_node")
         torch.cuda.set_device(device)
-    distributed.use_device(device, opt["dist_timeout"])
+    distributed.use_device(device)
     if opt["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -27,10 +27,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from runtime.watchdog import HUNG, LOOK_EVERY, end_process, watch
 from storage import system
 
 PATIENCE = datetime.timedelta(days=7)  # a rank may validate or write for hours; `_Watch` detects a dead one
-LOOK_EVERY = 0.5  # seconds between two looks at the state of the other ranks
 BEAT_EVERY = 4  # looks per heartbeat
 SAY_AFTER = 60.0  # seconds of waiting before the missing rank is named; quadrupled after each message
 
@@ -103,20 +103,16 @@ def start() -> None:
     """Connect the processes that torchrun started. A single process needs nothing."""
     global _watch
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        watch.begin("start", "connecting to the other processes")
         dist.init_process_group("gloo", timeout=PATIENCE)
         if not is_main():
             warnings.simplefilter("ignore")  # rank 0 prints them
         _watch = _Watch()
 
 
-def use_device(device: torch.device, patience: float = 1800) -> None:
-    """Set up the process group for tensors on this device.
-
-    Args: patience: seconds without a heartbeat of a rank after which the others end.
-    """
+def use_device(device: torch.device) -> None:
+    """Set up the process group for tensors on this device."""
     global _data
-    if _watch:
-        _watch.patience = patience
     if dist.is_initialized() and device.type == "cuda" and _data is None:
         _data = dist.new_group(backend="nccl")
 
@@ -172,20 +168,23 @@ def exit_process(code: int) -> None:
 
 
 class _Watch:
-    """Two threads that end this process when another one failed or died, and stop the run when torchrun died.
+    """Ends this process when another one failed, hangs or died, and stops the run when torchrun died.
 
-    Failures and stop requests are keys in torchrun's store. A death shows as a closed connection: each rank waits to
-    receive from the previous rank, on a process group of its own, which sends only at the end. Every rank also keeps
-    two counters in the store: heartbeats, which a suspended process does not increase, and collective calls reached,
-    which tell whom the others wait for.
+    Failures and stop requests are keys in torchrun's store, at which the thread of runtime/watchdog.py looks. A death
+    shows as a closed connection: each rank waits, in a thread, to receive from the previous rank, on a process group of
+    its own, which sends only at the end. Every rank also keeps counters in the store: heartbeats, which a suspended
+    process does not increase; collective calls reached, which tell whom the others wait for; and its progress. A rank
+    that waits does not hang as long as another one makes progress.
     """
 
     def __init__(self):
         self.ended = threading.Event()
-        self.patience = 1800.0
+        self.rank = dist.get_rank()
         self.came, self.waits_since = 0, None  # collective calls reached; monotonic time since which this rank waits
-        self.seen = [[-1, 0, 0.0] for _ in range(dist.get_world_size())]  # by rank: heartbeats, came, seconds silent
-        self.said_after, self.beats, self.beat_at = SAY_AFTER, 0, time.monotonic()
+        # by rank: heartbeats, came, progress; seconds without a heartbeat, and without progress
+        self.seen = [([-1, 0, 0], [0.0, 0.0]) for _ in range(dist.get_world_size())]
+        self.said_after, self.looks, self.passed = SAY_AFTER, 0, 0.0
+        self.parent, self.asked = os.getppid(), False
         self.before, self.after = ((dist.get_rank() + d) % dist.get_world_size() for d in (-1, 1))
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -194,16 +193,17 @@ class _Watch:
         this = from_main(lambda: os.urandom(8).hex())  # a restart must not find the keys of the previous launch
         self.failed, self.stop = (f"perdure/{what}/{this}" for what in ("failed", "stop"))
         self.lives = [f"perdure/life/{this}/{rank}" for rank in range(dist.get_world_size())]
-        self.store.set(self.lives[dist.get_rank()], "0 0")
+        self.store.set(self.lives[self.rank], "0 0 0")
         dist.barrier()
-        self.threads = [threading.Thread(target=work, daemon=True) for work in (self._look, self._listen)]
-        for thread in self.threads:
-            thread.start()
+        self.thread = threading.Thread(target=self._listen, daemon=True)
+        self.thread.start()
+        watch.tell, watch.waits = self.tell, self._waits
+        watch.looks.append(self._look)
 
     def tell(self, cause: str, code: int = 1) -> bool:
         """Record a failure. Returns whether it is the first."""
         self.ended.set()
-        entry = f"{code} {dist.get_rank()}: {cause}".encode()
+        entry = f"{code} {self.rank}: {cause}".encode()
         try:
             return self.store.compare_set(self.failed, "", entry) == entry
         except RuntimeError:
@@ -217,56 +217,60 @@ class _Watch:
 
     def forward_signal(self, number: int) -> None:
         with contextlib.suppress(RuntimeError):
-            self.store.compare_set(self.stop, "", f"{number} {dist.get_rank()}")
+            self.store.compare_set(self.stop, "", f"{number} {self.rank}")
 
     def end(self) -> None:
         """Close the connections, after all ranks agreed to end."""
         self.ended.set()
         dist.send(torch.zeros(1), self.after, group=self.group)
-        for thread in self.threads:
-            thread.join()
+        self.thread.join()
 
-    def _look(self) -> None:
-        parent, asked, looks = os.getppid(), False, 0
-        while not self.ended.wait(LOOK_EVERY):
-            try:
-                if self.store.check([self.failed]):
-                    os._exit(int(self.store.get(self.failed).split()[0]))
-                if not asked and self.store.check([self.stop]):
-                    asked, (number, rank) = True, map(int, self.store.get(self.stop).split())
-                    if rank != dist.get_rank():
-                        system.send_to_self(number)
-                looks += 1
-                if looks % BEAT_EVERY == 0:
-                    self._beat()
-                alive = os.getppid() == parent
-            except RuntimeError:
-                alive = False
-            if not alive:
-                if not self.ended.is_set():
-                    system.send_to_self(signal.SIGTERM)  # stop as if asked to, so that the run is saved
-                return
+    def _look(self, passed: float) -> None:
+        """Look at the store. Args: passed: seconds since the last look."""
+        if self.ended.is_set():
+            return
+        try:
+            if self.store.check([self.failed]):
+                self._leave()
+            if not self.asked and self.store.check([self.stop]):
+                self.asked, (number, rank) = True, map(int, self.store.get(self.stop).split())
+                if rank != self.rank:
+                    system.send_to_self(number)
+            self.looks, self.passed = self.looks + 1, self.passed + passed
+            if self.looks % BEAT_EVERY == 0:
+                self._beat(self.passed)
+                self.passed = 0.0
+            alive = os.getppid() == self.parent
+        except RuntimeError:
+            alive = False
+        if not alive and not self.ended.is_set():
+            self.ended.set()
+            system.send_to_self(signal.SIGTERM)  # stop as if asked to, so that the run is saved
 
-    def _beat(self) -> None:
-        """Write this rank's heartbeat and check those of the others."""
-        me, now = dist.get_rank(), time.monotonic()
-        passed = min(now - self.beat_at, 2 * LOOK_EVERY * BEAT_EVERY)  # less any time this process was suspended
-        self.beat_at, self.beats = now, self.beats + 1
+    def _beat(self, passed: float) -> None:
+        """Write this rank's counters and look at those of the others."""
+        me, now = self.rank, time.monotonic()
         came, since = self.came, self.waits_since
-        self.store.set(self.lives[me], f"{self.beats} {came}")
-        for seen, text in zip(self.seen, self.store.multi_get(self.lives)):
-            beats, others = map(int, text.split())
-            seen[:] = [beats, others, 0.0 if beats != seen[0] else seen[2] + passed]
-        silent = {rank: seen[2] for rank, seen in enumerate(self.seen) if seen[2] >= SAY_AFTER}
+        self.store.set(self.lives[me], f"{self.looks} {came} {watch.progress}")
+        for (seen, still), text in zip(self.seen, self.store.multi_get(self.lives)):
+            new = list(map(int, text.split()))
+            still[:] = [0.0 if new[at] != seen[at] else seconds + passed for at, seconds in zip((0, 2), still)]
+            seen[:] = new
+        silent = {rank: still[0] for rank, (_, still) in enumerate(self.seen) if still[0] >= SAY_AFTER}
         waited = now - since if since is not None and came == self.came else 0.0
-        late = {rank: waited for rank, seen in enumerate(self.seen) if waited >= SAY_AFTER and seen[1] < came}
+        late = {rank: waited for rank, (seen, _) in enumerate(self.seen) if waited >= SAY_AFTER and seen[1] < came}
         self._say_who({**late, **silent}, silent, me)
-        if gone := [rank for rank, seconds in silent.items() if seconds > self.patience]:
-            cause = f"{_ranks(gone)}: no heartbeat for {silent[gone[0]]:.0f} s (dist_timeout): suspended, or its " \
+        if gone := [rank for rank, seconds in silent.items() if 0 < watch.patience < seconds]:
+            cause = f"{_ranks(gone)}: no heartbeat for {silent[gone[0]]:.0f} s (train.watchdog): suspended, or its " \
                     "machine is gone; all others end too; run the same command again"
-            if self.tell(cause):
+            if self.tell(cause, HUNG):
                 print(f"error: {cause}", file=sys.stderr, flush=True)
-            os._exit(1)
+            end_process(HUNG)
+
+    def _waits(self) -> bool:
+        """Return whether this rank waits for another one that may still finish, or be the first to end them all."""
+        return self.waits_since is not None and \
+            min(still[1] for _, still in self.seen) <= watch.patience + 2 * BEAT_EVERY * LOOK_EVERY
 
     def _say_who(self, awaited: Mapping[int, float], silent: Mapping[int, float], me: int) -> None:
         """Print which ranks are waited for. The lowest waiting rank prints."""
@@ -286,7 +290,13 @@ class _Watch:
                 if self.tell("gone"):
                     print(f"error: process {self.before} has ended without a word, as by SIGKILL; all others end too",
                           file=sys.stderr, flush=True)
-                os._exit(self.code())
+                self._leave()
+
+    def _leave(self) -> None:
+        """End this process as the first rank that failed; where that hangs, the stacks show where this one waits."""
+        if (code := self.code()) == HUNG:
+            watch.leave()
+        end_process(code)
 
 
 def _ranks(ranks: Iterable[int]) -> str:
@@ -391,6 +401,7 @@ def _tree(start: int, end: int, compute: Callable[[int], Part]) -> Part:
     return left
 
 
+@_together()
 def _sum_over_ranks(x: Tensor) -> Tensor:
     """Sum a flat tensor over ranks: the upper part of the tree."""
     size, this, group = world_size(), rank(), _data if x.is_cuda else None

@@ -98,9 +98,15 @@ class Watch:
         self.ended.set()
         self.thread.join()
 
-    def configure(self, train: Mapping[str, Any], log: Any) -> None:
-        """Apply the options of a run. Raises: ValueError for an invalid `train.stop_after`."""
-        self.end = end_of(train["stop_after"], self.began) if train["stop_after"] is not None else None
+    def configure(self, opt: Mapping[str, Any], log: Any) -> None:
+        """Apply the options of a run. Raises: OptionError for an invalid `train.stop_after`."""
+        from options import OptionError  # imports more than this module may
+
+        train = opt["train"]
+        try:
+            self.end = end_of(train["stop_after"], self.began) if train["stop_after"] is not None else None
+        except ValueError as error:
+            raise OptionError(f"{opt['opt_path']}: {error}") from None
         self.grace, self.log = train["grace"], log
         self.patience = self.patience if train["watchdog"] is None else train["watchdog"]
         self.longest, self.counts, self.warned = {}, Counter(), False
@@ -196,17 +202,19 @@ class Watch:
         if 0 < self.patience < self.still and not self.waits():
             rank = os.environ.get("RANK", "0")
             cause = f"rank {rank} hangs: nothing was finished for {self.still:.0f} s (train.watchdog) in: {self.now[1]}"
-            first = self.tell(cause, HUNG)
-            last = threading.Thread(target=self._report, args=(f"error: {cause}", first), daemon=True)
-            last.start()
-            last.join(DUMP_SECONDS)
-            end_process(HUNG)
+            self.leave(f"error: {cause}" if self.tell(cause, HUNG) else "")
 
-    def _report(self, cause: str, first: bool) -> None:
-        """Write the stacks, then the line."""
-        place = self.dump()
-        if first:
-            print_now(f"{cause}; the stacks of all threads are in {place}; run the same command again", always=True)
+    def leave(self, cause: str = "") -> None:
+        """Write the stacks and a line, and end this process, also where the disk hangs."""
+        def report() -> None:
+            place = self.dump()
+            if cause:
+                print_now(f"{cause}; the stacks of all threads are in {place}; run the same command again", always=True)
+
+        last = threading.Thread(target=report, daemon=True)
+        last.start()
+        last.join(DUMP_SECONDS)
+        end_process(HUNG)
 
     def dump(self) -> str:
         """Append the stacks of all threads to a file in the log folder. Returns its path, or "the lines above"."""

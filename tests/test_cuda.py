@@ -198,7 +198,7 @@ def test_tf32_is_not_tied_to_deterministic(monkeypatch, tmp_path):
     """It repeats itself, and without it a deterministic step of large matrix products takes several times as long."""
     cuda_here(monkeypatch)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    opt = {"num_threads": 1, "device": "cuda", "gpu_ids": None, "dist_timeout": 9, "deterministic": True,
+    opt = {"num_threads": 1, "device": "cuda", "gpu_ids": None, "deterministic": True,
            "train": {"manual_seed": 0}}
     try:
         determinism.prepare_machine(opt)

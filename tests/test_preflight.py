@@ -101,7 +101,7 @@ def test_a_dry_run_tries_all_and_leaves_nothing(tmp_path, options_of, capfd, mon
     code, table = dry(arguments, capfd)
     assert code == 0 and everything_in(tmp_path) == before
     assert {name: status for name, (status, _) in table.items()} == dict.fromkeys(
-        ("start", "data", "data test", "steps", "use test", "memory", "save", "disk", "duration"), "ok")
+        ("start", "data", "data test", "steps", "use test", "memory", "save", "disk", "duration", "stop"), "ok")
     assert table["start"][1].startswith("at iteration 0 of 9")
     assert table["data"][1] == "11 of 11 training samples read"
     assert table["disk"][1].startswith("checkpoints to come: 4 of ")

@@ -36,9 +36,10 @@ class Acts(Hooks):
     """Lets things happen in this process, as (step, what).
 
     Before a validation: "bad validation", a signal and "at validation". After a step: a signal, "press N" (SIGINT
-    now and N seconds later), "raise", "sleep", "time is over" (train.stop_after), "other weights", "full disk"; "nan":
-    in the next loss; "worker dies in save": in the next save; "dies at file operation N" of those to come. In the data
-    of a step: "sample" and what `Troubled` does. In step 0: "nohup", "impatient", "listens late", "SIGTERM at start".
+    now and N seconds later), "raise", "sleep", "time is over" (train.stop_after), "watched" (train.watchdog),
+    "other weights", "full disk"; "nan": in the next loss; "worker dies in save": in the next save; "dies at file
+    operation N" of those to come. In the data of a step: "sample" and what `Troubled` does. In step 0: "nohup",
+    "impatient", "listens late", "SIGTERM at start".
     """
 
     def __init__(self, acts):
@@ -86,6 +87,8 @@ class Acts(Hooks):
                 time.sleep(600)
             elif what == "time is over":
                 watch.end = time.monotonic()
+            elif what == "watched":
+                watch.patience = 2.0
             elif what == "worker dies in save":
                 checkpoint.commit = self.commit_without_a_worker
             elif what.startswith("dies at file operation"):
