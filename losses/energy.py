@@ -135,7 +135,8 @@ class GeometricFreeEnergyLoss(nn.Module):
         if groups is None:
             swd = self.swd(x_pred, x_style, generator)
         else:
-            members = [[i for i, group in enumerate(groups) if group == one] for one in sorted(set(groups))]
+            members = [torch.tensor([i for i, group in enumerate(groups) if group == one])
+                       .to(x_pred.device, non_blocking=True) for one in sorted(set(groups))]
             swd = sum(len(m) / len(groups) * self.swd(x_pred[m], x_style[m], generator) for m in members)
         ssm = self.ssm(x_pred, x_src, generator)
         return {"total": self.w_style * swd + self.w_content * ssm, "style_swd": swd, "content_ssm": ssm}

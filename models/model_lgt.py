@@ -175,9 +175,9 @@ class ModelLGT(ModelPlain):
     def losses(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Compute the energy of the ends of trajectories that begin at random times, and the velocity penalty."""
         t, count = self.opt_train, len(self.source)
-        x0 = torch.randn(self.source.shape).to(self.device)
+        x0 = torch.randn(self.source.shape).to(self.device, non_blocking=True)
         least = t["epsilon"] * min(self.epoch / max(t["epsilon_warmup_epochs"], 1), 1)
-        start = (torch.rand(count) * (1 - least) + least).to(self.device)
+        start = (torch.rand(count) * (1 - least) + least).to(self.device, non_blocking=True)
         dropped = bool(torch.rand(()) < t["label_drop_prob"])
         style = self.target_style.to(self.device, non_blocking=True)
         x_t = torch.lerp(x0, self.source, start[:, None, None, None])

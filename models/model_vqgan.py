@@ -76,6 +76,7 @@ class ModelVQGAN(ModelPlain):
             if network is not None:  # a step takes 20 to 30 % less time
                 network.to(memory_format=torch.channels_last)
         self.netD = self.networks["D"] = self.loss.discriminator
+        self.act_norms = [module for module in self.netD.modules() if isinstance(module, ActNorm)]
         self.lpips: LPIPS | None = self.loss.perceptual_loss
         self.images = self.restored = None  # (B*D,C,H,W)
         self.indices: list[Tensor] = []  # indices of each codebook
@@ -214,6 +215,8 @@ class ModelVQGAN(ModelPlain):
         hits, seen = counts[: len(self.hits)], counts[len(self.hits) :]
         self.get_bare_model(self.netG).update_codebook(step, seen, distributed.broadcast)
         terms = self.log_dict
+        for module in self.act_norms if self.calculator.discriminator_due(step) else ():
+            module.surely = True
         self.discriminator_log |= {name: terms.pop(name) for name in list(terms) if name.startswith("D_")}
         self.log_dict = {**terms, **mean_use(hits), **self.discriminator_log}
 
@@ -224,8 +227,7 @@ class ModelVQGAN(ModelPlain):
 
     def moving_tensors(self) -> list[Tensor]:
         """Return the buffers, and what the first batch of D sets."""
-        first = [m for m in self.netD.modules() if isinstance(m, ActNorm) and not m.initialized]
-        return [*super().moving_tensors(), *(p for m in first for p in (m.loc, m.scale))]
+        return [*super().moving_tensors(), *(p for m in self.act_norms for p in (m.loc, m.scale))]
 
     def lower_temperature(self, step: int) -> None:
         """Set the temperature of Gumbel codebooks for a step."""

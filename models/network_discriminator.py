@@ -19,9 +19,14 @@ class ActNorm(nn.Module):
         self.loc = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
         self.register_buffer("initialized", torch.tensor(0, dtype=torch.uint8))
+        self.surely = False  # whether it is initialized, without a question that waits for the device
+
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        self.surely = bool(self.initialized)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and not self.initialized:
+        if self.training and not self.surely and not self.initialized:
             with torch.no_grad():
                 self.loc.copy_(-x.mean(dim=(0, 2, 3), keepdim=True))
                 self.scale.copy_(1 / (x.std(dim=(0, 2, 3), keepdim=True) + 1e-6))

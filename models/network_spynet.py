@@ -175,7 +175,8 @@ class TapSum(torch.autograd.Function):
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # half precision is too coarse for coordinates
     def forward(ctx, x: Tensor, offset: Tensor, modulation: Tensor, weight: Tensor) -> Tensor:
         h, w = x.shape[-2:]
-        tap, row, column = torch.arange(9)[:, None, None], torch.arange(h)[:, None], torch.arange(w)
+        tap, row, column = (torch.arange(size, device=x.device) for size in (9, h, w))
+        tap, row = tap[:, None, None], row[:, None]
         rows, columns = (tap // 3 - 1 + row).expand(9, h, w), (tap % 3 - 1 + column).expand(9, h, w)
         # pixels to [-1, 1]; as rows come first in an offset, it is x's transpose that is sampled
         ctx.scale = offset.new_tensor([2 / max(h - 1, 1), 2 / max(w - 1, 1)])[:, None]

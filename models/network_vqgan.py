@@ -385,9 +385,9 @@ class AveragedCodes(nn.Module):
 class EMAVectorQuantizer(VectorQuantizer):
     """Quantize latents with a codebook whose codes are moving averages of the latents that they represent.
 
-    A forward pass in training counts when its backward pass runs, and only `update` moves the codes. So an iteration
-    has one update, with gradient accumulation, gradient checkpointing and further passes without gradient, and a
-    skipped step leaves the codes unchanged. `frozen = True` stops updates.
+    `take_counts` counts the last forward pass in training whose result has a gradient, and only `update` moves the
+    codes. So an iteration has one update, with gradient accumulation, gradient checkpointing and further passes without
+    gradient, and a skipped step leaves the codes unchanged. `frozen = True` stops updates.
 
     Args:
         n_embed, embed_dim, beta, remap, sane_index_shape: as in VectorQuantizer.
@@ -406,7 +406,8 @@ class EMAVectorQuantizer(VectorQuantizer):
                  sane_index_shape: bool = False):
         super().__init__(n_embed, embed_dim, beta, remap, sane_index_shape)
         self.decay, self.eps, self.restart_below, self.frozen = decay, eps, restart_below, False
-        self._seen = self._latents = None  # set between a backward pass and the update
+        self._last: tuple[Tensor, Tensor] | None = None  # latents (B, h*w, C) and indices that are not yet counted
+        self._latents: Tensor | None = None  # of the first micro-batch since the last update
 
     def _codes(self, n_embed: int, embed_dim: int) -> nn.Module:
         return AveragedCodes(n_embed, embed_dim)
@@ -415,27 +416,22 @@ class EMAVectorQuantizer(VectorQuantizer):
         return self.beta * F.mse_loss(z, codes)
 
     def _observe(self, output: Tensor, flat: Tensor, indices: Tensor) -> None:
-        if not self.training or self.frozen or not output.requires_grad:
-            return
-        batch = [(flat.view(len(output), -1, flat.shape[1]), indices)]
-        output.register_hook(lambda _: self._count(*batch.pop()) if batch else None)  # at most once
-
-    @torch.no_grad()
-    def _count(self, flat: Tensor, indices: Tensor) -> None:
-        if self._seen is None:
-            self._seen = flat.new_zeros(self.n_embed, 1 + flat.shape[2])  # of each code: hits, sum of latents
-        self._seen.index_add_(0, indices, F.pad(flat.flatten(0, 1), (1, 0), value=1.0))
-        self._latents = flat if self._latents is None else self._latents
+        if self.training and not self.frozen and output.requires_grad:
+            self._last = flat.view(len(output), -1, flat.shape[1]), indices
 
     def take_counts(self) -> Tensor:
-        """Return and reset the counts since the last call: hits and sum of latents of each code, (K, 1 + C)."""
-        seen, self._seen = self._seen, None
-        return self.embedding.weight.new_zeros(self.n_embed, 1 + self.embedding.weight.shape[1]) if seen is None \
-            else seen
+        """Return the counts of the last forward pass: hits and sum of latents of each code, (K, 1 + C)."""
+        weight = self.embedding.weight
+        seen = weight.new_zeros(self.n_embed, 1 + weight.shape[1])
+        if self._last is not None:
+            (flat, indices), self._last = self._last, None
+            seen.index_add_(0, indices, F.pad(flat.flatten(0, 1), (1, 0), value=1.0))
+            self._latents = flat if self._latents is None else self._latents
+        return seen
 
     def drop_counts(self) -> None:
-        """Forget the counts since the last update."""
-        self._seen = self._latents = None
+        """Forget what is not counted yet, and the latents."""
+        self._last = self._latents = None
 
     @torch.no_grad()
     def update(self, step: int = 0, seen: Tensor | None = None, broadcast: Broadcast = lambda x: x) -> None:
@@ -443,12 +439,13 @@ class EMAVectorQuantizer(VectorQuantizer):
 
         Args:
             step: iteration, the seed of the latents that replace restarted codes.
-            seen: counts of all micro-batches; None: those of `take_counts`.
+            seen: sum of `take_counts` of all micro-batches; None: of the last forward pass.
             broadcast: returns rank 0's tensor; called with the latents of the first micro-batch, with restart_below.
         """
+        seen = self.take_counts() if seen is None else seen
         if self._latents is None:
             return
-        seen, flat, book = self.take_counts() if seen is None else seen, self._latents, self.embedding
+        flat, book = self._latents, self.embedding
         self.drop_counts()
         book.cluster_size.lerp_(seen[:, 0], 1 - self.decay)
         book.embed_avg.lerp_(seen[:, 1:], 1 - self.decay)
@@ -458,7 +455,7 @@ class EMAVectorQuantizer(VectorQuantizer):
             dead = book.cluster_size < self.restart_below * even
             generator = torch.Generator().manual_seed(step)  # no state to restore
             draw = torch.randperm(max(self.n_embed, len(flat)), generator=generator)[: self.n_embed] % len(flat)
-            restarted = flat[draw.to(flat.device)] * even
+            restarted = flat[draw.to(flat.device, non_blocking=True)] * even
             book.embed_avg.copy_(torch.where(dead[:, None], restarted, book.embed_avg))
             book.cluster_size.copy_(torch.where(dead, even, book.cluster_size))
         total = book.cluster_size.sum()

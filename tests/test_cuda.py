@@ -1,17 +1,22 @@
 """What only CUDA would show, seen without it: on the meta device, or with the device's own words put in its place."""
 
+import contextlib
 import json
 import os
 import runpy
 import sys
+import traceback
 import weakref
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import main as door
+from benchmarks import common
 from losses.energy import PatchSlicedWassersteinLoss
 from models.model_base import ModelBase
 from models.model_plain import ModelPlain
@@ -19,7 +24,7 @@ from models.model_vqgan import ModelVQGAN
 from models.network_vqgan import nearest
 from options import OptionError
 from runtime import determinism, distributed, resume
-from tests import tiny
+from tests import tiny, world
 from tests.conftest import ROOT, write_json
 from tests.runs import assert_equal_runs, run
 
@@ -225,3 +230,77 @@ def test_a_resume_says_which_of_cuda_cudnn_and_driver_changed(tmp_path, monkeypa
         assert run("-opt", path, "--set", f"train.total_iter={count}") == 0
     said = capsys.readouterr().out
     assert "cudnn 91900 -> 92000, driver 535.104.05 -> 580.65.06" in said and "cuda_version" not in said
+
+
+# ---------------------------------------------------------------- waiting for the device
+
+
+class Waits(TorchDispatchMode):
+    """Collects copies and indices that let the CPU wait for the device. The meta device itself rejects `.item()`,
+    `.tolist()`, `bool(tensor)`, `nonzero` and copies to the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, func.__name__
+        if name == "_to_copy.default":
+            waits = kwargs.get("device", args[0].device) != args[0].device and not kwargs.get("non_blocking")
+        elif name == "copy_.default":
+            waits = args[0].device != args[1].device and not (args[2:3] or (False,))[0]
+        else:
+            waits = name.startswith("index") and any(isinstance(index, torch.Tensor) and index.device != args[0].device
+                                                     for index in pytree.tree_leaves(args[1:]))
+        if waits:
+            ours = [str(frame) for frame in traceback.extract_stack() if str(ROOT) in frame.filename]
+            self.seen.append((name, ours[-2]))
+        return func(*args, **kwargs)
+
+
+@pytest.fixture
+def on_meta(tmp_path, monkeypatch):
+    """Builds a small run of a recipe on the meta device; returns it with its batches."""
+    for name in ("Adam", "AdamW"):  # no fused optimizer can be made there
+        real = getattr(torch.optim, name)
+        monkeypatch.setattr(torch.optim, name, lambda *args, real=real, fused, **how: real(*args, **how))
+    monkeypatch.setattr(torch, "autocast", lambda *args, **how: contextlib.nullcontext())
+    with contextlib.ExitStack() as stack:
+        def build(kind, **changes):
+            small = {"datasets.train.dataloader_batch_size": 4, "device": "meta", **changes}
+            opt = common.read_options(str(world.recipe(kind, tmp_path, "run")), small)
+            run = common.build_run(opt)
+            return run, stack.enter_context(common.batches_of(run))
+
+        yield build
+
+
+RECIPES = {**dict.fromkeys(world.RECIPES, {}), "vqgan": {
+    "netG.net_type": "emavq", "train.lossconfig.use_actnorm": True, "train.lossconfig.disc_start": 1,
+    "train.disc_every": 1, "train.accumulate": 2}, "vrt": {
+    "datasets.train.dataloader_batch_size": 1}}
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_no_step_waits_for_the_device(on_meta, kind):
+    run, batches = on_meta(kind, **RECIPES[kind])
+    for module in getattr(run.model, "act_norms", ()):
+        module.surely = True  # as after the first step of the discriminator, which asks
+    data = next(batches)
+    with Waits() as waits:
+        run.model.feed_data(data)
+        run.model.update_learning_rate(0)
+        run.model.optimize_parameters(1)
+    assert not waits.seen
+
+
+def test_act_norm_asks_the_device_until_the_first_step_of_the_discriminator(tmp_path):
+    def flags(run):
+        seen.append([module.surely for module in run.model.act_norms])
+
+    steps = {"checkpoint_test": 9, "total_iter": 4, "lossconfig": {"use_actnorm": True}}
+    seen, path = [], world.recipe("vqgan", tmp_path, "run", train=steps)
+    looks = [tiny.At(event, step, flags) for event, step in (("before_step", 2), ("after_step", 2), ("after_step", 3))]
+    assert run("-opt", path, hooks=[*looks, tiny.stop_after(2)]) == 143
+    assert run("-opt", path, hooks=[tiny.At("before_step", 3, flags)]) == 0  # resumed
+    assert seen == [[False], [True], [True]]
