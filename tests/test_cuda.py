@@ -18,6 +18,7 @@ import checkpoint
 import main as door
 from benchmarks import common
 from losses.energy import PatchSlicedWassersteinLoss
+from models import network_vrt
 from models.model_base import ModelBase
 from models.model_plain import ModelPlain
 from models.model_vqgan import ModelVQGAN
@@ -304,3 +305,25 @@ def test_act_norm_asks_the_device_until_the_first_step_of_the_discriminator(tmp_
     assert run("-opt", path, hooks=[*looks, tiny.stop_after(2)]) == 143
     assert run("-opt", path, hooks=[tiny.At("before_step", 3, flags)]) == 0  # resumed
     assert seen == [[False], [True], [True]]
+
+
+# ---------------------------------------------------------------- compilation
+
+
+@pytest.mark.parametrize("kind, changes", [
+    ("vqgan", {"netG.net_type": "emavq"}), ("vqvae", {"netG.net_type": "vqvae2"}), ("lgt", {}), ("segmentation", {}),
+    *(pytest.param(kind, {}, marks=pytest.mark.slow) for kind in ("vrt", "inktrace", "inktrace dense"))])
+def test_a_forward_pass_is_one_graph(tmp_path, monkeypatch, kind, changes):
+    """Each break lets Python run between two graphs, and costs what compilation wins."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net: real(net, backend="eager", fullgraph=True))
+    monkeypatch.setattr(network_vrt, "fused", lambda x: True)  # as on CUDA
+    changes = {"datasets.train.dataloader_batch_size": 2, "train.compile": True, "train.amp": "bf16", **changes}
+    run = common.build_run(common.read_options(str(world.recipe(kind, tmp_path, "run")), changes))
+    with common.batches_of(run) as batches:
+        run.model.feed_data(next(batches))
+    torch._dynamo.reset()
+    run.model.begin_step(1)
+    run.model.losses(1)  # raises where the graph breaks
+    for counts in getattr(run.model.netG, "take_counts", list)():
+        assert counts[:, 0].sum() > 0  # what compiled code leaves for the codebook
