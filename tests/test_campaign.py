@@ -158,7 +158,7 @@ def never_stopped(tmp_path_factory):
 
 
 @pytest.mark.parametrize("straight_size, sizes, accumulate", [(1, (1, 2, 4), 4), (3, (3,), 3), (6, (6,), 6)],
-                         ids=["on 1, 2, 4", "on 3", "on 6"])
+                         ids=["changing", "three", "six"])
 @pytest.mark.parametrize("kind", world.RECIPES)
 @pytest.mark.parametrize("number", range(SCHEDULES))
 def test_a_random_schedule_of_launches_ends_with_the_same_bits(tmp_path, never_stopped, kind, straight_size, sizes,
