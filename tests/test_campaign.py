@@ -140,6 +140,12 @@ def schedule(dice, sizes, total=6):
     return [*launches, (dice.choice(sizes), None)]
 
 
+def recipe(kind, folder, name, accumulate):
+    """Make an option file with two rows in each micro-batch."""
+    return world.recipe(kind, folder, name, train={"accumulate": accumulate},
+                        datasets={"train": {"dataloader_batch_size": 2 * accumulate}})
+
+
 @pytest.fixture(scope="module")
 def never_stopped(tmp_path_factory):
     """Runs a recipe without a stop, once for each number of processes and micro-batches. Returns its folder."""
@@ -148,7 +154,7 @@ def never_stopped(tmp_path_factory):
     def launch(kind, size, accumulate):
         if (key := (kind, size, accumulate)) not in runs:
             folder = tmp_path_factory.mktemp("straight")
-            path = world.recipe(kind, folder, "one", train={"accumulate": accumulate})
+            path = recipe(kind, folder, "one", accumulate)
             codes, said = world.run(folder / "out", size, "-opt", path, seconds=600)
             assert codes == [0] * size, said
             runs[key] = folder / "one"
@@ -165,7 +171,7 @@ def test_a_random_schedule_of_launches_ends_with_the_same_bits(tmp_path, never_s
                                                                accumulate, number):
     expected = never_stopped(kind, straight_size, accumulate)
     launches = schedule(random.Random(f"{kind}, {sizes}, {number}"), sizes)
-    path = world.recipe(kind, tmp_path, "two", train={"accumulate": accumulate})
+    path = recipe(kind, tmp_path, "two", accumulate)
     print(f"{kind}, {number}: {launches}", flush=True)
     for size, act in launches:
         codes, said = world.run(tmp_path / "out", size, "-opt", path, acts=[act] if act else [], seconds=600)
