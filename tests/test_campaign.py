@@ -129,14 +129,14 @@ SCHEDULES = int(os.environ.get("PERDURE_SCHEDULES", 2))  # for each recipe and c
 def schedule(dice, sizes, total=6):
     """Draw launches until the end of a run, (processes, act); the act is (rank, step, signal), or None in the last one.
 
-    SIGKILL loses the steps since the last save. After SIGTERM the ranks agree on this step or the next.
+    After SIGKILL a run resumes from any save before this step, after SIGTERM from this step or the next.
     """
     launches, done = [], 0
     while len(launches) < dice.randint(1, 4) and done < total:
         size, step = dice.choice(sizes), dice.randint(done + 1, total)
         how = dice.choice(["SIGKILL", "SIGTERM"]) if step < total - 1 else "SIGKILL"
         launches.append((size, (dice.randrange(size), step, how)))
-        done = step + 1 if how == "SIGTERM" else max(done, (step - 1) // 2 * 2)
+        done = step + 1 if how == "SIGTERM" else step - 1
     return [*launches, (dice.choice(sizes), None)]
 
 

@@ -12,6 +12,7 @@ import torch
 import checkpoint
 from models.model_plain import ModelPlain
 from options import OptionError
+from runtime.hooks import Hooks
 from tests import tiny
 from tests.runs import assert_equal_runs, differing, final, rows, run, run_until, straight_and_stopped
 
@@ -69,6 +70,20 @@ def test_what_a_validation_draws_leaves_the_training_alone(tmp_path, monkeypatch
         monkeypatch.setattr(ModelPlain, "test", lambda self: (real(self), torch.rand(1), random.random(),
                                                               np.random.random()))
     assert_equal_runs(tmp_path / "one", tmp_path / "two", TOTAL)
+
+
+def test_each_hook_is_called_at_its_point(tmp_path):
+    calls = []
+
+    class Recorder(Hooks):
+        def __getattribute__(self, name):
+            return lambda run: calls.append(f"{name} {run.iteration}")
+
+    train = {"total_iter": 3, "checkpoint_save": 2, "checkpoint_test": 3}
+    assert run("-opt", tiny.write(tmp_path, "one", train=train), hooks=[Recorder()]) == 0
+    assert calls == ["before_training 0", "before_step 1", "after_step 1", "before_step 2", "after_step 2",
+                     "before_save 2", "before_step 3", "after_step 3", "before_save 3", "before_validation 3",
+                     "before_save 3"]  # with the metrics
 
 
 def test_parts_of_a_batch_make_the_same_step(tmp_path):
