@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -62,9 +63,9 @@ def main() -> None:
               f"{one['seconds'] / step:>9.0%}")
 
 
-def spawn(count: int) -> dict[str, float]:
-    """Start that many processes with this script's arguments. Returns what they measured."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", __file__]
+def spawn(count: int, script: str = __file__) -> dict[str, Any]:
+    """Start that many processes of a script with these arguments. Returns what they measured."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", script]
     environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     done = subprocess.run([*command, *sys.argv[1:]], capture_output=True, text=True, env=environment)
     rows = [line for line in done.stdout.splitlines() if line.startswith("{")]

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 import main as door
+from benchmarks.scaling import KEY
 from tests import world
 from tests.conftest import ROOT
+from tests.programs import print_to
 
 
 @pytest.fixture
@@ -50,6 +52,26 @@ def test_the_scaling_benchmark_of_a_single_process(script, tmp_path, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "1")
     found = json.loads(script("scaling", world.recipe("vqvae", tmp_path, "run"), "--steps", 1).splitlines()[-1])
     assert found["seconds"] > 0 and found["bytes"] > 0
+
+
+def rank_of_benchmark(rank, size, port, arguments, output, _):
+    """One of several processes of benchmarks/against_ddp.py."""
+    world.join(rank, size, port)
+    print_to(output)
+    from benchmarks import against_ddp
+
+    sys.argv = ["against_ddp.py", *arguments]
+    against_ddp.main()
+
+
+def test_the_benchmark_against_ddp(tmp_path):
+    """Two ranks; the launcher only starts them."""
+    path = world.recipe("vqgan", tmp_path, "run", train={"accumulate": 4})
+    ranks = world.World(tmp_path / "out", 2, path, "--steps", 1, "--set", f"{KEY}=4", "--set", "train.disc_every=1",
+                        member=rank_of_benchmark)
+    assert ranks.finish() == [0, 0], ranks.report()
+    found = json.loads(ranks.said(0).splitlines()[-1])
+    assert found["ours"] > 0 and found["usual"] > 0 and found["micro_batches"] == 4
 
 
 # ---------------------------------------------------------------- gpu.py

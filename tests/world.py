@@ -26,10 +26,15 @@ DDCONFIG = {"in_channels": 3, "out_ch": 3, "resolution": 16, "ch": 32, "ch_mult"
 
 def member(rank, size, port, arguments, output, acts):
     """A process of the world, as torchrun would start it; `acts` are (rank, step, what) that happen in it."""
+    join(rank, size, port)
+    run_main_here(arguments, output, hooks=[Acts({(step, what) for who, step, what in acts if who == rank})])
+
+
+def join(rank, size, port):
+    """Let this process have what torchrun tells its processes."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="", TORCHELASTIC_USE_AGENT_STORE="True",
                       TORCHELASTIC_RESTART_COUNT="0")
-    run_main_here(arguments, output, hooks=[Acts({(step, what) for who, step, what in acts if who == rank})])
 
 
 class Acts(Hooks):
@@ -167,7 +172,7 @@ class Troubled:
 class World:
     """The processes; `finish` waits for them and never longer than asked."""
 
-    def __init__(self, folder, size, *arguments, acts=()):
+    def __init__(self, folder, size, *arguments, acts=(), member=member):
         self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         folder.mkdir(exist_ok=True)
         stem = f"{time.monotonic_ns()}"
