@@ -95,7 +95,8 @@ def test_parts_of_a_batch_make_the_same_step(tmp_path):
         model = ModelPlain.__new__(ModelPlain)
         net = tiny.Net().eval()
         model.__dict__ |= {"netG": net, "forward_G": net, "networks": {"G": net}, "G_lossfn": torch.nn.L1Loss(),
-                           "scaler": None, "optimizers": {"optimizerG": torch.optim.SGD(net.parameters(), 0.0)},
+                           "scaler": None, "moving": None,
+                           "optimizers": {"optimizerG": torch.optim.SGD(net.parameters(), 0.0)},
                            "device": torch.device("cpu"), "degraded": data, "target": data * 0.5, "skipped": 0,
                            "opt_train": {"accumulate": parts, "amp": None, "G_lossfn_weight": 2.0, "on_nan": "stop",
                                          "G_optimizer_clipgrad": None, "manual_seed": 0}}
