@@ -584,6 +584,11 @@ def models_folder(opt: Mapping[str, Any]) -> str:
     return opt["path"]["models"] or os.path.join(opt["path"]["root"], opt["task"], "models")
 
 
+def run_folder(opt: Mapping[str, Any]) -> str:
+    """Return the folder of a run: the one of its checkpoints where the options name that, else the one above it."""
+    return opt["path"]["models"] or os.path.dirname(models_folder(opt))
+
+
 def check_dataset(opt: Mapping, name: str, table: Table, where: Callable[[str], str], notices: list[str]) -> Section:
     """Check an entry of `datasets`, and add the values that every dataset gets from other sections."""
     path, section = f"datasets.{name}", opt["datasets"][name]

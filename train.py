@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import checkpoint
@@ -22,11 +23,11 @@ from models.model_base import ModelBase
 from report import RunReport
 from runtime import determinism, distributed
 from runtime.determinism import fastest_kernels, prepare_machine
-from runtime.evaluate import Progress, describe_losses, validate
+from runtime.evaluate import Progress, describe_epoch, describe_losses, validate
 from runtime.finite import FiniteCheck, NonFiniteLoss, compute_again
 from runtime.history import History
 from runtime.hooks import HookList, Hooks
-from runtime.resume import find_source, open_folder, restore
+from runtime.resume import find_source, learning_rate, open_folder, restore
 from runtime.saves import Saves, check_ranks
 from runtime.signals import StopRequest
 from runtime.watchdog import watch
@@ -61,6 +62,7 @@ class Run:
     def __init__(self, opt: options.Section, log: RunLog, hooks: Iterable[Hooks] = ()):
         self.opt, self.log, self.hooks = opt, log, HookList(hooks)
         self.iteration = self.started_at = 0
+        self.length_key = "train.total_epochs" if opt["train"]["total_epochs"] else "train.total_iter"
         self.train_set = build_dataset(opt, "train")
         self.names = names_digest(self.train_set)
         self.test_sets = {name: build_dataset(opt, name) for name, section in opt["datasets"].items()
@@ -69,7 +71,7 @@ class Run:
         self.model = build_model(opt)
         self.losses = FiniteCheck(self.model.scaler)
         self.models = self.model.save_dir
-        self.folder = self.models if opt["path"]["models"] else self.models.parent
+        self.folder = Path(options.run_folder(opt))
         keep, (name, mode) = opt["checkpoint"], self.model.best_metric
         if keep["best_metric"] not in (None, name) and keep["best_mode"] is None:
             raise options.OptionError(f"{opt['opt_path']}: checkpoint.best_mode: missing; whether a larger or a "
@@ -166,11 +168,20 @@ class Run:
                               "checkpoints are intact; mend the disk and run the same command: it repeats the steps "
                               "since the newest one")
 
-    def record(self) -> None:
-        """Write a log line and a CSV row of this iteration."""
+    def record(self, printed: bool) -> None:
+        """Write a CSV row of this iteration, and if `printed` a log line; one of the epoch if it ends here."""
+        means = self.model.close_epoch() if self.due(0, 1) else {}
+        if not (printed or means):
+            return
+        self.losses.check()
         losses, rate = self.model.current_log(), self.model.current_learning_rate()
         epoch = self.position[0]
-        self.log.row("train", {"iteration": self.iteration, "epoch": epoch, "lr": rate, **losses})
+        self.log.row("train", {"iteration": self.iteration, "epoch": epoch, "lr": rate, **losses,
+                               **{f"epoch_{name}": value for name, value in means.items()}})
+        if means:
+            self.log.line(describe_epoch(self, means, learning_rate(self, self.iteration)))
+        if not printed:
+            return
         terms = describe_losses(losses)
         terms += f" | {self.model.skipped} steps skipped" if self.model.skipped else ""
         self.log.line(f"iter {self.iteration:>7,} | epoch {epoch} | lr {rate:.3e} | {terms} | "
@@ -250,9 +261,7 @@ class Run:
             self.hooks.after_step(self)
             self.show_progress()
             self.saves.poll()
-            if self.due(train["checkpoint_print"], None):
-                self.losses.check()
-                self.record()
+            self.record(printed=self.due(train["checkpoint_print"], None))
             if self.save_due() or stop.save:
                 self.save("clock")
             if self.validation_due():  # after the save, so that a failure in it costs no step
@@ -290,11 +299,11 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
                 not resume or run.remembered) and not (
                 source.committed and run.validation_missing()):
             log.line(f"finished at iteration {run.iteration} of {opt['train']['total_iter']}: nothing left to do; "
-                     "raise train.total_iter to train longer")
+                     f"raise {run.length_key} to train longer")
             return 0
         if resume and run.iteration > opt["train"]["total_iter"]:
-            raise options.OptionError(f"{resume}: is at iteration {run.iteration}, past train.total_iter "
-                                      f"{opt['train']['total_iter']}; raise that")
+            raise options.OptionError(f"{resume}: is at iteration {run.iteration}, past the end of the run, "
+                                      f"iteration {opt['train']['total_iter']}; raise {run.length_key}")
         run.hooks.before_training(run)
         watch.compare_grace()
         stop.waits = True  # before this line there was nothing to save

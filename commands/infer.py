@@ -67,7 +67,7 @@ def infer(opt: options.Section, notices: list[str], *, resume: str | None = None
                     for name, section in opt["datasets"].items() if section["phase"] == "test"}
             if not sets:
                 raise options.OptionError(f"{opt['opt_path']}: datasets.test: missing; or give --input and --output")
-            pictures = model.save_dir.parent / "images" / "use" if opt["val"]["save_img"] else None
+            pictures = Path(options.run_folder(opt)) / "images" / "use" if opt["val"]["save_img"] else None
             evaluate(model, sets, log, None, stop, pictures)
             return stop.exit_code
         weights = checkpoint.fingerprint({f"{label}.{key}": value for label, network in model.networks.items()

@@ -91,6 +91,10 @@ class ModelBase(TrainingStep):
         """Move a batch to the device; without `need_H` its targets are ignored."""
         raise NotImplementedError
 
+    def close_epoch(self) -> dict[str, float]:
+        """Return the means of the epoch that ended with the last step, for the log; {}: the recipe counts none."""
+        return {}
+
     def test(self) -> None:
         """Run the network on the batch of `feed_data` without gradients."""
         raise NotImplementedError

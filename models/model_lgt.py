@@ -35,9 +35,10 @@ from log.pictures import write_picture
 from log.run_log import tolerated
 from losses.energy import CosineSSMLoss, PatchSlicedWassersteinLoss
 from models.model_plain import ModelPlain, build_schedule
-from options import OptionError
+from options import OptionError, run_folder
 from runtime import distributed
 from runtime.ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ProperFraction, Seed
+from storage.files import save_file
 from storage.foreign import unpack
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x (B,c,h,w), t (B,)) -> (B,c,h,w)
@@ -125,7 +126,7 @@ class ModelLGT(ModelPlain):
         self.inferring = False  # whether the model was loaded for inference on files
         self.epoch = 0  # current or last epoch, from 1
         self.sums: dict[str, Tensor] = {}  # of the losses of the epoch, by name
-        self.count, self.began = 0, time.monotonic()
+        self.count, self.step, self.began = 0, 0, time.monotonic()
         self.launched = time.strftime("%Y%m%d_%H%M%S")
 
     def define_scheduler(self) -> None:
@@ -163,8 +164,7 @@ class ModelLGT(ModelPlain):
         if "target_style" in data:
             epoch = int(data["epoch"].max()) + 1
             if epoch != self.epoch:
-                self.close_epoch(self.current_learning_rate())
-                self.epoch = epoch
+                self.begin_epoch(epoch)
             self.target_style = data["target_style"]  # stays on the CPU, where groups are formed
             self.source, self.reference = (data[k].to(self.device, non_blocking=True) for k in ("source", "reference"))
             return
@@ -189,17 +189,10 @@ class ModelLGT(ModelPlain):
             terms["total"] = terms["total"] + terms["vel_reg"]
         return {"optimizerG": t["G_lossfn_weight"] * terms["total"]}, {f"loss_{k}": v for k, v in terms.items()}
 
-    def optimize_parameters(self, current_step: int) -> None:
-        """Train on the batch, and close the epoch after the last step."""
-        super().optimize_parameters(current_step)
-        if current_step == self.opt_train["total_iter"]:
-            group = self.G_optimizer.param_groups[0]
-            self.close_epoch(self.schedules["optimizerG"](group["initial_lr"], current_step))
-
     def finish_step(self, step: int, counts: list[Tensor]) -> None:
         """Refresh the average style, and add the losses to those of the epoch."""
         self.get_bare_model(self.netG).style_embed.refresh()
-        self.count += 1
+        self.count, self.step = self.count + 1, step
         self.sums = {name.removeprefix("loss_"): self.sums.get(name.removeprefix("loss_"), 0) + loss.double()
                      for name, loss in self.log_dict.items()}
 
@@ -222,19 +215,36 @@ class ModelLGT(ModelPlain):
         return euler(self.velocity(self.forward_G, style, average), x, t, o["ode_integration_steps"], o["ode_step"],
                      o["gradient_checkpointing"])[0]
 
-    def close_epoch(self, next_rate: float) -> None:
-        """Append the row of the finished epoch to the CSV of this launch; the row's time excludes earlier launches."""
-        if self.count and distributed.is_main():
-            means = {f"loss_{name}": float(total) / self.count for name, total in self.sums.items()}
-            row = [self.epoch, *(f"{means[name]:.6f}" for name in COLUMNS[1:4]),
-                   f"{next_rate:.2e}", f"{time.monotonic() - self.began:.2f}"]
-            path = self.save_dir.parent / "logs" / f"training_{self.launched}.csv"
-            with tolerated(path, warnings.warn):
+    def begin_epoch(self, epoch: int) -> None:
+        """Reset the sums of the losses."""
+        self.epoch, self.sums, self.count, self.began = epoch, {}, 0, time.monotonic()
+
+    def close_epoch(self) -> dict[str, float]:
+        """Return the means of the epoch, and append them to the CSV of this launch; its time is this launch's part.
+
+        The first row of a launch removes the rows that earlier launches have of this epoch and later ones.
+        """
+        if not self.count:
+            return {}
+        means = {f"loss_{name}": float(total) / self.count for name, total in self.sums.items()}
+        rate = self.schedules["optimizerG"](self.G_optimizer.param_groups[0]["initial_lr"], self.step)
+        row = [self.epoch, *(f"{means[name]:.6f}" for name in COLUMNS[1:4]), f"{rate:.2e}",
+               f"{time.monotonic() - self.began:.2f}"]
+        path = Path(run_folder(self.opt)) / "logs" / f"training_{self.launched}.csv"
+        with tolerated(path, warnings.warn):
+            if distributed.is_main():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 new = not path.exists()
+                for earlier in path.parent.glob("training_*.csv") if new else ():
+                    lines = earlier.read_text(encoding="utf-8").splitlines(keepends=True)
+                    kept = [line for line in lines if not (number := line.partition(",")[0]).isdecimal()
+                            or int(number) < self.epoch]
+                    if kept != lines:
+                        save_file(earlier, "".join(kept).encode())
                 with open(path, "a", newline="", encoding="utf-8") as file:
                     csv.writer(file).writerows([COLUMNS, row] if new else [row])
-        self.sums, self.count, self.began = {}, 0, time.monotonic()
+        self.begin_epoch(self.epoch)
+        return {"loss": means["loss_total"], "swd": means["loss_style_swd"], "ssm": means["loss_content_ssm"]}
 
     # ------------------------------------------------ testing
 
@@ -282,7 +292,7 @@ class ModelLGT(ModelPlain):
     @property
     def pictures_folder(self) -> Path:
         """Return the folder of the pictures of this test."""
-        return self.save_dir.parent / "inference" / ("use" if self.inferring else f"epoch_{self.epoch:04d}")
+        return Path(run_folder(self.opt)) / "inference" / ("use" if self.inferring else f"epoch_{self.epoch:04d}")
 
     def write_pictures(self) -> None:
         """Write the picture of each translation."""

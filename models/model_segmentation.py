@@ -142,23 +142,22 @@ class ModelSegmentation(ModelPlain):
         return [self.confusion(self.restored.detach(), self.target)]
 
     def optimize_parameters(self, current_step: int) -> None:
-        """Train on the batch, and close the epoch after its last one."""
+        """Train on the batch, and count its samples."""
         super().optimize_parameters(current_step)
-        size = self.opt["datasets"]["train"]["dataloader_batch_size"]
-        self.epoch["seen"] += size
-        if self.epoch["seen"] + size > self.epoch["place"][1]:
-            self.end_epoch()
+        self.epoch["seen"] += self.opt["datasets"]["train"]["dataloader_batch_size"]
 
     def finish_step(self, step: int, counts: list[Tensor]) -> None:
         """Add loss and counts of the batch to those of the epoch."""
         self.epoch["loss"] += self.log_dict["G_loss"].double() * self.opt["datasets"]["train"]["dataloader_batch_size"]
         self.epoch["counts"] += counts[0]
 
-    def end_epoch(self) -> None:
-        """Append the means of the epoch to the history. Waits for the device."""
-        self.history["train_losses"].append(float(self.epoch["loss"]) / self.epoch["seen"])
-        self.history["train_metrics_history"].append(segmentation_metrics(self.epoch["counts"]))
+    def close_epoch(self) -> dict[str, float]:
+        """Append the means of the epoch to the history, and return them. Waits for the device."""
+        loss, scores = float(self.epoch["loss"]) / self.epoch["seen"], segmentation_metrics(self.epoch["counts"])
+        self.history["train_losses"].append(loss)
+        self.history["train_metrics_history"].append(scores)
         self.begin_epoch(self.epoch["place"][0] + 1, self.epoch["place"][1])
+        return {"loss": loss, **scores}
 
     def loss(self, restored: Tensor, target: Tensor) -> Tensor:
         """Return the criterion, or its mean over several tasks."""

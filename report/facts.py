@@ -210,7 +210,7 @@ class RunFolder:
             if (match := PICTURE.fullmatch(path.name)) and int(match[1]) <= iteration:
                 named.setdefault(("iteration", int(match[1])), []).append((match[2], path))
         if not named:
-            for path in self.models.parent.glob("inference/*/sheet.jpg"):
+            for path in self.folder.glob("inference/*/sheet.jpg"):
                 if match := SHEET.fullmatch(path.parent.name):
                     named["epoch", int(match[1])] = [("contact sheet", path)]
         found, left, kept = [], PICTURE_BYTES, {}

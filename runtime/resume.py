@@ -167,8 +167,8 @@ def banner(run: Any, source: CheckpointSet | None, parts: Mapping[str, Any]) -> 
         say(f"start    at iteration 0 of {train['total_iter']}, learning rate {learning_rate(run, 0):.3g}")
         return
     say(f"resume   from {source.path}: iteration {run.iteration} of {train['total_iter']}, "
-        f"epoch {run.batches.position[0]}"
-        + (f", next learning rate {learning_rate(run, run.iteration):.3g}"
+        f"epoch {run.epochs_done} finished"
+        + (f", next epoch {run.epochs_done + 1}, next learning rate {learning_rate(run, run.iteration):.3g}"
            if run.iteration < train["total_iter"] else ""))
     wanted = [*run.model.networks, *run.model.optimizers, "state"]
     absent = [label for label in wanted if label not in parts]

@@ -484,7 +484,8 @@ def test_a_run_that_was_moved_and_renamed_resumes_in_its_new_folder(tmp_path, ca
 def test_a_checkpoint_past_the_end_is_an_error(tmp_path):
     assert run("-opt", tiny.write(tmp_path, "a", train={"total_iter": 4})) == 0
     path = tiny.write(tmp_path, "b", train={"total_iter": 3})
-    with pytest.raises(options.OptionError, match=r"4.json: is at iteration 4, past train.total_iter 3; raise that"):
+    with pytest.raises(options.OptionError, match=r"4.json: is at iteration 4, past the end of the run, iteration 3; "
+                                                    "raise train.total_iter"):
         run("-opt", path, "--resume", tmp_path / "a/models/4.json")
     assert not (tmp_path / "b").exists()
 

@@ -3,7 +3,10 @@
 docs/promises.md lists all of it, with the tests elsewhere.
 """
 
+import os
+import re
 import sys
+import time
 
 import pytest
 import torch
@@ -12,10 +15,13 @@ import checkpoint
 import options
 from data import DATASETS, prepare
 from models import KAIR_ONLY, MODELS, NETWORKS
+from report.facts import RunFolder
 from runtime.hooks import Hooks
 from tests import tiny
 from tests.conftest import ROOT, write_json
-from tests.runs import run
+from tests.runs import rows, run
+from tests.test_lgt import recipe as lgt_recipe
+from tests.test_segmentation import options_in as segmentation_recipe
 
 
 def error_of(*arguments):
@@ -251,3 +257,67 @@ def test_a_folder_of_another_run_is_refused_with_the_way_out(tmp_path, tiny_tabl
     assert run("-opt", tmp_path / "copy.json", "--stage", "structural", "--resume", models, "--set",
                "train.total_iter=4") == 0
     assert checkpoint.find_newest(models).iteration == 4
+
+
+# ---------------------------------------------------------------- 000: LGT
+
+
+def test_lgt_prints_and_writes_what_its_users_watch(tmp_path, capsys):
+    """checkpoints/ has the pictures and the CSV; a line for each epoch; a resume does not repeat an epoch's row."""
+    words = ["-opt", lgt_recipe(tmp_path, "one", {"eval_interval": 3}), "--set", f"path.models={tmp_path}/checkpoints"]
+    assert run(*words) == 0
+    out, models = capsys.readouterr().out, tmp_path / "checkpoints"
+    for epoch in (1, 2, 3):
+        assert re.search(rf"^Epoch {epoch}/3 \| Loss: \d+\.\d{{4}} \| SWD: \d\.\d{{4}} \| SSM: \d\.\d{{4}} \| "
+                         r"LR: \d\.\d\de-0\d$", out, re.MULTILINE)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "one.json"}
+    assert {"inference", "logs", "epoch_0001.pt", "epoch_0003.pt", "latest.pt"} <= set(os.listdir(models))
+    assert (models / "inference/epoch_0003/plain_to_dusk.jpg").exists()
+    time.sleep(1.1)  # the name of a launch's CSV has its second
+    assert run(*words, "--resume", models / "epoch_0002.pt") == 0
+    out = capsys.readouterr().out
+    assert "epoch_0002.pt: iteration 4 of 6, epoch 2 finished, next epoch 3, next learning rate" in out
+    assert re.findall(r"^Epoch (\d)", out, re.MULTILINE) == ["3"]
+    first, second = sorted((models / "logs").glob("training_*.csv"))
+    assert [line.split(",")[0] for line in first.read_text().splitlines()] == ["epoch", "1", "2"]
+    assert [line.split(",")[0] for line in second.read_text().splitlines()] == ["epoch", "3"]
+    assert RunFolder(models, models).pictures(6)[-1]["when"] == "epoch 3"
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--num_epochs", "9"], "--num_epochs: here it is --epochs VALUE"),
+    (["--set", "train.num_epochs=9"], "train.num_epochs: unknown key; here it is train.total_epochs"),
+])
+def test_lgts_words_are_answered(words, said):
+    assert said in error_of("--config", ROOT / "options/train_lgt.json", *words)
+
+
+def test_lgts_config_file_is_told_every_new_word(tmp_path):
+    path = write_json(tmp_path / "config.json", {"training": {
+        "save_interval": 5, "eval_interval": 5, "test_image_dir": "/mnt/f/monet2photo/test", "num_epochs": 100,
+        "resume_checkpoint": None, "batch_size": 8, "ode_integration_steps": 3}})
+    said = error_of("--config", path)
+    for pair in ("training.save_interval -> train.save_interval", "training.test_image_dir -> datasets.test.dataroot",
+                 "training.num_epochs -> train.total_epochs", "options/train_lgt.json",
+                 "training.resume_checkpoint -> train.resume_checkpoint",
+                 "training.ode_integration_steps -> train.ode_integration_steps"):
+        assert pair in said
+
+
+# ---------------------------------------------------------------- 002: segmentation
+
+
+def test_training_metrics_of_each_epoch_are_printed_and_in_the_csv(tmp_path, capsys):
+    assert run("-opt", segmentation_recipe(tmp_path, train={"checkpoint_print": 100})) == 0
+    out, folder = capsys.readouterr().out, tmp_path / "run"
+    found = re.findall(r"^Epoch (\d)/3 \| Loss: (\S+) \| IoU: (\S+) \| Precision: \S+ \| Recall: \S+ \| "
+                       r"F1: (\S+) \| LR: ", out, re.MULTILINE)
+    table = rows(folder)
+    assert [line[0] for line in found] == ["1", "2", "3"] and [row["iteration"] for row in table] == ["3", "6", "9"]
+    state = checkpoint.find_newest(folder / "models").load()["state"]
+    for i, row in enumerate(table):
+        assert float(row["epoch_loss"]) == state["train_losses"][i]
+        assert {k: float(row[f"epoch_{k}"]) for k in ("iou", "precision", "recall", "f1")} == \
+            state["train_metrics_history"][i]
+        assert found[i][1:] == tuple(f"{float(row[f'epoch_{k}']):.4f}" for k in ("loss", "iou", "f1"))
+    assert "epoch_iou" in RunFolder(folder).facts()["curves"]["train"]  # in the report
