@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from storage import foreign
-from storage.files import check_space, link, removed_on_failure, save_file, sync_folder, write_durably
+from storage.files import check_space, copy_durably, link, removed_on_failure, save_file, sync_folder, write_durably
 from storage.foreign import VERSION, extract_weights, is_optimizer
 from storage.sealed import (
     MARK,
@@ -90,14 +90,18 @@ class CheckpointSet:
             return self.files["bundle"]
         return self.folder / f"{self.iteration}.json" if self.committed else self.files["G"]
 
+    def facts(self, name: str) -> dict[str, Any] | None:
+        """Return what the commit record says of a file; None: its own seal does."""
+        if self.bundled or not self.committed:
+            return None
+        return {**self.record["files"][name], "iteration": self.iteration}
+
     def fault(self) -> str | None:
         """Compare each file with the record, or with its own seal. Returns what is wrong, or None."""
         if self._verified:
             return None
         for path in self.files.values():
-            facts = None
-            if self.committed and not self.bundled:
-                facts = {**self.record["files"][path.name], "iteration": self.iteration}
+            facts = self.facts(path.name)
             reason = find_fault(path, facts)
             if reason and facts and "before" in facts:  # an amendment was cut off between the record and this file
                 reason = find_fault(path, facts["before"]) and reason
@@ -256,6 +260,57 @@ def amend_state(folder: Path | str, iteration: int, parts: Mapping[str, Any], la
         os.replace(temporary, folder / name)
     sync_folder(folder)
     return found
+
+
+def copy_set(found: CheckpointSet, folder: Path) -> None:
+    """Copy a committed set into another folder; each copy is verified. Of a split set, files that are there stay.
+
+    They get their names as in a commit, the record last, and an amended state as in `amend_state`.
+
+    Raises: OSError or CheckpointError; then the set is not there, or as it was before.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    check_space(folder, sum(path.stat().st_size for path in found.files.values()))
+    record, temporary = folder / f"{found.iteration}.json", {}
+    amends = not found.bundled and _amends(found.record, record)
+    if not found.bundled and not amends and record.exists():
+        archive(folder, only=found.iteration)
+    try:
+        for path in found.files.values():
+            final, facts = folder / path.name, found.facts(path.name)
+            if facts and find_fault(final, facts) is None:
+                continue
+            temporary[final] = folder / f"{path.name}.tmp"
+            copy_durably(path, temporary[final])
+            if fault := find_fault(temporary[final], facts):
+                raise CheckpointError(f"{temporary[final]}: {fault}")
+        if amends:
+            _write_record(record, found.record)
+        for final, written in temporary.items():
+            os.replace(written, final)
+        sync_folder(folder)
+        if not found.bundled and not amends:
+            _write_record(record, found.record)
+    finally:
+        for leftover in temporary.values():
+            leftover.unlink(missing_ok=True)
+
+
+def _record_in(path: Path) -> Mapping[str, Any] | None:
+    """Return a commit record or the seal of a bundle; None where there is none, or it is damaged."""
+    try:
+        return verified(path.read_bytes()) if path.suffix == ".json" else read_seal(path)
+    except (OSError, ValueError):
+        return None
+
+
+def _amends(record: Mapping[str, Any], path: Path) -> bool:
+    """Return whether a commit record is that of the set in a file, or accepts its state besides a newer one."""
+    previous = (_record_in(path) or {}).get("files", {})
+    bare = [{name: {key: value for key, value in facts.items() if key != "before"} for name, facts in files.items()}
+            for files in (previous, record["files"])]
+    return all(name in bare[0] and bare[0][name] in (bare[1][name], facts.get("before"))
+               for name, facts in record["files"].items())
 
 
 def _write_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -779,7 +834,7 @@ class Saver:
         waited = time.monotonic() - began
 
         def relink(found: CheckpointSet) -> None:
-            self._link(found, latest=info.get("reason") not in PASSING, best=best == iteration)
+            self._link(found.path, latest=info.get("reason") not in PASSING, best=best == iteration)
 
         def write() -> Saved:
             if amend:
@@ -797,17 +852,36 @@ class Saver:
             saved, self.pending = write(), Future()
             self.pending.set_result(saved)
 
-    def relink(self, best: int | None) -> None:
-        """Renew the links latest and best, after a kill between a commit and its links, or after a rewind."""
-        sets = [found for found in find_sets(self.folder) if found.committed]
+    def relink(self, best: int | None, sets: Sequence[CheckpointSet] | None = None) -> None:
+        """Renew the links latest and best, after a kill between a commit and its links, or after a rewind.
+
+        Args: sets: of another folder of which this one is a copy; None: those in this one.
+        """
+        sets = [found for found in find_sets(self.folder) if found.committed] if sets is None else sets
         regular = [found for found in sets if found.record.get("reason") not in PASSING]
         for found in sets:
-            self._link(found, latest=found in regular[-1:], best=found.iteration == best)
+            self._link(self.folder / found.path.name, latest=found in regular[-1:], best=found.iteration == best)
 
-    def _link(self, found: CheckpointSet, latest: bool, best: bool) -> None:
+    def _link(self, path: Path, latest: bool, best: bool) -> None:
         for which, wanted in (("latest", latest), ("best", best)):
-            if wanted and (name := self.layout.link_name(which)):
-                link(found.path, self.folder / name)
+            if wanted and path.exists() and (name := self.layout.link_name(which)):
+                link(path, self.folder / name)
+
+    def copy_from(self, folder: Path, best: int | None) -> None:
+        """Copy the sets of another folder that are not here, or not with the same record; links and retention as there.
+
+        Raises: OSError or CheckpointError.
+        """
+        sets = [found for found in find_sets(folder) if found.committed]
+        for found in sets:
+            try:
+                if _record_in(self.folder / found.path.name) != found.record:
+                    copy_set(found, self.folder)
+            except (OSError, CheckpointError):
+                if found.path.exists():  # else it was superseded meanwhile
+                    raise
+        self.relink(best, sets)
+        prune(self.folder, self.keep_last_n, best)
 
     def poll(self) -> Saved | None:
         """Return the result of a save that has ended since the last call, or None. Raises the save's error."""

@@ -157,6 +157,7 @@ def saved_options(path: str) -> dict:
                 tail = folder.parts[-2:]
                 config["task"] = tail[0]
             config["path"]["root"] = str(folder.parents[len(tail) - 1])
+    config.get("checkpoint", {}).pop("after_save", None)  # what a file holds is never run
     return config
 
 

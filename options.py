@@ -55,6 +55,9 @@ class Path:
     # Checkpoint or weights to start from where networks differ: tensors are matched by name. --init-from and stages
     # set it; "none" overrides what a stage would set.
     init_from: str | None = None
+    # Second folder of all runs, e.g. on a slow shared disk: each checkpoint is copied to mirror/task/models in the
+    # background, and a run resumes from there if its own folder has none as new.
+    mirror: str | None = None
     models: str | None = None  # folder of the checkpoints, with images, log and options below; null: root/task/models
 
 
@@ -73,6 +76,9 @@ class Checkpoint:
     keep_last_n: PositiveInt | None = None  # how many checkpoints to keep, besides the best; null: all
     best_metric: str | None = None  # column of test.csv that decides the best, or its end ("psnr"); null: the model's
     best_mode: Literal["max", "min"] | None = None  # whether larger or smaller is better; null: the model's
+    # Command that is run in the background after each save, a line for the shell or a list of words; it gets the files
+    # of the checkpoint as arguments, the commit record last. Its failure is a warning.
+    after_save: str | list[str] | None = None
     # What a failed save does: end the run, or warn and save again at the next interval.
     on_save_error: Literal["stop", "warn"] = "stop"
     # Whether files are written in the background while training continues; auto: on CUDA.

@@ -80,6 +80,7 @@ class Run:
         self.saves = Saves(opt, self.models, self.model.device.type, log)
         self.launch_file = self.folder / ".launch"  # identifies the last launch in this folder
         self.lock: FolderLock | None = None
+        self.mirror_lock: FolderLock | None = None
         self.resumed_from: str | None = None  # the checkpoint of another run that --resume named
         self.remembered = False  # --resume names the checkpoint that this run already continued: use its own newest
 
@@ -90,9 +91,9 @@ class Run:
 
     def close(self) -> None:
         """Wait for the save in progress and unlock the folder."""
-        self.saves.saver.wait()
-        if self.lock:
-            self.lock.close()
+        self.saves.close()
+        for lock in filter(None, (self.lock, self.mirror_lock)):
+            lock.close()
 
     def environment(self) -> dict[str, Any]:
         return {**determinism.environment(), "device": self.model.device.type, "processes": distributed.world_size()}
@@ -311,7 +312,8 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
         distributed.from_main(lambda: open_folder(run, source, fresh))
         run.report = stack.enter_context(RunReport(
             run.folder, run.models, log.line,
-            lambda: {"iteration": run.iteration, "baseline": run.model.baseline_name},
+            lambda: {"iteration": run.iteration, "baseline": run.model.baseline_name,
+                     "after_save": run.saves.followers.last},
             task=opt["task"], total=opt["train"]["total_iter"], command=command,
             metric=(run.history.metric, run.history.mode),
             origins=opt.origins)) if distributed.is_main() else SilentLog()
@@ -320,6 +322,7 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
             watch.folder = run.folder / "log"
             run.loop(stop)
         run.save_surely("interrupted")
+        run.saves.close()
         if stop.problem:
             kept = f"iteration {run.iteration} is saved" if run.iteration else "nothing was trained yet"
             raise options.OptionError(f"{stop.problem}; {kept}: mend this and run the same command")

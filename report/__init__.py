@@ -80,7 +80,8 @@ class RunReport:
         folder: the run's folder.
         models: the folder of its checkpoints.
         say: prints the warning.
-        now: returns what changes: iteration, and baseline, the suffix of metrics that a result has to beat.
+        now: returns what changes: iteration, and baseline, the suffix of metrics that a result has to beat, after_save,
+            the last result of that command.
         about: what does not change: task, total (iterations), command (which resumes the run), metric (name and "max"
             or "min"; it decides which validation is best), origins (option key -> the file or flag that set it).
     """
@@ -125,6 +126,7 @@ class RunReport:
         here, clock = self.now(), time.time()
         speed = (here["iteration"] - self.start) / max(clock - self.began, 1e-3)  # validations and saves included
         self.status |= {"iteration": here["iteration"], "baseline": here["baseline"] or self.status["baseline"],
+                        "after_save": here.get("after_save"),
                         "written": clock, "speed": speed, "patience": PATIENCE + 2 * (clock - self.wrote)}
         self.wrote = clock
         replace(self.run.log / "status.json", json.dumps(self.status, indent=1) + "\n")

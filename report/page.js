@@ -386,6 +386,8 @@ function checkpointSection(run) {
       c.saved ? c.saved.replace("T", " ").slice(0, 16) : null,
       c.fault ? [c.fault, "fault"] : [c.checked ? `\u2713 ${when(c.checked)}` : c.committed ? "committed, not verified since" : "no record", "nowrap"],
       c.best ? "\u2605 best" : "", c.kept, h("code", {}, c.file)])) : h("p", {class: "soft"}, "None yet."),
+    run.after_save && h("p", {class: "soft small"}, `checkpoint.after_save for ${count(run.after_save.iteration)}: ` +
+      (run.after_save.code ? `failed (${run.after_save.code})` : `done in ${number(run.after_save.seconds)} s`)),
     run.archives.length > 0 && h("p", {class: "soft small"}, `Archived beside it: ${run.archives.join(", ")}`)];
 }
 function launchSection(run) {

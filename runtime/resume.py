@@ -38,7 +38,7 @@ def find_source(run: Any, resume: str | None, init_from: str | None, fresh: bool
     """
     again = distributed.restarted() and run.launch_file.exists()
     if again and run.launch_file.read_text() == distributed.launch():
-        source = checkpoint.find_newest(run.models, run.log.line)
+        source = find_own(run, run.log.line)
         return find_named(run, resume) if resume and not source else source
     if resume:
         return (None if fresh else resumed_before(run, resume)) or find_named(run, resume)
@@ -48,7 +48,7 @@ def find_source(run: Any, resume: str | None, init_from: str | None, fresh: bool
     if fresh:
         return None
     why: list[str] = []
-    source = checkpoint.find_newest(run.models, lambda line: (why.append(line), run.log.warn(line)))
+    source = find_own(run, lambda line: (why.append(line), run.log.warn(line)))
     if source is None and (why or checkpoint.has_checkpoints(run.models)):
         raise CheckpointError(f"{run.models}: there are checkpoints, but none is usable{checkpoint.reasons(why)}; "
                               "name another one with --resume, or start over with --fresh, which archives them")
@@ -62,17 +62,31 @@ def find_source(run: Any, resume: str | None, init_from: str | None, fresh: bool
     return source
 
 
+def find_own(run: Any, report: checkpoint.Report = lambda line: None) -> CheckpointSet | None:
+    """Return the newest intact set of this run, from `path.mirror` where that has a newer one than its own folder."""
+    found = checkpoint.find_newest(run.models, report)
+    for copy in reversed(checkpoint.find_sets(run.saves.mirror.folder) if run.saves.mirror else []):
+        if found and copy.iteration <= (found.iteration or 0):
+            break
+        if not (fault := copy.fault()):
+            run.log.line(f"note     {run.models} has {f'iteration {found.iteration}' if found else 'no checkpoint'}, "
+                         f"the mirror has {copy.iteration}")
+            return copy
+        report(f"the copy of checkpoint {copy.iteration} in {copy.folder} is not used: {fault}")
+    return found
+
+
 def find_named(run: Any, resume: str) -> CheckpointSet:
     """Load the set that `--resume` names, and record it if it belongs to another run."""
     found = checkpoint.locate(resume, run.log.warn)
-    if found.folder.resolve() != run.models.resolve():
+    if found.folder.resolve() not in run.saves.places():
         run.resumed_from = str(Path(resume).resolve())
     return found
 
 
 def resumed_before(run: Any, resume: str) -> CheckpointSet | None:
     """Find this run's newest set if the run was resumed from the same checkpoint before: the command is repeated."""
-    own = checkpoint.find_newest(run.models)
+    own = find_own(run)
     metadata = own.load().get("state", {}).get("metadata") if own else None
     if not isinstance(metadata, Mapping) or metadata.get("resumed_from") != str(Path(resume).resolve()):
         return None
@@ -246,7 +260,7 @@ def open_folder(run: Any, resumed_from: CheckpointSet | None, fresh: bool) -> No
     checkpoint.check_writable(run.models, run.saves.layout)
     for notice in files.notices:
         run.log.warn(notice)
-    own = resumed_from is not None and resumed_from.folder.resolve() == run.models.resolve()
+    own = resumed_from is not None and resumed_from.folder.resolve() in run.saves.places()
     if launch := distributed.launch():
         run.launch_file.write_text(launch)
     archive = checkpoint.archive(run.models, after=run.iteration if own else -1)
@@ -254,6 +268,9 @@ def open_folder(run: Any, resumed_from: CheckpointSet | None, fresh: bool) -> No
         run.log.line(f"archived {'all' if fresh else 'other' if not own else 'newer'} checkpoints: {archive}")
     for line in checkpoint.clean(run.models):
         run.log.warn(line)
+    if run.saves.mirror:
+        open_mirror(run, resumed_from if own else None)
+    run.saves.followers.output = run.folder / "log" / "after_save.txt"
     if own:
         run.saves.saver.relink(run.history.best)  # what a kill or going back left undone
         run.saves.reason = (resumed_from.record or {}).get("reason", "regular")
@@ -266,3 +283,27 @@ def open_folder(run: Any, resumed_from: CheckpointSet | None, fresh: bool) -> No
         record.parent.mkdir(exist_ok=True)
         record.write_text(json.dumps(plain(run.opt), indent=2) + "\n", encoding="utf-8")
     run.saves.at = run.iteration if own else None
+
+
+def open_mirror(run: Any, own: CheckpointSet | None) -> None:
+    """Prepare the second folder as the first one, and copy what only one of them has.
+
+    Args: own: the run's newest set; None: it starts over.
+    """
+    mirror = run.saves.mirror.folder
+    try:
+        mirror.mkdir(parents=True, exist_ok=True)
+        run.mirror_lock = files.FolderLock(mirror)
+        checkpoint.archive(mirror, after=run.iteration if own else -1)
+        checkpoint.clean(mirror)
+        wanted = {run.iteration, run.history.best} if own else ()
+        here = {found.iteration for found in checkpoint.find_sets(run.models) if not found.fault()} if wanted else ()
+        for copy in checkpoint.find_sets(mirror):
+            if copy.iteration in wanted and copy.iteration not in here and not copy.fault():
+                checkpoint.copy_set(copy, run.models)
+                run.log.line(f"copied   checkpoint {copy.iteration} from {mirror}")
+    except OSError as error:
+        raise CheckpointError(f"{mirror}: path.mirror can't be written: {error.strerror or error}; mend it, or set it "
+                              "to null") from None
+    if own and own.folder.resolve() != mirror.resolve():
+        run.saves.followers.put(own, run.history.best)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import options
-from checkpoint import CheckpointError, Layout, Saver
+from checkpoint import CheckpointError, CheckpointSet, Layout, Saver
 from log.run_log import RunLog
 from runtime import distributed
 from runtime.watchdog import watch
 from storage import files
+
+FOLLOW_SECONDS = 300.0  # for what follows the last save: the copy in the mirror, and the command
 
 
 def check_ranks(iteration: int, checksums: Sequence[int]) -> None:
@@ -27,6 +32,76 @@ def check_ranks(iteration: int, checksums: Sequence[int]) -> None:
         who = f"rank {', '.join(odd)} differs from the others" if count > len(odd) else "the ranks differ"
         raise CheckpointError(f"after iteration {iteration} {who} in weights or moments: nothing is saved, the last "
                               "checkpoint is intact; check the memory of that machine, and run the same command")
+
+
+class Followers:
+    """Does in the background what follows a commit: the copy in `path.mirror`, then `checkpoint.after_save`.
+
+    While it is busy, the newest commit waits; an older one that waits is left out.
+
+    Args: mirror: of the second folder. command: words, or a line for the shell. log: gets the failures.
+    """
+
+    def __init__(self, mirror: Saver | None, command: str | Sequence[str] | None, log: RunLog):
+        self.mirror, self.log = mirror, log
+        self.command = ["sh", "-c", f'{command} "$@"', "sh"] if isinstance(command, str) else command
+        self.output: Path | None = None  # file that gets what the command prints
+        self.thread: threading.Thread | None = None
+        self.waiting: tuple[CheckpointSet, int | None] | None = None  # a set, and the iteration of the best
+        self.problems: list[str] = []
+        self.last: dict[str, Any] | None = None  # result of the command, for the report
+
+    def put(self, found: CheckpointSet, best: int | None) -> None:
+        """Begin with a set as soon as the previous one is done."""
+        if self.mirror or self.command:
+            self.waiting = found, best
+            self.poll()
+
+    def poll(self) -> None:
+        """Log failures, and begin with the set that waits."""
+        if self.thread and self.thread.is_alive():
+            return
+        while self.problems:
+            self.log.warn(self.problems.pop(0))
+        self.thread = None
+        if self.waiting:
+            self.thread = threading.Thread(target=self._follow, args=self.waiting, daemon=True)
+            self.waiting = None
+            self.thread.start()
+
+    def finish(self) -> None:
+        """Wait, but not for ever: a command that takes longer is left to itself."""
+        end = time.monotonic() + FOLLOW_SECONDS
+        self.poll()
+        while self.thread and time.monotonic() < end:
+            watch.begin("wait", "path.mirror and checkpoint.after_save")
+            self.thread.join(0.5)
+            self.poll()
+        if self.thread:
+            self.thread = None
+            self.log.warn(f"path.mirror or checkpoint.after_save has not ended in {FOLLOW_SECONDS:.0f} s, and is left "
+                          "to itself")
+
+    def _follow(self, found: CheckpointSet, best: int | None) -> None:
+        if self.mirror:
+            try:
+                self.mirror.copy_from(found.folder, best)
+            except (OSError, CheckpointError) as error:
+                self.problems.append(f"path.mirror: checkpoint {found.iteration} was not copied: {error}; the next "
+                                     "save tries again")
+        if self.command and found.path.exists():
+            began, files = time.monotonic(), [*found.files.values(), *([] if found.bundled else [found.path])]
+            try:
+                with open(self.output or os.devnull, "ab") as output:
+                    code: Any = subprocess.run([*self.command, *(str(path.resolve()) for path in files)],
+                                               stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                                               start_new_session=True).returncode  # Ctrl+C is not for it
+            except OSError as error:
+                code = f"{error.strerror}: {error.filename}"
+            self.last = {"iteration": found.iteration, "code": code, "seconds": time.monotonic() - began}
+            if code:
+                self.problems.append(f"checkpoint.after_save failed for checkpoint {found.iteration} ({code}): see "
+                                     f"{self.output}; training continues")
 
 
 class Saves:
@@ -53,7 +128,17 @@ class Saves:
         except ValueError as error:
             raise options.OptionError(f"{opt['opt_path']}: checkpoint: {error}") from None
         self.saver = Saver(folder, self.layout, keep["keep_last_n"], background)
+        mirror = opt["path"]["mirror"] and Path(opt["path"]["mirror"], opt["task"], "models")
+        if mirror and mirror.resolve() == folder.resolve():
+            raise options.OptionError(f"{opt['opt_path']}: path.mirror: {opt['path']['mirror']} leads to the run's own "
+                                      "folder; give another disk's")
+        self.mirror = Saver(mirror, self.layout, keep["keep_last_n"]) if mirror else None
+        self.followers = Followers(self.mirror, keep["after_save"], log)
         watch.background, watch.written = background, lambda: files.written
+
+    def places(self) -> list[Path]:
+        """Return the folders that hold this run's checkpoints."""
+        return [saver.folder.resolve() for saver in (self.saver, self.mirror) if saver]
 
     def due(self) -> bool:
         """Return whether `checkpoint.every_minutes` are over; on other ranks than 0 never."""
@@ -63,7 +148,7 @@ class Saves:
         """Start to write a checkpoint, or write it, depending on `checkpoint.async`."""
         state = parts["state"]
         self.amending, self.failure = self.at == iteration, ""
-        self.since = time.monotonic()
+        self.since, self.best = time.monotonic(), state["best"]
         self.at, self.reason = iteration, self.reason if self.amending else reason
         try:
             self.saver.save(iteration, parts, best=state["best"], longest=watch.longest.copy(),
@@ -84,10 +169,18 @@ class Saves:
         except (OSError, RuntimeError) as error:
             self._handle_failure(error)
             return
+        self.followers.poll()
+        if saved:
+            self.followers.put(saved.found, self.best)
         if saved and not saved.amended:
             watch.measure("save", saved.seconds)
             waited = f", {saved.waited:.2f} s of it waited for" if self.saver.background else ""
             self.log.line(f"saved    {saved.found.path} in {saved.seconds:.1f} s{waited}")
+
+    def close(self) -> None:
+        """Wait for the save in progress, and for a limited time for what follows it."""
+        self.saver.wait()
+        self.followers.finish()
 
     def _handle_failure(self, error: Exception) -> None:
         """Raise CheckpointError for a failed save, or log a warning (`on_save_error`); older sets are intact."""

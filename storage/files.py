@@ -67,6 +67,15 @@ def write_durably(path: Path, payload: Any, about: Mapping[str, Any] | None = No
         return {"size": file.tell(), **facts}
 
 
+def copy_durably(source: Path, target: Path) -> None:
+    """Copy a file and force the copy to the disk; remove it when that fails. Raises: OSError."""
+    with removed_on_failure(target), open(source, "rb") as original, open(target, "wb") as file:
+        shutil.copyfileobj(original, _Writer(file), CHUNK)
+        file.flush()
+        with _unsupported_noted("files"):
+            system.sync_file(file.fileno())
+
+
 @contextlib.contextmanager
 def removed_on_failure(path: Path) -> Iterator[None]:
     """Remove a file if the block that writes it fails."""

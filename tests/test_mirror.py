@@ -1,0 +1,192 @@
+"""What follows a save in the background: a copy in a second folder, and a command; both leave the training alone."""
+
+import filecmp
+import json
+import os
+import shutil
+
+import pytest
+
+import checkpoint
+from checkpoint import CheckpointError
+from options import OptionError
+from runtime import saves
+from tests import tiny
+from tests.runs import assert_equal_runs, final, run, run_until, straight_and_stopped
+
+TOTAL = 9
+LAYOUTS = {"split": {"keep_last_n": 2}, "bundle": {"layout": "bundle", "keep_last_n": 2},
+           "latest only": {"layout": "bundle", "name": None}}
+
+pytestmark = pytest.mark.usefixtures("tiny_tables")
+
+
+def write(folder, name, layout="split", **over):
+    """A run in folder/fast/NAME whose mirror is folder/slow; "one" has none."""
+    path = {"root": str(folder / "fast"), **({"mirror": str(folder / "slow")} if name != "one" else {})}
+    return tiny.write(folder, name, path=path, checkpoint={**LAYOUTS[layout], **over})
+
+
+def mirror_of(folder, name="two"):
+    return folder / "slow" / name / "models"
+
+
+def assert_equal_folders(one, two):
+    names = [sorted(name for name in os.listdir(place) if name != ".lock") for place in (one, two)]
+    assert names[0] == names[1] and filecmp.cmpfiles(one, two, names[0], shallow=False)[0] == names[0]
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["waiting", "in background"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_mirror_holds_the_same_files_and_changes_no_bit(tmp_path, layout, background):
+    """The metrics of validations, retention, the links latest and best among them, over stops and resumes."""
+    straight_and_stopped(lambda name, _: write(tmp_path, name, layout, **{"async": background}), [3, 5])
+    assert_equal_runs(tmp_path / "fast/one", tmp_path / "fast/two", TOTAL)
+    assert_equal_folders(tmp_path / "fast/two/models", mirror_of(tmp_path))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_whose_disk_was_wiped_resumes_from_the_mirror(tmp_path, layout, capsys):
+    def launch(stop, *words):
+        run_until(stop, *words)
+        if stop:
+            shutil.rmtree(tmp_path / "fast/two")
+
+    straight_and_stopped(lambda name, _: write(tmp_path, name, layout), [5, 7], launch)
+    said = capsys.readouterr().out
+    assert f"resume   from {mirror_of(tmp_path)}" in said
+    assert f"copied   checkpoint 7 from {mirror_of(tmp_path)}" in said
+    one, two = (final(tmp_path / "fast" / name, TOTAL) for name in ("one", "two"))
+    assert tiny.torch.equal(one["G"]["body.0.weight"], two["G"]["body.0.weight"])
+    assert one["state"]["history"] == two["state"]["history"]
+    assert_equal_folders(tmp_path / "fast/two/models", mirror_of(tmp_path))
+
+
+def test_the_newest_intact_one_of_both_folders_counts(tmp_path, capsys):
+    path = write(tmp_path, "two")
+    run_until(4, "-opt", path)
+    kept = shutil.copytree(mirror_of(tmp_path), tmp_path / "older")
+    run_until(6, "-opt", path)
+    damaged = tmp_path / "fast/two/models/6_G.pth"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    run_until(7, "-opt", path)
+    said = capsys.readouterr().out
+    assert "warning  checkpoint 6 is not used: 6_G.pth" in said and "has iteration 4, the mirror has 6" in said
+    assert checkpoint.locate(damaged).iteration == 6  # mended from the mirror
+    shutil.rmtree(mirror_of(tmp_path))
+    shutil.copytree(kept, mirror_of(tmp_path))
+    assert run("-opt", path) == 0
+    said = capsys.readouterr().out
+    assert "the mirror has" not in said and "iteration 7 of 9" in said  # never an older one
+    run_until(None, "-opt", write(tmp_path, "one"))
+    assert_equal_runs(tmp_path / "fast/one", tmp_path / "fast/two", TOTAL)
+
+
+def test_going_back_and_starting_over_leave_no_newer_copy(tmp_path):
+    path = write(tmp_path, "two", keep_last_n=None)
+    assert run("-opt", path) == 0
+    run_until(5, "-opt", path, "--resume", tmp_path / "fast/two/models/4.json")
+    assert [found.iteration for found in checkpoint.find_sets(mirror_of(tmp_path))][-1] == 5
+    run_until(1, "-opt", path, "--fresh")
+    assert [found.iteration for found in checkpoint.find_sets(mirror_of(tmp_path))] == [1]
+
+
+def test_a_copy_that_fails_is_a_warning_and_the_next_save_tries_again(tmp_path, monkeypatch, capsys):
+    real, failed = checkpoint.copy_durably, []
+
+    def full_once(source, target):
+        if not failed:
+            failed.append(target)
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    def damaged(source, target):
+        real(source, target)
+        target.write_bytes(target.read_bytes()[:-1])
+
+    monkeypatch.setattr(checkpoint, "copy_durably", full_once)
+    assert run("-opt", write(tmp_path, "two")) == 0
+    assert capsys.readouterr().out.count("warning  path.mirror: checkpoint 2 was not copied: [Errno 28] No space") == 1
+    assert_equal_folders(tmp_path / "fast/two/models", mirror_of(tmp_path))
+    monkeypatch.setattr(checkpoint, "copy_durably", damaged)
+    assert run("-opt", write(tmp_path, "other")) == 0
+    assert "was not copied" in capsys.readouterr().out
+    assert os.listdir(mirror_of(tmp_path, "other")) == [".lock"]
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_a_copy_that_is_cut_off_is_no_set(tmp_path, monkeypatch, count):
+    """As by a kill before the count-th file gets its name: the commit record is the last of them."""
+    assert run("-opt", tiny.write(tmp_path, train={"total_iter": 2, "checkpoint_test": 0})) == 0
+    found, real, left = checkpoint.find_newest(tmp_path / "run/models"), os.replace, iter(range(count - 1, -1, -1))
+
+    def cut_off(*names):
+        if next(left) == 0:
+            raise KeyboardInterrupt
+        real(*names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.copy_set(found, tmp_path / "copy")
+    assert not (tmp_path / "copy/2.json").exists()
+    checkpoint.copy_set(found, tmp_path / "copy")
+    assert checkpoint.find_newest(tmp_path / "copy").fault() is None
+    assert sorted(os.listdir(tmp_path / "copy")) == sorted([path.name for path in found.files.values()] + ["2.json"])
+
+
+def test_a_mirror_that_cannot_be_is_one_line(tmp_path):
+    with pytest.raises(OptionError, match="run.json: path.mirror: .* leads to the run's own folder"):
+        run("-opt", tiny.write(tmp_path, path={"root": str(tmp_path), "mirror": str(tmp_path)}))
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="path.mirror can't be written: Not a directory"):
+        run("-opt", tiny.write(tmp_path, path={"root": str(tmp_path), "mirror": str(tmp_path / "file")}))
+
+
+# ---------------------------------------------------------------- checkpoint.after_save
+
+
+def status(folder):
+    return json.loads((folder / "run/log/status.json").read_text())["after_save"]
+
+
+@pytest.mark.parametrize("layout", ["split", "bundle"])
+@pytest.mark.parametrize("shell", [False, True], ids=["words", "line"])
+def test_a_command_gets_the_files_of_each_set_the_record_last(tmp_path, layout, shell, capsys):
+    script = tmp_path / "script.sh"
+    script.write_text(f'for file; do test -f "$file" && echo "$file"; done >> {tmp_path}/seen; echo spoken')
+    command = f"sh {script}" if shell else ["sh", str(script)]
+    keep = {"layout": layout, "after_save": command, "name": "it{iter}.pt"}
+    assert run("-opt", tiny.write(tmp_path, checkpoint=keep, train={"total_iter": 2, "checkpoint_test": 0})) == 0
+    names = ["2_G.pth", "2_E.pth", "2_optimizerG.pth", "2_state.pth", "2.json"] if layout == "split" else ["it2.pt"]
+    lines = (tmp_path / "seen").read_text().splitlines()
+    assert lines[:len(names)] == [str(tmp_path / "run/models" / name) for name in names]
+    assert status(tmp_path)["iteration"] == 2 and status(tmp_path)["code"] == 0
+    assert "spoken" in (tmp_path / "run/log/after_save.txt").read_text() and "after_save" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command, reason", [("exit 3;", "3"), (["/no/program"], "No such file or directory: /no")])
+def test_a_command_that_fails_is_a_warning_and_in_the_report(tmp_path, command, reason, capsys):
+    path = tiny.write(tmp_path, checkpoint={"after_save": command}, train={"total_iter": 2})
+    assert run("-opt", path) == 0
+    assert f"warning  checkpoint.after_save failed for checkpoint 2 ({reason}" in capsys.readouterr().out
+    assert str(status(tmp_path)["code"]).startswith(reason)
+
+
+def test_a_command_holds_up_neither_training_nor_for_ever_its_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(saves, "FOLLOW_SECONDS", 0.1)
+    path = tiny.write(tmp_path, checkpoint={"after_save": f"until [ -f {tmp_path}/end ]; do sleep 0.1; done; true"})
+    try:
+        assert run("-opt", path) == 0
+    finally:
+        (tmp_path / "end").touch()
+    assert "path.mirror or checkpoint.after_save has not ended in 0 s, and is left to itself" in capsys.readouterr().out
+
+
+def test_a_command_that_is_stored_in_a_checkpoint_is_not_run(tmp_path):
+    """Options that come from a checkpoint may be another person's."""
+    path = tiny.write(tmp_path, checkpoint={"after_save": f"touch {tmp_path}/ran;"}, train={"total_iter": 2})
+    assert run("-opt", path) == 0
+    (tmp_path / "ran").unlink()
+    assert run("--resume", tmp_path / "run/models", "--set", "train.total_iter=3") == 0
+    assert final(tmp_path / "run", 3) and not (tmp_path / "ran").exists()
