@@ -131,8 +131,9 @@ class Loader:
     phase: str = ""  # "train" or "test", for KAIR's files; the entry's own name decides
     name: str | None = None  # label for people; the program does not read it
     dataloader_batch_size: PositiveInt = 1  # samples per optimizer step, all processes together
-    # Worker processes that read samples; 0: the training process reads them. Results do not depend on it.
-    dataloader_num_workers: Annotated[int, Range(ge=0, le=1024)] = 0
+    # Worker processes of each process that read samples; 0: it reads them itself; "auto": with CUDA one for each CPU
+    # core that it has beyond its own, at most 8, else 0. Results do not depend on it.
+    dataloader_num_workers: Annotated[int, Range(ge=0, le=1024)] | Literal["auto"] = "auto"
     dataloader_shuffle: bool = True  # draw a new order of the samples for each epoch, from train.manual_seed
 
 

@@ -161,11 +161,21 @@ class Batches:
         self.workers = ()
 
 
-def endless(dataset, batches: EndlessBatches, workers: int, pinned: bool) -> Batches:
+def num_workers(wanted: int | str, cuda: bool) -> int:
+    """Return the number of workers of this process; "auto": one per core that it has beyond its own, at most 8."""
+    if wanted != "auto":
+        return wanted
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(0, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)) if cuda else 0
+
+
+def endless(dataset, batches: EndlessBatches, workers: int | str, pinned: bool) -> Batches:
     """Return endless training batches, which draw nothing from the global generators.
 
+    Args: workers: their number, or "auto". pinned: put batches into pinned memory, for CUDA.
     Raises: OptionError: the workers cannot start.
     """
+    workers = num_workers(workers, pinned)
     complaints = multiprocessing.SimpleQueue() if workers else None
     loader = DataLoader(_OneThread(dataset), batch_sampler=batches, num_workers=workers, pin_memory=pinned,
                         collate_fn=_collate, worker_init_fn=partial(_begin_worker, complaints),

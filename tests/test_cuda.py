@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import runpy
 import sys
@@ -17,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import checkpoint
 import main as door
 from benchmarks import common
+from data import loader
+from data.loader import num_workers
 from losses.energy import PatchSlicedWassersteinLoss
 from models import network_vrt
 from models.model_base import ModelBase
@@ -231,6 +234,27 @@ def test_a_resume_says_which_of_cuda_cudnn_and_driver_changed(tmp_path, monkeypa
         assert run("-opt", path, "--set", f"train.total_iter={count}") == 0
     said = capsys.readouterr().out
     assert "cudnn 91900 -> 92000, driver 535.104.05 -> 580.65.06" in said and "cuda_version" not in said
+
+
+@pytest.mark.parametrize("cores, ranks, cuda, wanted", [(16, 1, True, 8), (16, 4, True, 3), (2, 1, True, 1),
+                                                        (8, 8, True, 0), (4, 8, True, 0), (16, 1, False, 0)])
+def test_the_number_of_workers_follows_from_the_cores_of_each_process(monkeypatch, cores, ranks, cuda, wanted):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert num_workers("auto", cuda) == wanted and num_workers(3, cuda) == 3
+
+
+def test_a_run_has_as_many_workers_as_auto_says_with_equal_results(tmp_path, monkeypatch):
+    one, two = (tiny.write(tmp_path, name, workers=count, train={"total_iter": 4})
+                for name, count in (("one", 0), ("two", "auto")))
+    counts = []
+    for path in (one, two):
+        with monkeypatch.context() as patch:
+            patch.setattr(loader, "num_workers", lambda wanted, cuda: 2 if wanted == "auto" else wanted)
+            assert run("-opt", path, hooks=[tiny.At("after_step", 2, lambda run: counts.append(
+                len(multiprocessing.active_children())))]) == 0
+    assert counts == [0, 2]
+    assert_equal_runs(tmp_path / "one", tmp_path / "two")
 
 
 # ---------------------------------------------------------------- waiting for the device
