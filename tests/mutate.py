@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import tokenize
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,7 @@ def main() -> None:
     sources = {name: (ROOT / name).read_text() for name in names}
     places = [change for name, text in sources.items() for change in changes(name, text)]
     random.Random(arguments.seed).shuffle(places)
-    made, survived, sound = 0, 0, set()
+    counts, sound = Counter(), set()
     os.environ.setdefault("PERDURE_SHARED", str(ROOT.parent / "shared"))
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(shutil.copytree(ROOT, Path(folder) / "copy", ignore=SKIPPED))
@@ -142,9 +143,9 @@ def main() -> None:
             found = outcome(copy, tests, arguments.seconds)
             path.write_text(sources[name])
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # what Python compiled from it stays valid
-            made, survived = made + 1, survived + (found == "SURVIVED")
+            counts[found] += 1
             print(f"{number:4} {found} {name}:{row}\n  - {line}\n  + {changed}", flush=True)
-    print(f"caught {made - survived} of {made} changes")
+    print(f"{counts.total()} changes:", ", ".join(f"{count} {found}" for found, count in counts.items()))
 
 
 if __name__ == "__main__":
