@@ -42,7 +42,7 @@ def build_model(opt: options.Section) -> ModelBase:
     """
     try:
         return options.resolve(MODELS, opt["model"], "model")(opt)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise options.OptionError(str(error)) from error
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):

@@ -28,6 +28,7 @@ from log.run_log import RunLog, start_log
 from log.tables import write_table
 from models import MODELS
 from models.model_base import ModelBase
+from runtime import distributed
 from runtime.determinism import prepare_machine
 from runtime.evaluate import describe_losses, evaluate
 from runtime.signals import StopRequest
@@ -68,7 +69,11 @@ def infer(opt: options.Section, notices: list[str], *, resume: str | None = None
             if not sets:
                 raise options.OptionError(f"{opt['opt_path']}: datasets.test: missing; or give --input and --output")
             pictures = Path(options.run_folder(opt)) / "images" / "use" if opt["val"]["save_img"] else None
-            evaluate(model, sets, log, None, stop, pictures)
+            clips: list[dict[str, Any]] = []
+            evaluate(model, sets, log, None, stop, pictures, clips=clips)
+            if pictures and clips and distributed.is_main():
+                columns = list(dict.fromkeys(key for row in clips for key in row))
+                write_table(pictures.with_name(f"{pictures.name}_clips.csv"), columns, clips)
             return stop.exit_code
         weights = checkpoint.fingerprint({f"{label}.{key}": value for label, network in model.networks.items()
                                           for key, value in network.state_dict().items()})

@@ -163,6 +163,13 @@ class RunLog:
             self._warn_of(f"{table}.csv", error)
         self._draw(lambda board: board.row(table, values))
 
+    def replace_rows(self, table: str, iteration: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Put rows of an iteration into `log/<table>.csv`, in place of those of a launch that was killed after it."""
+        path = self.folder / f"{table}.csv"
+        with tolerated(path, self.warn):
+            self.tables[table] = CsvTable(path, iteration - 1)
+            self.tables[table].extend([{"iteration": iteration, **row} for row in rows])
+
     def pictures(self, path: Path, pictures: Sequence[Tensor], tag: str, iteration: int | None) -> None:
         """Write images (C, H, W) in [0, 1] of equal size side by side to a PNG, and under `tag` for TensorBoard."""
         with tolerated(path, self._warn_once):

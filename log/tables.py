@@ -41,11 +41,15 @@ class CsvTable:
 
     def append(self, values: Mapping[str, Any]) -> None:
         """Append a row, or nothing of it. Raises: OSError."""
-        if new := [key for key in values if key not in self.columns]:
+        self.extend([values])
+
+    def extend(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows, or nothing of them. Raises: OSError."""
+        if new := list(dict.fromkeys(key for row in rows for key in row if key not in self.columns)):
             write_table(self.path, self.columns + new, self._read()[1] if self.columns else [])
             self.columns += new
         with open(self.path, "ab", buffering=0) as file:
-            append(file, csv_text(self.columns, [values]))
+            append(file, csv_text(self.columns, rows))
 
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
         """Return columns and rows, without rows that a kill or a power cut damaged."""

@@ -18,6 +18,9 @@ Image = np.ndarray | Tensor
 # ITU-R BT.601, studio swing: rows Y, Cb, Cr of R, G, B in 0..1
 YCBCR = ((65.481, 128.553, 24.966), (-37.797, -74.203, 112.0), (112.0, -93.786, -18.214))
 YCBCR_OFFSET = (16.0, 128.0, 128.0)
+WEIGHTS = [math.exp(-0.5 * (offset / 1.5) ** 2) for offset in range(6)]  # of SSIM's window, from its middle
+WEIGHTS = [weight / (2 * sum(WEIGHTS) - WEIGHTS[0]) for weight in WEIGHTS]
+STRIP = 32  # rows of windows: four maps of 42 rows of 1280 pixels in float64 take 1.7 MB
 
 
 def calculate_psnr(img1: Image, img2: Image, border: int = 0) -> float:
@@ -76,35 +79,45 @@ def _planes(img1: Image, img2: Image, border: int) -> list[Tensor]:
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Return the PSNR (T,) in decibels of each frame of (T,C,H,W)."""
-    error = (a.double() - b.double()).square().flatten(1).mean(1)
-    return 20 * torch.log10(255 / error.sqrt())
+    norms = torch.stack([torch.linalg.vector_norm(x - y, dtype=torch.float64) for x, y in zip(a, b, strict=True)])
+    return 20 * torch.log10(255 * math.sqrt(a[0].numel()) / norms)
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Return the SSIM (T,) of each frame of (T,C,H,W), one at a time: its five moment maps fit into the cache."""
-    if min(a.shape[-2:]) < 11:
-        raise ValueError(f"SSIM's window is 11 x 11; {a.shape[-2]} x {a.shape[-1]} pixels are too few")
-    return torch.stack([_frame_ssim(x.double(), y.double()) for x, y in zip(a, b, strict=True)])
+    """Return the SSIM (T,) of each frame of (T,C,H,W); on a CPU in strips of one channel, which fit into its cache."""
+    (height, width), rows = a.shape[-2:], STRIP if a.device.type == "cpu" else a.shape[-2]
+    if min(height, width) < 11:
+        raise ValueError(f"SSIM's window is 11 x 11; {height} x {width} pixels are too few")
+    planes = 1 if a.device.type == "cpu" else a.shape[1]
+    sums = [sum(_ssim_sum(p[:, top : top + rows + 10], q[:, top : top + rows + 10])
+                for p, q in zip(x.split(planes), y.split(planes)) for top in range(0, height - 10, rows))
+            for x, y in zip(a, b, strict=True)]
+    return torch.stack(sums) / (a.shape[1] * (height - 10) * (width - 10))
 
 
-def _frame_ssim(x: Tensor, y: Tensor) -> Tensor:
+def _ssim_sum(x: Tensor, y: Tensor) -> Tensor:
+    """Return the sum of the SSIM of all windows of (C,h,w), from means and variances of the sum and the difference."""
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    moments = torch.stack([x, y, x * x, y * y, x * y])  # (5,C,H,W)
-    mean_x, mean_y, xx, yy, xy = _gaussian_window(moments)
-    var_x, var_y, covariance = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
-    return (luminance * (2 * covariance + c2) / (var_x + var_y + c2)).mean()
+    x = x.double()
+    moments = x.new_empty(4, *x.shape)
+    torch.add(x, y, out=moments[0])
+    torch.sub(x, y, out=moments[1])
+    torch.mul(moments[:2], moments[:2], out=moments[2:])
+    moments = _weighted(_weighted(moments, -2), -1)
+    squares = moments[:2].square()
+    (both, apart), (var_both, var_apart) = squares, moments[2:].sub_(squares)
+    luminance = (both - apart).add_(2 * c1).div_(both.add_(apart).add_(2 * c1))
+    contrast = (var_both - var_apart).add_(2 * c2).div_(var_both.add_(var_apart).add_(2 * c2))
+    return torch.dot(luminance.flatten(), contrast.flatten())
 
 
-def _gaussian_window(x: Tensor) -> Tensor:
-    """Return weighted means (...,H-10,W-10) over 11 x 11 pixels of (...,H,W), one axis after the other."""
-    weights = [math.exp(-0.5 * (offset / 1.5) ** 2) for offset in range(-5, 6)]
-    for axis in (-2, -1):  # in float64 sums of shifted views are much faster than a convolution
-        shifted = [x.narrow(axis, start, x.shape[axis] - 10) for start in range(11)]
-        x = shifted[0] * (weights[0] / sum(weights))
-        for view, weight in zip(shifted[1:], weights[1:]):
-            x.add_(view, alpha=weight / sum(weights))
-    return x
+def _weighted(x: Tensor, axis: int) -> Tensor:
+    """Return Gaussian means over 11 pixels along an axis, which becomes 10 shorter."""
+    size = x.shape[axis] - 10
+    out = x.narrow(axis, 5, size) * WEIGHTS[0]
+    for offset, weight in enumerate(WEIGHTS[1:], 1):  # in float64 sums of shifted views are faster than a convolution
+        out.add_(x.narrow(axis, 5 - offset, size), alpha=weight).add_(x.narrow(axis, 5 + offset, size), alpha=weight)
+    return out
 
 
 def _ycbcr(img: Image, matrix: tuple, only_y: bool) -> Image:

@@ -73,6 +73,7 @@ class ModelBase(TrainingStep):
         self.schedules: dict[str, Schedule] = {}
         self.baseline_name = ""  # suffix of the metrics of the baseline, e.g. "bicubic"
         self.shown: list[Tensor] = []  # pictures of the last validated sample, (C, H, W) in [0, 1]
+        self.frame_rows: list[dict[str, float]] = []  # metrics of each frame of the last validated sample, if it is one
         self.scaler = torch.amp.GradScaler(self.device.type) if self.opt_train["amp"] == "fp16" else None
 
     # ------------------------------------------------ what a subclass implements
@@ -345,8 +346,9 @@ class ModelBase(TrainingStep):
 
 
 def mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the mean of each column of a non-empty table."""
-    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    """Return the mean of each column of a non-empty table over the rows that have it."""
+    columns = {key: [row[key] for row in rows if key in row] for key in dict.fromkeys(k for row in rows for k in row)}
+    return {key: sum(values) / len(values) for key, values in columns.items()}
 
 
 def _common_prefix(own: Mapping, weights: Mapping) -> str:

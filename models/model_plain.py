@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,12 +18,14 @@ from torch import Tensor, nn
 import checkpoint
 from data.resize import imresize
 from losses import LOSSES
-from metrics.vrt import video_metrics
-from models.model_base import ModelBase
+from metrics.vrt import Eight, frame_metrics, in_8_bits
+from models.model_base import ModelBase, mean_of
 from options import Section, build
 from runtime import distributed, schedules
 from runtime.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ProperFraction
 from storage.foreign import extract_weights, unpack
+
+ABSENT = -math.inf  # in a column of metrics: a frame without a value
 
 
 class ModelPlain(ModelBase):
@@ -209,11 +212,18 @@ class ModelPlain(ModelBase):
 
     def metrics(self) -> dict[str, float]:
         """Return PSNR and SSIM of `restored`, and as `<name>_<baseline>` of the baseline, averaged over frames."""
-        restored, target = self.restored[0], self.target[0]
-        name, plain = self.baseline()
-        self.baseline_name = name
-        values = video_metrics(_frames(restored), _frames(target))
-        return values | {f"{k}_{name}": v for k, v in video_metrics(_frames(plain), _frames(target)).items()}
+        self.baseline_name, plain = self.baseline()
+        border = self.opt["val"].get("crop_border", 0)
+        restored, plain, target = (in_8_bits(_frames(image), border) for image in (self.restored[0], plain,
+                                                                                   self.target[0]))
+        columns = self.scores(restored, target, "") | self.scores(plain, target, f"_{self.baseline_name}")
+        values = torch.stack([column.double() for column in columns.values()], dim=1).tolist()  # one wait for a card
+        self.frame_rows = [{name: value for name, value in zip(columns, row) if value != ABSENT} for row in values]
+        return mean_of(self.frame_rows)
+
+    def scores(self, frames: Eight, target: Eight, end: str) -> dict[str, Tensor]:
+        """Return metrics (T,) of frames by name, to which `end` is appended; ABSENT where a frame has none."""
+        return {f"{name}{end}": column for name, column in frame_metrics(frames, target).items()}
 
     def pictures(self) -> list[Tensor]:
         """Return baseline, restored and target of the middle frame, each (C, H, W)."""

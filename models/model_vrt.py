@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from data.video import FrameFolder
+from losses.lpips import LPIPS
+from metrics.vrt import Eight
 from models.model_base import mean_of
-from models.model_plain import ModelPlain, merge_tiles, window_starts
+from models.model_plain import ABSENT, ModelPlain, merge_tiles, window_starts
+from models.network_spynet import SpyNet, flow_warp
 from runtime.ranges import NonNegativeFloat, NonNegativeInt, Range
 
 TILE_OVERLAP = 20  # input pixels that neighbouring tiles share, as in KAIR
@@ -49,6 +52,11 @@ class ModelVRT(ModelPlain):
         pad_seq: bool = False  # repeat the last frame once before restoring
         flip_seq: bool = False  # average the result with that of the reversed clip
         center_frame_only: bool = False  # compute metrics of the middle frame of each clip only
+        crop_border: NonNegativeInt = 0  # output pixels on each side that metrics leave out, as KAIR and BasicSR do
+        vgg_path: str | None = None  # file of VGG16's weights for the metric LPIPS; null: no LPIPS
+        lpips_path: str | None = None  # file of LPIPS's weights of VGG16 for the metric; null: no LPIPS
+        # File of SPyNet's weights for the flow of the metric `warp`, the warping error; null: no warping error.
+        warp_path: str | None = None
 
     def __init__(self, opt: Mapping[str, Any]):
         super().__init__(opt)
@@ -62,6 +70,11 @@ class ModelVRT(ModelPlain):
         if v["size_patch_testing"] and not 0 <= v["size_patch_overlapping"] < v["size_patch_testing"]:
             raise ValueError(f"{opt['opt_path']}: val.size_patch_testing {v['size_patch_testing']} must be 0 or above "
                              f"val.size_patch_overlapping {v['size_patch_overlapping']}")
+        self.lpips = None
+        if v["vgg_path"] and v["lpips_path"]:
+            self.lpips = LPIPS(v["vgg_path"], v["lpips_path"]).to(self.device)
+        self.flow = SpyNet(v["warp_path"]).eval().to(self.device) if v["warp_path"] else None
+        self.before: dict[str, tuple[Tensor, Tensor]] = {}  # the previous frame and its target, of the next frames
         fixed = t["fix_keys"] if t["fix_iter"] > 0 else []
         self.fixed = [p for name, p in self.netG.named_parameters() if any(key in name for key in fixed)]
 
@@ -101,6 +114,7 @@ class ModelVRT(ModelPlain):
 
     def validate(self, sample: Any) -> dict[str, float]:
         """Return the metrics of a clip; a `LazyClip` is read and tested window by window."""
+        self.before.clear()
         if isinstance(sample, Mapping):
             return super().validate(sample)
         rows, frames = [], range(len(sample.frames))
@@ -109,12 +123,29 @@ class ModelVRT(ModelPlain):
             for t, data, restored in self.restore_frames(network, sample.read, len(frames)):
                 if self.opt["val"]["center_frame_only"] and t != middle:
                     continue
-                self.degraded, self.target = data["L"][None, None], data["H"][None, None]
-                self.restored = restored[None].cpu()
+                self.degraded, self.target = (data[side][None, None].to(self.device) for side in "LH")
+                self.restored = restored[None]
                 rows.append(self.metrics())
                 if t == middle:
                     self.shown = self.pictures()
+        self.frame_rows = rows
         return mean_of(rows)
+
+    def scores(self, frames: Eight, target: Eight, end: str) -> dict[str, Tensor]:
+        """Add LPIPS, and 1000 times the warping error, where their weights are given."""
+        columns = super().scores(frames, target, end)
+        pairs = list(zip(frames.rgb / 255, target.rgb / 255))
+        with torch.no_grad():
+            if self.lpips:
+                columns[f"lpips{end}"] = torch.stack([self.lpips(*(2 * x[None] - 1 for x in pair)).flatten()[0]
+                                                      for pair in pairs])
+            if self.flow:
+                previous = [self.before.get(end), *pairs[:-1]]
+                columns[f"warp{end}"] = torch.stack([
+                    pair[0].new_tensor(ABSENT) if last is None else 1000 * warping_error(self.flow, *pair, *last)
+                    for pair, last in zip(pairs, previous)])
+                self.before[end] = pairs[-1]
+        return columns
 
     def baseline(self) -> tuple[str, Tensor]:
         """Return name and frames of the baseline: for interpolation the mean of the two neighbours."""
@@ -141,14 +172,17 @@ class ModelVRT(ModelPlain):
         yield sum(len(clip.frames) for clip in clips)
         with self.testing() as network:
             for clip in clips:
+                self.before.clear()
                 names = [f"{frame}.png" if single else f"{clip.name}/{frame}.png" for frame in clip.frames]
-                missing = {t for t, name in enumerate(names) if wanted(name)}
+                missing, last = {t for t, name in enumerate(names) if wanted(name)}, -1
                 for t, data, restored in self.restore_frames(network, clip.read, len(names), missing):
                     metrics = None
                     if "H" in data:
-                        self.degraded, self.target = data["L"][None, None], data["H"][None, None]
-                        self.restored = restored[None].cpu()
-                        metrics = self.metrics()
+                        self.degraded, self.target = (data[side][None, None].to(self.device) for side in "LH")
+                        self.restored = restored[None]
+                        if last != t - 1:
+                            self.before.clear()
+                        metrics, last = self.metrics(), t
                     yield names[t], restored[0], metrics
 
     def summarize_inference(self, rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -220,3 +254,19 @@ class ModelVRT(ModelPlain):
             return kept
 
         return merge_tiles(network, degraded, size, overlap, without_inner_edges, scale)
+
+
+def warping_error(flow: nn.Module, frame: Tensor, target: Tensor, frame_before: Tensor,
+                  target_before: Tensor) -> Tensor:
+    """Return the mean squared difference of a frame and the one before it, moved along the motion of the target.
+
+    Pixels count by how well the target itself follows that motion, which leaves out those that come into view.
+
+    Args: flow: estimates the motion. The frames are (3,H,W) in [0,1].
+    Source: Lai et al. 2018, "Learning Blind Video Temporal Consistency", arXiv:1808.00449, equations 4 and 5.
+    """
+    motion = flow(target[None], target_before[None])[0].permute(0, 2, 3, 1)
+    moved = [x - flow_warp(before[None], motion)[0] for x, before in ((frame, frame_before), (target, target_before))]
+    squares, own = (x.square().mean(0) for x in moved)
+    weights = torch.exp(-150 * own)  # 50 for the sum over channels
+    return (weights * squares).sum() / weights.sum()

@@ -28,6 +28,7 @@ from storage.tree import plain
 
 WRITE_EVERY = 5.0  # seconds between two writes of the metrics so far
 MOST_ATTEMPTS = 3  # launches in a row that finish no sample of a validation; then it is skipped
+CLIP, FRAMES = "clip name", "frame rows"  # in a sample's row, beside its metrics
 NAME_BYTES = 120  # longest sample name in a picture's file name; file systems allow 255 bytes in all
 
 
@@ -106,13 +107,14 @@ class Progress:
 
 def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, iteration: int | None,
              stop: StopRequest, pictures: Path | None,
-             progress: Progress | None = None) -> dict[str, float] | None:
+             progress: Progress | None = None, clips: list[dict[str, Any]] | None = None) -> dict[str, float] | None:
     """Validate every test set. The ranks share the samples, and each writes the pictures of its own.
 
     Args:
         iteration: None outside training.
         pictures: path prefix of the pictures; None: write none.
         progress: metrics of earlier launches, to which new ones are added; None: start over.
+        clips: gets a row for each sample, and for each of its frames.
     Returns: {"<set>.<metric>": mean over its samples}, or None after a stop request.
     Raises: ValidationError on all ranks when a sample fails on any.
     """
@@ -135,7 +137,8 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, iterat
             for index in own:
                 sample = stop.fetch(partial(next, samples), "sample", f"sample {index} of {name}")  # or is interrupted
                 log.progress(f"validating {name}: {len(known) + len(rows)} of {len(dataset)}")
-                rows[index] = model.validate(sample)
+                model.frame_rows = []
+                rows[index] = {**model.validate(sample), FRAMES: model.frame_rows, CLIP: clip_name(sample)}
                 if progress:
                     progress.add(name, index, rows[index])
                 if pictures and model.shown and (most is None or index < most):
@@ -160,7 +163,13 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, iterat
             return None
         for part, _ in gathered:
             known |= part
-        summarize = partial(model.summarize, name, [known[index] for index in sorted(known)])
+        rows = [dict(known[index]) for index in sorted(known)]
+        for row in rows:
+            clip, frames = row.pop(CLIP, ""), row.pop(FRAMES, [])
+            if clips is not None:
+                clips.append({"set": name, "clip": clip, "frame": "", **row})
+                clips += [{"set": name, "clip": clip, "frame": i, **frame} for i, frame in enumerate(frames)]
+        summarize = partial(model.summarize, name, rows)
         metrics = summarize() if shared else distributed.from_main(summarize)
         means |= {f"{name}.{key}": value for key, value in metrics.items()}
         printed = {key: value for key, value in metrics.items() if model.is_printed(key)}
@@ -179,6 +188,7 @@ def validate(run: Any, stop: StopRequest) -> None:
     began = time.monotonic()
     about = [run.iteration, plain(run.opt["val"]), {name: plain(run.opt["datasets"][name])
                                                     for name in run.test_sets}]
+    clips: list[dict[str, Any]] = []
     progress = Progress(run.folder / "log", about).open()
     if progress.attempts > MOST_ATTEMPTS:
         run.log.warn(f"the validation of iteration {run.iteration} was interrupted {MOST_ATTEMPTS} times before it "
@@ -188,7 +198,7 @@ def validate(run: Any, stop: StopRequest) -> None:
         with fastest_kernels(False):
             means = evaluate(run.model, run.test_sets, run.log, run.iteration, stop,
                              run.folder / "images" / f"{run.iteration:06d}" if run.opt["val"]["save_img"]
-                             else None, progress)
+                             else None, progress, clips)
     except ValidationError as error:
         run.save(reason="interrupted")
         distributed.from_main(run.saves.finish)
@@ -203,6 +213,7 @@ def validate(run: Any, stop: StopRequest) -> None:
     run.pace.paused += time.monotonic() - began
     run.history.rows.append({"iteration": run.iteration, **means})
     run.log.row("test", run.history.rows[-1])
+    run.log.replace_rows("test_clips", run.iteration, clips)
     if run.history.value(run.history.rows[-1]) is None:
         run.save(reason="interrupted")
         raise OptionError(f"{run.opt['opt_path']}: checkpoint.best_metric: {run.history.metric!r} is not "

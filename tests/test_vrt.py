@@ -45,7 +45,7 @@ def only_testing(scale=1, **val):
            "size_patch_overlapping": 20, "pad_seq": False,
            "flip_seq": False, "center_frame_only": False, **val}
     model.__dict__ |= {"opt": {"val": val, "scale": scale}, "netG": Sharpen(scale), "netE": None,
-                       "device": torch.device("cpu"), "target_frame": -1}
+                       "device": torch.device("cpu"), "target_frame": -1, "lpips": None, "flow": None, "before": {}}
     return model
 
 
