@@ -135,7 +135,7 @@ def resume_command(argv: list[str], saved: bool) -> str:
             skip = True
         elif not word.startswith(("--resume=", "--init-from=", "--init_from=")):
             kept.append(word)
-    return shlex.join([*distributed.launcher(), "main.py", *kept])
+    return shlex.join([*distributed.launcher(), *kept])
 
 
 def saved_options(path: str) -> dict:
@@ -212,7 +212,7 @@ def main(argv: list[str], hooks: Sequence[Hooks] = ()) -> int:
         return replay(opt, notices, args.replay, args.resume)
     if args.test:
         return infer(opt, notices, resume=args.resume, source=args.input, output=args.output, truth=args.truth,
-                     command=shlex.join([*distributed.launcher(), "main.py", *argv]))
+                     command=shlex.join([*distributed.launcher(), *argv]))
     return launch(opt, notices, resume=args.resume, init_from=args.init_from, fresh=args.fresh, command=command)
 
 

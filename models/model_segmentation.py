@@ -276,8 +276,8 @@ class ModelSegmentation(ModelPlain):
     def overlay(self, image: Tensor, ids: Tensor) -> Tensor:
         """Return the image (3,H,W) in [0,1] with the foreground coloured."""
         found = (ids > 0).to(image.device)
-        shades = torch.tensor([(0, 0, 0), *PALETTE[2:]], device=image.device)
-        colour = shades[ids.to(image.device) % len(shades)].movedim(-1, 0)
+        shades = torch.tensor(PALETTE[2:], device=image.device)
+        colour = shades[(ids.to(image.device).long() - 1) % len(shades)].movedim(-1, 0)
         return torch.where(found, 0.5 * image + 0.5 * colour, image)
 
     # ------------------------------------------------ state

@@ -79,11 +79,13 @@ def device_for(opt: Mapping[str, Any]) -> torch.device:
 
 
 def launcher() -> list[str]:
-    """Return the first words of the command that starts these processes, for printing."""
+    """Return the first words of the command that starts these processes, as the user typed them, for printing."""
+    is_program = os.path.basename(sys.argv[0]) == "main.py"  # not where another program imports it
+    script = sys.argv[0] if is_program else "main.py"
     if not launched():
-        return ["python"]
+        return [*(sys.orig_argv[: -len(sys.argv)] if is_program else ["python"]), script]
     nodes, here = os.environ.get("GROUP_WORLD_SIZE", "1"), os.environ["LOCAL_WORLD_SIZE"]
-    return ["torchrun", *([f"--nnodes={nodes}"] if nodes != "1" else []), f"--nproc_per_node={here}"]
+    return ["torchrun", *([f"--nnodes={nodes}"] if nodes != "1" else []), f"--nproc_per_node={here}", script]
 
 
 def launch() -> str:

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 
+from main import resume_command
 from storage import system
 from tests.conftest import ROOT
 
@@ -41,3 +42,12 @@ def test_the_end_of_a_process_is_seen_by_its_parent():
     for call, code in (("die()", system.KILLED), ("end_by_signal(15)", -15)):
         assert subprocess.run([sys.executable, "-c", f"from storage import system; system.{call}"],
                               cwd=ROOT).returncode == code
+
+
+def test_the_printed_command_is_the_one_that_was_typed(monkeypatch):
+    """Interpreter, its flags and the path of main.py: no environment is active, another folder is current."""
+    monkeypatch.setattr(sys, "orig_argv", [".venv/bin/python", "-u", "../perdure/main.py", "-opt", "a b.json"])
+    monkeypatch.setattr(sys, "argv", ["../perdure/main.py", "-opt", "a b.json"])
+    assert resume_command(sys.argv[1:], False) == ".venv/bin/python -u ../perdure/main.py -opt 'a b.json'"
+    monkeypatch.setattr(sys, "argv", ["-m", "pytest"])
+    assert resume_command(["-opt", "a.json"], False) == "python main.py -opt a.json"
