@@ -50,8 +50,8 @@ def shortened(command):
     """The command with a run of two steps; a replayed step is the second; `kill -9` is left out."""
     if "main.py" not in command:
         for shown, here in (("experiments/one experiments/two", "experiments/train_vrt experiments/my_video"),
-                            ("a/models/300.json b/models/300.json", "a/train_vrt/models/2.json b/train_vrt/models/2.json"),
-                            ("step_time.py options/train_vrt.json", "step_time.py options/train_vrt.json --rounds 1")):
+                            ("a/models/300.json b/models/300.json", "a/train_vrt b/train_vrt"),
+                            ("step_time.py options/train_vrt.json", "step_time.py options/train_vrt.json --steps 1")):
             command = command.replace(shown, here)
         return command
     command = re.sub(r" & sleep.*", "", re.sub(r"--replay \d+", "--replay 2", command))
