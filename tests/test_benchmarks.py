@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -72,6 +73,14 @@ def test_the_benchmark_against_ddp(tmp_path):
     assert ranks.finish() == [0, 0], ranks.report()
     found = json.loads(ranks.said(0).splitlines()[-1])
     assert found["ours"] > 0 and found["usual"] > 0 and found["micro_batches"] == 4
+
+
+def test_the_comparison_of_restarts(script, tmp_path):
+    """One peer, for the others need packages: two kills, two restarts, and a count of what they cost."""
+    said = script("resume_peers", "--peers", "plain", "composer", "--trials", 1, "--steps", 20, "--folder", tmp_path)
+    plain, composer = said.splitlines()[-2:]
+    assert re.fullmatch(r"\| plain \| [01] of 1 \| [\d.e+-]+ \| [01] \| [\d.]+ \| \d+ \| [\d.]+ s \| \d+ ms \|", plain)
+    assert composer.startswith("| composer | not run: ")
 
 
 # ---------------------------------------------------------------- gpu.py
