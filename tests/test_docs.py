@@ -40,7 +40,7 @@ def test_links_lead_to_files_and_commands_are_taken(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
     for line in re.findall(r"^    python main\.py (.*)$", text, re.MULTILINE):
-        words = [word for word in shlex.split(re.split(r"\s{3,}", line)[0])]
+        words = [word for word in shlex.split(re.split(r"\s{3,}| & ", line)[0])]
         file = next((words[i + 1] for i, word in enumerate(words) if word == "-opt"), None) or \
             options.find_option_file(words, str(ROOT / "options"))
         flags = options.FLAGS | (options.cli_table(str(ROOT / file)) if file and (ROOT / file).exists() else {})
