@@ -75,6 +75,7 @@ def parser_for(flags: dict[str, str], **settings) -> argparse.ArgumentParser:
                          help="compute step N twice from the newest checkpoint before it, and print what it saw")
     parser.add_argument("--quiet", action="store_true", help="print only warnings, errors and the last line")
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard records, in log/tensorboard")
+    parser.add_argument("--wandb", action="store_true", help="also write to Weights & Biases")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set any option")
     for name in ("--dist", "--launcher", "--local-rank", "--local_rank"):  # KAIR's: torchrun replaces them
         parser.add_argument(name, nargs="?", const=True, help=argparse.SUPPRESS)
@@ -90,7 +91,7 @@ def overrides_in(args: argparse.Namespace, flags: dict[str, str]) -> list[tuple[
     found = [(key, value, f"--{flag}") for flag, keys in flags.items()
              if (text := getattr(args, f"flag_{flag}")) is not None
              for key, value in options.set_by_flag(flag, keys, text).items()]
-    found += [(f"log.{key}", True, f"--{key}") for key in ("quiet", "tensorboard") if getattr(args, key)]
+    found += [(f"log.{key}", True, f"--{key}") for key in ("quiet", "tensorboard", "wandb") if getattr(args, key)]
     for text in args.set:
         key, equals, value = text.partition("=")
         if not equals:

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 
 from models import KAIR_ONLY
 from runtime.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
+from storage import param_json
 from storage.words import foreign_sections, word_here
 
 Table = Mapping[str, str]  # name in an option file -> "module:Class", imported when asked for
@@ -91,6 +92,7 @@ class Log:
 
     quiet: bool = False  # print only warnings, errors and how the run ended; the log files get everything
     tensorboard: bool = False  # write TensorBoard's files to log/tensorboard, too; needs the extra "tensorboard"
+    wandb: bool = False  # write to Weights & Biases, too; needs the extra "wandb"
 
 
 @dataclass
@@ -164,6 +166,8 @@ UNUSED = {
     "datasets.*.interval_list": "a sequence of Vimeo-90K is taken as it is",
     "datasets.*.dataroot_lq": "this dataset makes L of dataroot_gt",
     "checkpoint.mode": "checkpoint.name null keeps only the latest and the best",
+    "model_args": "", "train_args": "",  # the rest of a param.json
+    "perceptual_weight": f"without {' and '.join(param_json.LPIPS_FILES)} it is 0",
 }
 
 
@@ -219,6 +223,13 @@ def load(path: str, chain: tuple[str, ...] = ()) -> tuple[dict, dict[str, str]]:
         names = [os.path.relpath(p) for p in (*chain[chain.index(real):], real)]
         raise OptionError(f"{path}: 'extends' forms a cycle: {' -> '.join(names)}")
     tree = read_file(path)
+    if param_json.is_param_json(tree):
+        try:
+            converted = param_json.convert(tree, path)
+        except ValueError as error:
+            raise OptionError(f"{path}: {error}") from None
+        own = {key: tree[key] for key in tree if key not in ("model_type", "model_args", "train_args")}
+        tree = merge(converted, own, {}, path)
     shipped = os.path.join(os.path.dirname(os.path.abspath(__file__)), "options")
     if sentence := foreign_sections(tree, os.path.relpath(shipped, os.path.dirname(real))):
         raise OptionError(f"{path}: {sentence}")
@@ -433,7 +444,7 @@ def check(section: Mapping, schema: Schema, path: str, where: Callable[[str], st
                 word = word_here(full)
                 raise OptionError(f"{where(full)}: {full}: unknown key; "
                                   + (f"here it is {word}" if word else closest(key, schema)))
-            reason = UNUSED[pattern]
+            reason = UNUSED[pattern] or (", ".join(flatten(value)) if isinstance(value, Mapping) else "")
             notices.append(f"{where(full)}: {full} is not used here" + (f": {reason}" if reason else ""))
             continue
         try:

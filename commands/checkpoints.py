@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
             one.add_argument("--options", action="store_true", help="print the options of its run")
             one.add_argument("--tensors", action="store_true", help="list every tensor")
         if command is convert:
-            one.add_argument("--to", required=True, choices=("kair", "bundle", "weights", "safetensors"))
+            one.add_argument("--to", required=True, choices=("kair", "bundle", "taming", "weights", "safetensors"))
             one.add_argument("out", type=Path, metavar="OUT", help="a folder for kair, else a file")
             one.add_argument("--network", help="network to write: G, E, ...; default: E where there is one, else G")
             one.add_argument("--trust", action="store_true",
@@ -262,10 +262,10 @@ def convert(path: Path, to: str, out: Path, network: str | None, trust: bool) ->
     parts = read_trusted(path) if trust else read(path)
     out.parent.mkdir(parents=True, exist_ok=True)
     networks = [label for label in parts if label != "state" and not label.startswith("optimizer")]
+    label = network or ("E" if "E" in parts and to != "taming" else "G" if "G" in parts else (networks or ["G"])[0])
+    if label not in parts and to in ("weights", "safetensors", "taming"):
+        raise CheckpointError(f"{path}: holds no network {label}; valid: {', '.join(networks) or 'none'}")
     if to in ("weights", "safetensors"):
-        label = network or ("E" if "E" in parts else "G" if "G" in parts else networks[0] if networks else "G")
-        if label not in parts:
-            raise CheckpointError(f"{path}: holds no network {label}; valid: {', '.join(networks) or 'none'}")
         check_absent(out)
         weights = foreign.extract_weights(parts[label], path)
         save_file(out, weights if to == "weights" else safetensors.encode(weights))
@@ -275,6 +275,11 @@ def convert(path: Path, to: str, out: Path, network: str | None, trust: bool) ->
     if iteration is None:
         found = checkpoint.MEMBER.fullmatch(path.name)
         iteration = int(found[1]) if found else checkpoint.locate(path).iteration or 0
+    if to == "taming":
+        check_absent(out)
+        save_file(out, foreign.pack_taming(parts, label, iteration))
+        print(f"{out}: iteration {iteration}, with the keys of taming's scripts")
+        return 0
     if to == "bundle":
         check_absent(out)
         parts.setdefault("state", {"iteration": iteration})

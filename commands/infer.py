@@ -60,7 +60,7 @@ def infer(opt: options.Section, notices: list[str], *, resume: str | None = None
     prepare_machine(opt)
     options.resolve(MODELS, opt["model"], "model").prepare_inference(opt)
     model = build_model(opt)
-    settings = {**opt["log"], "tensorboard": False}
+    settings = {**opt["log"], "tensorboard": False, "wandb": False}
     with contextlib.closing(start_log(settings, notices)) as log, StopRequest("this sample") as stop:
         log.line(f"weights  {load_weights(model, opt, resume, log)}; {model.device}, {torch.get_num_threads()} threads")
         if source is None:

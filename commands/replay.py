@@ -34,7 +34,8 @@ def replay(opt: options.Section, notices: Sequence[str], step: int, resume: str 
         raise options.OptionError(f"--replay {step}: must be from 1 to train.total_iter {opt['train']['total_iter']}")
     prepare_machine(opt)
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(contextlib.closing(start_log({**opt["log"], "tensorboard": False}, notices)))
+        settings = {**opt["log"], "tensorboard": False, "wandb": False}
+        log = stack.enter_context(contextlib.closing(start_log(settings, notices)))
         run = stack.enter_context(contextlib.closing(Run(opt, log)))
         restore(run, checkpoint.locate(resume, log.warn) if resume else
                 checkpoint.find_newest(run.models, log.warn, before=step))

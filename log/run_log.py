@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from log.pictures import save_pictures
 from log.tables import CsvTable, append, write_table
 from log.tensorboard import Board, summary_writer
 from log.terminal import ERASE, is_terminal, printable, status, width_of
+from log.wandb import WandbBoard, wandb_module
 
 MAX_UNWRITTEN = 10_000  # lines kept for a file that cannot be written
 # first words of the lines that a quiet run prints, too
@@ -42,11 +44,11 @@ class RunLog:
     Args:
         stream: the console; the progress line and colours are drawn only if it is a terminal.
         quiet: print only warnings, errors and the last line; the files get every line.
-        tensorboard: record for TensorBoard, too.
-    Raises: OptionError when TensorBoard is not installed.
+        tensorboard, wandb: record for TensorBoard, for Weights & Biases, too.
+    Raises: OptionError when one of these is not installed.
     """
 
-    def __init__(self, stream=None, quiet: bool = False, tensorboard: bool = False):
+    def __init__(self, stream=None, quiet: bool = False, tensorboard: bool = False, wandb: bool = False):
         self.stream = stream or sys.stdout or open(os.devnull, "w")  # None: the parent process closed it
         if hasattr(self.stream, "reconfigure"):
             self.stream.reconfigure(errors="backslashreplace")  # for names of files that the console can't encode
@@ -59,8 +61,9 @@ class RunLog:
         self.rows: dict[str, list[Mapping]] = {}  # rows that are not in their table yet
         self.tables: dict[str, CsvTable] = {}
         self.failed: set[str] = set()  # files for which a warning was printed
-        self.writer_class = summary_writer() if tensorboard else None
-        self.board: Board | None = None
+        self.makers = [partial(Board, summary_writer())] if tensorboard else []
+        self.makers += [partial(WandbBoard, wandb_module())] if wandb else []
+        self.boards: list[Board | WandbBoard] = []
 
     def open(self, folder: Path, iteration: int, settings: Mapping[str, Any] | None = None,
              tables: Mapping[str, Sequence[Mapping[str, Any]]] | None = None) -> None:
@@ -82,9 +85,11 @@ class RunLog:
         for path in sorted(folder.glob("*.csv")):
             with tolerated(path, self.warn):
                 self.tables[path.stem] = CsvTable(path, iteration)
-        if self.writer_class:
-            self._draw(lambda _: None, lambda: Board(self.writer_class(str(folder / "tensorboard"),
-                                                                       purge_step=iteration + 1), settings or {}))
+        for make in self.makers:
+            try:
+                self.boards.append(make(folder, iteration, settings or {}))
+            except OSError as error:
+                self.warn(f"{make.func.name} gets no rows of this launch: {error}; the CSV files have them")
         self._record(None)
 
     def _open_file(self) -> None:
@@ -181,14 +186,13 @@ class RunLog:
             self.failed.add("pictures")
             self.warn(f"{text}; training continues without such pictures")
 
-    def _draw(self, what: Callable[[Board], None], make: Callable[[], Board] | None = None) -> None:
-        try:
-            self.board = make() if make else self.board
-            if self.board:
-                what(self.board)
-        except OSError as error:
-            self.board = None
-            self.warn(f"TensorBoard gets no more rows of this launch: {error}; the CSV files have them")
+    def _draw(self, what: Callable[[Board | WandbBoard], None]) -> None:
+        for board in list(self.boards):
+            try:
+                what(board)
+            except OSError as error:
+                self.boards.remove(board)
+                self.warn(f"{board.name} gets no more rows of this launch: {error}; the CSV files have them")
 
     def close(self) -> None:
         """Erase the progress line and close the files; to be called at the end of every launch."""
@@ -229,7 +233,7 @@ def start_log(settings: Mapping[str, Any], notices: Iterable[str], preface: Iter
     """
     if not writes:
         return SilentLog()
-    log = RunLog(quiet=settings["quiet"], tensorboard=settings["tensorboard"])
+    log = RunLog(**{key: settings[key] for key in ("quiet", "tensorboard", "wandb")})
     for text in (*preface, *(f"note     {notice}" for notice in notices)):
         log.line(text)
     return log

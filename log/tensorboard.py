@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -25,11 +26,14 @@ class Board:
     """Writes the tables for TensorBoard as `<table>/<column>`, with pictures, and the options as hparams.
 
     Args:
-        writer: a SummaryWriter that purges the steps that the run repeats. settings: the options as {"a.b": value}.
+        writer: the class of the SummaryWriter, which purges the steps that the run repeats.
+        folder: of the logs. iteration: that the launch resumes from. settings: the options as {"a.b": value}.
     """
 
-    def __init__(self, writer, settings: Mapping[str, Any]):
-        self.writer, self.settings = writer, settings
+    name = "TensorBoard"
+
+    def __init__(self, writer: type, folder: Path, iteration: int, settings: Mapping[str, Any]):
+        self.writer, self.settings = writer(str(folder / "tensorboard"), purge_step=iteration + 1), settings
 
     def row(self, table: str, values: Mapping[str, Any]) -> None:
         """Write the numbers of a row."""

@@ -128,6 +128,18 @@ def pack(parts: Mapping[str, Any]) -> dict[str, Any]:
     return head | named | {"scheduler_state_dict": {}, "scaler_state_dict": {}} | state
 
 
+def pack_taming(parts: Mapping[str, Any], network: str, steps: int) -> dict[str, Any]:
+    """Return the parts of a set under the keys of training scripts around taming; the discriminator is in `state_dict`.
+
+    Args: network: label of the network to write, G or E. steps: finished iterations.
+    """
+    weights = parts[network] | {f"{TAMING_DISCRIMINATOR}{key}": value for key, value in parts.get("D", {}).items()}
+    scheduler = parts.get("state", {}).get("scheduler_state_dict", {})
+    named = {"optimizer": parts.get("optimizerG"), "optimizer_disc": parts.get("optimizerD"),
+             "scheduler": scheduler.get("optimizerG")}
+    return {"steps": steps, "state_dict": weights, **{key: part for key, part in named.items() if part}}
+
+
 def unpack(payload: Any, path: Path | str) -> dict[str, Any]:
     """Return the parts in one dictionary, by label; "state" is among them only if the file has its iteration or epoch.
 

@@ -7,19 +7,23 @@ import os
 import re
 import sys
 import time
+import types
 
 import pytest
 import torch
 
 import checkpoint
 import options
+from commands import checkpoints
 from data import DATASETS, prepare
+from log.pictures import write_picture
 from models import KAIR_ONLY, MODELS, NETWORKS
 from report.facts import RunFolder
 from runtime.hooks import Hooks
+from storage.foreign import unpack
 from tests import tiny
 from tests.conftest import ROOT, write_json
-from tests.runs import rows, run
+from tests.runs import differing, rows, run
 from tests.test_lgt import recipe as lgt_recipe
 from tests.test_segmentation import options_in as segmentation_recipe
 
@@ -321,3 +325,119 @@ def test_training_metrics_of_each_epoch_are_printed_and_in_the_csv(tmp_path, cap
             state["train_metrics_history"][i]
         assert found[i][1:] == tuple(f"{float(row[f'epoch_{k}']):.4f}" for k in ("loss", "iou", "f1"))
     assert "epoch_iou" in RunFolder(folder).facts()["curves"]["train"]  # in the report
+
+
+# ---------------------------------------------------------------- 003: VQGAN
+
+PARAM_JSON = """\
+{
+    "model_type": "TamingVQGAN",
+    "model_args": {
+        "model_variant": "EMAVQ",
+        "n_embed": 16,
+        "embed_dim": 8,
+        "ddconfig": {
+            "z_channels": 8, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 2],
+            "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0
+        },
+        "lossconfig": {
+            "target": "models.taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
+            "params": {
+                "disc_conditional": false, "disc_in_channels": 3, "disc_start": 1, "disc_weight": 0.8,
+                "codebook_weight": 1.0, "disc_num_layers": 1, "disc_ndf": 8
+            }
+        }
+    },
+    "train_args": {
+        "use_taming_loss": true,  // optional
+        "lr": 1e-4,
+        "num_steps": 3,
+        "lr_decay": 0.98
+    }
+}
+"""  # the seed's, with smaller numbers
+
+
+def test_param_json_trains_and_its_checkpoints_go_both_ways(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "param.json").write_text(PARAM_JSON)
+    (tmp_path / "pictures").mkdir()
+    for i in range(2):
+        write_picture(tmp_path / f"pictures/{i}.png", torch.rand(3, 20, 20))
+    words = ["-opt", "param.json", "--images", "pictures", "--set", "val.save_img=false"]
+    assert run(*words) == 0
+    out, models = capsys.readouterr().out, tmp_path / "experiments/param/models"
+    assert "train_args is not used here: lr_decay" in out and "model_args is not used here: lossconfig.target" in out
+    assert "perceptual_weight is not used here: without weights/vgg16" in out
+    assert "G EMAVQ" in out and "ImageTrainDataset, 2 samples" in out and "learning rate 0.0001" in out
+    one = checkpoint.find_newest(models).load()
+    assert (one["state"]["iteration"], one["state"]["config"]["train"]["lossconfig"]["disc_weight"]) == (3, 0.8)
+
+    assert checkpoints.main(["convert", "experiments/param", "--to", "taming", "old.pth"]) == 0
+    written = torch.load("old.pth", weights_only=True)
+    assert set(written) == {"steps", "state_dict", "optimizer", "optimizer_disc", "scheduler"}
+    assert written["steps"] == written["scheduler"]["last_epoch"] == 3
+    assert "loss.discriminator.main.0.weight" in written["state_dict"] and "encoder.conv_in.weight" in \
+        written["state_dict"]
+    assert run(*words, "--resume", "old.pth", "--set", "task=again", "--set", "train.total_iter=4") == 0
+    assert "old.pth: iteration 3 of 4" in capsys.readouterr().out
+    parts = unpack(written, "old.pth")
+    for label in ("G", "D", "optimizerG", "optimizerD"):
+        assert differing(one[label], parts[label]) == [], label
+    assert checkpoints.main(["convert", "experiments/param", "--to", "taming", "e.pth", "--network", "E"]) == 2
+
+
+def test_param_json_with_another_loss_or_unknown_words_is_an_error(tmp_path):
+    path = tmp_path / "param.json"
+    path.write_text(PARAM_JSON.replace("vqperceptual.VQLPIPSWithDiscriminator", "dummy.DummyLoss"))
+    assert "lossconfig.target: models.taming.modules.losses.dummy.DummyLoss is not here; valid: VQLPIPS" in \
+        error_of("-opt", path)
+    path.write_text(PARAM_JSON.replace("ch_mult", "ch_mul"))
+    assert "netG.ddconfig.ch_mul: unknown key; did you mean 'ch_mult'?" in error_of("-opt", path)
+    path.write_text(PARAM_JSON.replace("EMAVQ", "EMAVVQ"))
+    assert "netG.net_type: unknown 'EMAVVQ'; did you mean 'EMAVQ'?" in error_of("-opt", path)
+
+
+class FakeWandb(types.ModuleType):
+    """Has what log/wandb.py calls, and keeps it."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.begun, self.rows, self.ended = [], [], 0
+
+    def init(self, **settings):
+        self.begun.append(settings)
+        return types.SimpleNamespace(log=self.rows.append, define_metric=lambda *_, **__: None, finish=self.finish)
+
+    def finish(self):
+        self.ended += 1
+
+    @staticmethod
+    def Image(array):
+        return array.shape
+
+
+def test_wandb_gets_each_row_once_after_a_resume(tmp_path, tiny_tables, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    path = tiny.write(tmp_path, train={"total_iter": 5}, val={"save_img": True})
+    assert run("-opt", path, "--wandb") == 0
+    assert run("-opt", path, "--wandb", "--set", "train.total_iter=7", "--resume", tmp_path / "run/models/2.json") == 0
+    assert fake.begun[0]["id"] == fake.begun[1]["id"] and fake.begun[0]["name"] == "run" and fake.ended == 2
+    assert fake.begun[0]["config"]["train.total_iter"] == 5 and fake.begun[0]["dir"] == str(tmp_path / "run/log")
+    for key, wanted in (("train/G_loss", [1, 2, 3, 4, 5, 6, 7]), ("test/test.psnr", [3, 5, 6, 7])):
+        assert [row["iteration"] for row in fake.rows if key in row] == wanted
+    assert any("test/0" in row for row in fake.rows)
+    assert run("-opt", path, "--wandb", "--fresh") == 0
+    assert fake.begun[2]["id"] != fake.begun[0]["id"]
+
+
+def test_wandb_that_is_absent_or_broken(tmp_path, tiny_tables, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    path = tiny.write(tmp_path, train={"total_iter": 1})
+    assert "wandb is not installed; pip install wandb" in error_of("-opt", path, "--wandb")
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(fake, "init", lambda **_: 1 / 0)
+    assert run("-opt", path, "--wandb") == 0
+    assert "warning  Weights & Biases gets no rows of this launch: division by zero" in capsys.readouterr().out
