@@ -25,7 +25,7 @@ from runtime import determinism, distributed
 from runtime.determinism import fastest_kernels, prepare_machine
 from runtime.evaluate import Progress, describe_epoch, describe_losses, validate
 from runtime.finite import FiniteCheck, NonFiniteLoss, compute_again
-from runtime.history import History
+from runtime.history import History, LossMeans
 from runtime.hooks import HookList, Hooks
 from runtime.resume import find_source, learning_rate, open_folder, restore
 from runtime.saves import Saves, check_ranks
@@ -69,7 +69,7 @@ class Run:
                           if section["phase"] == "test"}
         watch.begin("start", f"building the model {opt['model']}")
         self.model = build_model(opt)
-        self.losses = FiniteCheck(self.model.scaler)
+        self.losses, self.means = FiniteCheck(self.model.scaler), LossMeans()
         self.models = self.model.save_dir
         self.folder = Path(options.run_folder(opt))
         keep, (name, mode) = opt["checkpoint"], self.model.best_metric
@@ -175,9 +175,10 @@ class Run:
         if not (printed or means):
             return
         self.losses.check()
-        losses, rate = self.model.current_log(), self.model.current_learning_rate()
+        steps, rate = self.means.num_steps, self.model.current_learning_rate()
+        losses = self.means.close() or self.model.current_log()  # where all were skipped
         epoch = self.position[0]
-        self.log.row("train", {"iteration": self.iteration, "epoch": epoch, "lr": rate, **losses,
+        self.log.row("train", {"iteration": self.iteration, "epoch": epoch, "lr": rate, "steps": steps, **losses,
                                **{f"epoch_{name}": value for name, value in means.items()}})
         if means:
             self.log.line(describe_epoch(self, means, learning_rate(self, self.iteration)))
@@ -259,6 +260,8 @@ class Run:
                 raise NonFiniteLoss(f"{model.skipped_in_a_row} steps in a row were skipped until iteration "
                                     f"{self.iteration}, each for a loss or gradient that is not finite; the last "
                                     "checkpoint is intact; lower the learning rate, or raise train.nan_limit")
+            if not model.skipped_in_a_row:
+                self.means.add(model.log_dict)
             self.hooks.after_step(self)
             self.show_progress()
             self.saves.poll()

@@ -246,13 +246,13 @@ def data_uri(path: Path) -> str:
 
 
 def curves(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Return the curve of every column with numbers, except iteration and epoch."""
+    """Return the curve of every column with numbers, except iteration, epoch and steps."""
     x = columns.get("iteration", np.zeros(0))
     if np.isnan(x).any() or np.isinf(x).any():  # rows without a position
         columns = {name: values[np.isfinite(x)] for name, values in columns.items()}
         x = columns["iteration"]
     return {name: found for name, values in columns.items()
-            if name not in ("iteration", "epoch") and (found := curve(x, values))["rows"]}
+            if name not in ("iteration", "epoch", "steps") and (found := curve(x, values))["rows"]}
 
 
 def best_row(columns: Mapping[str, np.ndarray], metric: Any) -> dict[str, Any] | None:

@@ -1,10 +1,39 @@
-"""The metrics of every validation of a run, and which validation is the best."""
+"""The metrics of every validation of a run, and which is the best; the means of losses between two rows of the log."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class LossMeans:
+    """Averages loss terms over the steps since the last row, without waiting for the device."""
+
+    def __init__(self):
+        self.num_steps = 0
+        self.sums: dict[tuple[str, ...], list] = {}  # names of terms that come together -> their sums, number of steps
+
+    def add(self, terms: Mapping[str, Tensor]) -> None:
+        """Add the terms of a step, scalars on one device. Some steps of a recipe have more terms than others."""
+        values = torch.stack([term.detach().double() for term in terms.values()])
+        found = self.sums.setdefault(tuple(terms), [torch.zeros_like(values), 0])
+        found[0] += values
+        found[1] += 1
+        self.num_steps += 1
+
+    def close(self) -> dict[str, float]:
+        """Return the means and start over. Waits for the device."""
+        totals: dict[str, tuple[float, int]] = {}
+        for names, (sums, count) in self.sums.items():
+            for name, value in zip(names, sums.tolist()):
+                known = totals.get(name, (0.0, 0))
+                totals[name] = known[0] + value, known[1] + count
+        self.num_steps, self.sums = 0, {}
+        return {name: value / count for name, (value, count) in totals.items()}
 
 
 class History:

@@ -12,6 +12,7 @@ import torch
 import checkpoint
 from models.model_plain import ModelPlain
 from options import OptionError
+from runtime.history import LossMeans
 from runtime.hooks import Hooks
 from tests import tiny
 from tests.runs import assert_equal_runs, differing, final, rows, run, run_until, straight_and_stopped
@@ -173,3 +174,27 @@ def test_parameters_in_another_memory_format_resume_exactly(tmp_path, monkeypatc
     monkeypatch.setattr(ModelPlain, "__init__", channels_last)
     over = {"checkpoint": {"async": background}}
     assert_equal_runs(*straight_and_stopped(lambda name, _: tiny.write(tmp_path, name, **over), [3, 6]))
+
+
+def test_losses_in_the_table_are_means_since_the_last_row_and_a_resume_marks_its_row(tmp_path):
+    def write(name, launch, every=4):
+        return tiny.write(tmp_path, name, train={"checkpoint_print": every})
+
+    each, _ = straight_and_stopped(lambda name, _: tiny.write(tmp_path, f"each_{name}"), [])
+    single = [float(row["G_loss"]) for row in rows(each)]
+    one, two = straight_and_stopped(write, [6])
+    assert [(row["iteration"], row["steps"]) for row in rows(one)] == [("4", "4"), ("8", "4")]
+    assert [(row["iteration"], row["steps"]) for row in rows(two)] == [("4", "4"), ("8", "2")]
+    for folder, begin in ((one, 4), (two, 6)):
+        first, second = (float(row["G_loss"]) for row in rows(folder))
+        assert first == pytest.approx(sum(single[:4]) / 4, rel=1e-12)
+        assert second == pytest.approx(sum(single[begin:8]) / (8 - begin), rel=1e-12)
+
+
+def test_terms_of_some_steps_are_averaged_over_those():
+    means = LossMeans()
+    for step in range(4):
+        terms = {"G_loss": torch.tensor(float(step))}
+        means.add(terms | ({"D_loss": torch.tensor(10.0 * step)} if step % 2 else {}))
+    assert means.num_steps == 4 and means.close() == {"G_loss": 1.5, "D_loss": 20.0}
+    assert means.num_steps == 0 and means.close() == {}
