@@ -17,7 +17,7 @@ def image_metrics(restored: Tensor, target: Tensor) -> dict[str, float]:
     """
     if restored.shape != target.shape or restored.ndim != 4:
         raise ValueError(f"images of shape {tuple(restored.shape)} and {tuple(target.shape)}; both must be (B,C,H,W)")
-    restored, target = (images.detach().clamp(0, 1).mul(255).round().cpu() for images in (restored, target))
+    restored, target = (images.detach().clamp(0, 1).mul(255).round() for images in (restored, target))
     plain = target.mean((2, 3), keepdim=True).round().expand_as(target)
     return {"psnr": psnr(restored, target).mean().item(), "psnr_mean_colour": psnr(plain, target).mean().item()}
 

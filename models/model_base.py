@@ -72,6 +72,7 @@ class ModelBase(TrainingStep):
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.schedules: dict[str, Schedule] = {}
         self.baseline_name = ""  # suffix of the metrics of the baseline, e.g. "bicubic"
+        self.sample: tuple | None = None  # test set and number of the sample that is validated
         self.shown: list[Tensor] = []  # pictures of the last validated sample, (C, H, W) in [0, 1]
         self.frame_rows: list[dict[str, float]] = []  # metrics of each frame of the last validated sample, if it is one
         self.scaler = torch.amp.GradScaler(self.device.type) if self.opt_train["amp"] == "fp16" else None

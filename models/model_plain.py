@@ -59,6 +59,7 @@ class ModelPlain(ModelBase):
 
     def __init__(self, opt: Mapping[str, Any]):
         super().__init__(opt)
+        self.baselines: dict[tuple, tuple[str, dict[str, Tensor]]] = {}  # by sample: equal in each validation
         self.netG = self.networks["G"] = self.define_network("G")
         if self.opt_train["E_decay"] > 0:
             self.netE = self.networks["E"] = copy.deepcopy(self.netG).eval().requires_grad_(False)
@@ -212,11 +213,15 @@ class ModelPlain(ModelBase):
 
     def metrics(self) -> dict[str, float]:
         """Return PSNR and SSIM of `restored`, and as `<name>_<baseline>` of the baseline, averaged over frames."""
-        self.baseline_name, plain = self.baseline()
         border = self.opt["val"].get("crop_border", 0)
-        restored, plain, target = (in_8_bits(_frames(image), border) for image in (self.restored[0], plain,
-                                                                                   self.target[0]))
-        columns = self.scores(restored, target, "") | self.scores(plain, target, f"_{self.baseline_name}")
+        restored, target = (in_8_bits(_frames(image), border) for image in (self.restored[0], self.target[0]))
+        if (known := self.baselines.get(self.sample)) is None:
+            name, plain = self.baseline()
+            known = name, self.scores(in_8_bits(_frames(plain), border), target, f"_{name}")
+            if self.sample:
+                self.baselines[self.sample] = known
+        self.baseline_name, columns = known
+        columns = self.scores(restored, target, "") | columns
         values = torch.stack([column.double() for column in columns.values()], dim=1).tolist()  # one wait for a card
         self.frame_rows = [{name: value for name, value in zip(columns, row) if value != ABSENT} for row in values]
         return mean_of(self.frame_rows)

@@ -117,14 +117,14 @@ class ModelVRT(ModelPlain):
         self.before.clear()
         if isinstance(sample, Mapping):
             return super().validate(sample)
-        rows, frames = [], range(len(sample.frames))
+        rows, frames, which = [], range(len(sample.frames)), self.sample
         middle = len(frames) // 2
         with self.testing() as network:
             for t, data, restored in self.restore_frames(network, sample.read, len(frames)):
                 if self.opt["val"]["center_frame_only"] and t != middle:
                     continue
                 self.degraded, self.target = (data[side][None, None].to(self.device) for side in "LH")
-                self.restored = restored[None]
+                self.restored, self.sample = restored[None], which and (*which, t)
                 rows.append(self.metrics())
                 if t == middle:
                     self.shown = self.pictures()

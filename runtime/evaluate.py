@@ -137,7 +137,7 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, iterat
             for index in own:
                 sample = stop.fetch(partial(next, samples), "sample", f"sample {index} of {name}")  # or is interrupted
                 log.progress(f"validating {name}: {len(known) + len(rows)} of {len(dataset)}")
-                model.frame_rows = []
+                model.frame_rows, model.sample = [], (name, index)
                 rows[index] = {**model.validate(sample), FRAMES: model.frame_rows, CLIP: clip_name(sample)}
                 if progress:
                     progress.add(name, index, rows[index])

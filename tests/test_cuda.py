@@ -13,6 +13,7 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 import torch.utils._pytree as pytree
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
@@ -21,7 +22,9 @@ from benchmarks import common
 from data import loader
 from data.loader import num_workers
 from losses.energy import PatchSlicedWassersteinLoss
-from models import network_vrt
+from metrics.vqgan import image_metrics
+from metrics.vrt import frame_metrics, in_8_bits
+from models import model_plain, network_vrt
 from models.model_base import ModelBase
 from models.model_plain import ModelPlain
 from models.model_vqgan import ModelVQGAN
@@ -30,7 +33,8 @@ from options import OptionError
 from runtime import determinism, distributed, resume
 from tests import tiny, world
 from tests.conftest import ROOT, write_json
-from tests.runs import assert_equal_runs, run
+from tests.runs import assert_equal_runs, rows, run
+from tests.vrt import vrt_file
 
 pytestmark = pytest.mark.usefixtures("tiny_tables")
 KINDS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -255,6 +259,34 @@ def test_a_run_has_as_many_workers_as_auto_says_with_equal_results(tmp_path, mon
                 len(multiprocessing.active_children())))]) == 0
     assert counts == [0, 2]
     assert_equal_runs(tmp_path / "one", tmp_path / "two")
+
+
+# ---------------------------------------------------------------- validation
+
+
+def test_metrics_are_computed_on_the_device(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: self.device.type)
+    with FakeTensorMode():
+        pair = torch.empty(2, 2, 3, 16, 16, device="cuda")
+        assert set(image_metrics(*pair).values()) == {"cuda"}
+        assert {column.device.type for column in frame_metrics(*map(in_8_bits, pair)).values()} == {"cuda"}
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_the_metrics_of_the_baseline_are_computed_once_in_a_run(tmp_path, monkeypatch, lazy):
+    """It is as good in each validation, and takes as long to compare as what the network restored."""
+    if lazy:  # clips of 2 frames
+        path = vrt_file(tmp_path, train={"total_iter": 4, "checkpoint_test": 2})
+    else:
+        path = tiny.write(tmp_path, train={"total_iter": 4, "checkpoint_test": 2})
+    calls, real = [], model_plain.frame_metrics
+    monkeypatch.setattr(model_plain, "frame_metrics", lambda *clips: (calls.append(1), real(*clips))[1])
+    hooks = [tiny.At("before_training", 0, lambda run: calls.clear())]
+    assert run("-opt", path, hooks=hooks) == 0
+    first, second = rows(tmp_path / "run", "test")
+    assert len(calls) == 2 + 2 + 2  # of 2 samples or frames: the baseline, and two validations
+    name = "psnr_bicubic" if lazy else "psnr_input"
+    assert first[f"test.{name}"] == second[f"test.{name}"] and first["test.psnr"] != second["test.psnr"]
 
 
 # ---------------------------------------------------------------- waiting for the device

@@ -41,6 +41,7 @@ class Sharpen(torch.nn.Module):
 def only_testing(scale=1, **val):
     """A ModelVRT that can only test."""
     model = ModelVRT.__new__(ModelVRT)
+    model.sample, model.baselines = None, {}
     val = {"num_frame_testing": 0, "num_frame_overlapping": 2, "size_patch_testing": 0,
            "size_patch_overlapping": 20, "pad_seq": False,
            "flip_seq": False, "center_frame_only": False, **val}
