@@ -553,7 +553,7 @@ def locate(path: Path | str, report: Report | None = None) -> CheckpointSet:
                 return found
         raise CheckpointError(f"{path}: no usable checkpoint in this folder" + reasons(why))
     if not path.exists():
-        raise CheckpointError(f"{path}: no such checkpoint; give a file, a commit record or a folder")
+        raise CheckpointError(f"Checkpoint file not found: {path}; give a file, a commit record or a folder")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: is empty, its writer was interrupted; name another checkpoint")
     found = _located_record(path) if path.suffix == ".json" else _located_file(path)

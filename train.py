@@ -330,6 +330,7 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
             kept = f"iteration {run.iteration} is saved" if run.iteration else "nothing was trained yet"
             raise options.OptionError(f"{stop.problem}; {kept}: mend this and run the same command")
         if stop.agreed and (run.iteration < opt["train"]["total_iter"] or run.validation_missing()):
+            run.saves.tell()
             log.line(f"stopped  by {stop.agreed.name} after iteration {run.iteration}; resume with: {command}")
             run.report.end("interrupted", f"by {stop.agreed.name}")
             return stop.exit_code

@@ -77,7 +77,15 @@ def find_own(run: Any, report: checkpoint.Report = lambda line: None) -> Checkpo
 
 
 def find_named(run: Any, resume: str) -> CheckpointSet:
-    """Load the set that `--resume` names, and record it if it belongs to another run."""
+    """Load the set that `--resume` names, and record it if it belongs to another run.
+
+    The file of an interruption that a later save of this run replaced stands for its newest set.
+    """
+    interrupted = (run.models / run.saves.layout.interrupted).resolve()
+    if not Path(resume).exists() and Path(resume).resolve() == interrupted and (found := find_own(run, run.log.warn)):
+        run.log.line(f"note     {resume} was replaced by later saves of this run; it resumes from the newest")
+        run.remembered = True
+        return found
     found = checkpoint.locate(resume, run.log.warn)
     if found.folder.resolve() not in run.saves.places():
         run.resumed_from = str(Path(resume).resolve())

@@ -122,6 +122,7 @@ class Saves:
         self.reason = "regular"  # of that save
         self.amending = False  # whether the last save only adds the metrics of its validation
         self.failure = ""  # why the last save failed; "" if it did not
+        self.path: Path | None = None  # the file that stands for the last one
         background = device_type != "cpu" if keep["async"] == "auto" else keep["async"]
         try:
             self.layout = Layout(keep["layout"], keep["name"], keep["latest"], keep["best"], keep["interrupted"])
@@ -140,6 +141,12 @@ class Saves:
         """Return the folders that hold this run's checkpoints."""
         return [saver.folder.resolve() for saver in (self.saver, self.mirror) if saver]
 
+    def tell(self) -> None:
+        """Print where a stopped run was saved."""
+        if self.path:
+            self.log.line(f"Checkpoint saved to {self.path}")
+            self.log.line(f"You can resume training using: --resume {self.path}, or the same command:")
+
     def due(self) -> bool:
         """Return whether `checkpoint.every_minutes` are over; on other ranks than 0 never."""
         return distributed.is_main() and 0 < self.pause <= time.monotonic() - self.since
@@ -147,6 +154,8 @@ class Saves:
     def write(self, iteration: int, parts: Mapping[str, Any], reason: str) -> None:
         """Start to write a checkpoint, or write it, depending on `checkpoint.async`."""
         state = parts["state"]
+        if reason == "interrupted":
+            self.log.line("Saving current state...")
         self.amending, self.failure = self.at == iteration, ""
         self.since, self.best = time.monotonic(), state["best"]
         self.at, self.reason = iteration, self.reason if self.amending else reason
@@ -174,6 +183,7 @@ class Saves:
             self.followers.put(saved.found, self.best)
         if saved and not saved.amended:
             watch.measure("save", saved.seconds)
+            self.path = saved.found.path
             waited = f", {saved.waited:.2f} s of it waited for" if self.saver.background else ""
             self.log.line(f"saved    {saved.found.path} in {saved.seconds:.1f} s{waited}")
 

@@ -191,7 +191,10 @@ class _Handlers:
 
             more = "; once more leaves without saving" if number == signal.SIGINT else \
                 f", by {signal.Signals(number).name}"
-            print_now(f"stopping after {self.requests[-1].unit}{more}")
+            unit = self.requests[-1].unit
+            why = f"{'Training i' if unit == 'this step' else 'I'}nterrupted by user (Ctrl+C): " \
+                if number == signal.SIGINT else ""
+            print_now(f"{why}stopping after {unit}{more}")
             distributed.forward_signal(number)
 
     def end(self, number: int) -> None:

@@ -461,7 +461,7 @@ def test_bad_codecs(tmp_path, vqgan):
     assert "netG.latent_channels: 48 does not fit the 4 of the codec" in refused(
         tmp_path, data={"codec": codec}, test={"codec": codec}, netG={**SMALL, "latent_channels": 48})
     assert "datasets.test.codec" in refused(tmp_path, data={"codec": codec})
-    assert "no such checkpoint" in refused(tmp_path, data={"codec": {**codec, "path": str(tmp_path / "no.pth")}})
+    assert "Checkpoint file not found" in refused(tmp_path, data={"codec": {**codec, "path": str(tmp_path / "no.pth")}})
     torch.save(torch.load(vqgan / "7_G.pth", weights_only=True), tmp_path / "weights.pth")
     assert "give net" in refused(tmp_path, data={"codec": {**codec, "path": str(tmp_path / "weights.pth")}})
     assert "did you mean 'pixel'" in refused(tmp_path, data={"codec": {"type": "pixels"}})

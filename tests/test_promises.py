@@ -5,6 +5,7 @@ docs/promises.md lists all of it, with the tests elsewhere.
 
 import os
 import re
+import signal
 import sys
 import time
 import types
@@ -23,7 +24,7 @@ from runtime.hooks import Hooks
 from storage.foreign import unpack
 from tests import tiny
 from tests.conftest import ROOT, write_json
-from tests.runs import differing, rows, run
+from tests.runs import differing, rows, run, run_until
 from tests.test_lgt import recipe as lgt_recipe
 from tests.test_segmentation import options_in as segmentation_recipe
 
@@ -441,3 +442,20 @@ def test_wandb_that_is_absent_or_broken(tmp_path, tiny_tables, monkeypatch, caps
     monkeypatch.setattr(fake, "init", lambda **_: 1 / 0)
     assert run("-opt", path, "--wandb") == 0
     assert "warning  Weights & Biases gets no rows of this launch: division by zero" in capsys.readouterr().out
+
+
+def test_resume_with_the_interrupted_file_works_a_second_time(tmp_path, tiny_tables, capsys):
+    """Also after regular saves have replaced it; and a file that never was is still an error."""
+    path = tiny.write(tmp_path, checkpoint={"layout": "bundle", "interrupted": "interrupted_checkpoint.pth"},
+                      path={"models": str(tmp_path / "checkpoints")})
+    file = tmp_path / "checkpoints/interrupted_checkpoint.pth"
+    run_until(5, "-opt", path, sig=signal.SIGINT)
+    for stop in (7, 8, None, None):
+        run_until(stop, "-opt", path, "--resume", file, sig=signal.SIGINT)
+        assert file.exists() == (stop == 7)
+    said = capsys.readouterr().out
+    assert f"Checkpoint saved to {file}\n" in said and f"resume training using: --resume {file}, or" in said
+    assert said.count(f"{file} was replaced by later saves of this run; it resumes from the newest") == 2
+    assert "nothing left to do; raise train.total_iter to train longer" in said
+    assert f"Checkpoint file not found: {file.parent}/other.pth; " in error_of("-opt", path, "--resume",
+                                                                                file.with_name("other.pth"))

@@ -191,7 +191,7 @@ def test_a_full_disk_stops_with_a_line_or_warns_and_tries_again(tmp_path, monkey
 
 
 BAD = [
-    (["--resume", "none.pth"], "none.pth: no such checkpoint"),
+    (["--resume", "none.pth"], "Checkpoint file not found: none.pth; give"),
     (["--set", "train.totl_iter=1"], "did you mean 'total_iter'?"),
     (["--set", "datasets.train.dataroot_gt=nowhere"], "nowhere"),
     (["--set", "datasets.train.dataroot_gt=empty"], "empty"),
@@ -230,7 +230,7 @@ def test_main_prints_one_line_and_exits_with_2(tmp_path):
     """In a process of its own, as a user runs it."""
     done = run_main("-opt", vrt_file(tmp_path, "bad"), "--resume", tmp_path / "none.pth", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == (f"error: {tmp_path}/none.pth: no such checkpoint; "
+    assert done.stderr == (f"error: Checkpoint file not found: {tmp_path}/none.pth; "
                            "give a file, a commit record or a folder\n")
 
 

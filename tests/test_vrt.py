@@ -332,7 +332,7 @@ def test_one_frame_and_a_folder_of_clips(trained, tmp_path):
     (["--input", "{lq}", "--output", "{lq}"], "is the input; name another folder"),
     (["--input", "{none}", "--output", "{out}"], "does not exist"),
     (["--input", "{lq}", "--output", "{gt}"], "is not empty and has no made_by.json"),
-    (["--input", "{lq}", "--output", "{out}", "--resume", "{none}"], "no such checkpoint"),
+    (["--input", "{lq}", "--output", "{out}", "--resume", "{none}"], "Checkpoint file not found"),
     (["--input", "{lq}", "--output", "{out}", "--truth", "{lq}"], "scale 4 asks for GT = 4 x LQ"),
 ])
 def test_bad_use_is_one_line_and_makes_nothing(trained, tmp_path, words, complaint):
