@@ -105,7 +105,8 @@ def test_locate_takes_members_records_and_folders_but_no_optimizer(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     for named, words in (("run/models/3_optimizerG.pth", "is an optimizer's state"),
                          ("none.pth", "Checkpoint file not found"), ("adam.pth", "is an optimizer's state"),
-                         ("8_G.pth", "is empty"), ("weights.pth", "start from them with --init-from"), ("notes.txt", "notes.txt")):
+                         ("8_G.pth", "is empty"), ("weights.pth", "start from them with --init-from"),
+                         ("notes.txt", "notes.txt")):
         with pytest.raises(CheckpointError, match=words) as caught:
             locate(tmp_path / named)
         assert "\n" not in str(caught.value)
