@@ -117,8 +117,8 @@ def test_a_copy_that_fails_is_a_warning_and_the_next_save_tries_again(tmp_path, 
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_a_copy_that_is_cut_off_is_no_set(tmp_path, monkeypatch, count):
     """As by a kill before the count-th file gets its name: the commit record is the last of them."""
-    assert run("-opt", tiny.write(tmp_path, train={"total_iter": 2, "checkpoint_test": 0})) == 0
-    found, real, left = checkpoint.find_newest(tmp_path / "run/models"), os.replace, iter(range(count - 1, -1, -1))
+    assert run("-opt", tiny.write(tmp_path, train={"total_iter": 3, "checkpoint_test": 0})) == 0
+    found, real, left = checkpoint.locate(tmp_path / "run/models/2.json"), os.replace, iter(range(count - 1, -1, -1))
 
     def cut_off(*names):
         if next(left) == 0:
