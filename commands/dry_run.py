@@ -311,10 +311,9 @@ class Trial:
         train = self.opt["train"]
         if train["stop_after"] is not None:
             end_of(train["stop_after"], time.monotonic())
-        watch.grace = train["grace"]
-        if problem := watch.find_grace_problem():
+        if problem := watch.find_grace_problem(train["grace"]):
             return "warn", problem
-        granted = f"train.grace is {watch.grace:g} s" if watch.grace else "train.grace is not set"
+        granted = f"train.grace is {train['grace']:g} s" if train["grace"] else "train.grace is not set"
         return "ok", f"at most {watch.describe_stop()} from a signal to a committed checkpoint; {granted}"
 
 

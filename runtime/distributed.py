@@ -123,7 +123,8 @@ def finish() -> None:
     """Disconnect at the end of a run. All ranks call it; after it, the exit of a rank is not a failure."""
     global _data, _watch
     if dist.is_initialized():
-        dist.barrier()
+        with _together():
+            dist.barrier()
         _watch.end()
         dist.destroy_process_group()
         _data = _watch = None

@@ -150,18 +150,18 @@ class Watch:
         terms = self.terms()
         return f"{sum(terms.values()):.1f} s ({', '.join(f'{name} {seconds:.1f}' for name, seconds in terms.items())})"
 
-    def find_grace_problem(self) -> str | None:
+    def find_grace_problem(self, grace: float | None) -> str | None:
         """Return what to do where a stop may take longer than `train.grace`, or None."""
         terms = self.terms()
-        if not self.grace or sum(terms.values()) <= self.grace:
+        if not grace or sum(terms.values()) <= grace:
             return None
         remedy = REMEDIES.get(max(terms, key=terms.get), REMEDIES["a save"])
         return f"a stop may take {self.describe_stop()} until its checkpoint is written, more than train.grace " \
-               f"{self.grace:g}: {remedy}, or let the scheduler grant more"
+               f"{grace:g}: {remedy}, or let the scheduler grant more"
 
     def compare_grace(self, passed: float = 0.0) -> None:
         """Warn once if a stop may take longer than `train.grace`; the first step, which compiles, does not count."""
-        if not self.warned and self.counts["step"] != 1 and (problem := self.find_grace_problem()):
+        if not self.warned and self.counts["step"] != 1 and (problem := self.find_grace_problem(self.grace)):
             self.warned = True
             (self.say if passed else self.log.line)(f"warning  {problem}")
 

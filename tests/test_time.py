@@ -185,8 +185,8 @@ def test_any_process_stops_all_by_its_clock_after_the_same_step(tmp_path):
     ({"step": 3.0, "save": 14.0}, False, None)])
 def test_a_stop_that_takes_longer_than_granted_is_warned_of_with_its_remedy(longest, background, words):
     own = Watch()
-    own.longest, own.background, own.grace = longest, background, 30
-    problem = own.find_grace_problem()
+    own.longest, own.background = longest, background
+    problem = own.find_grace_problem(30)
     assert problem is words is None or problem.startswith(f"a stop may take {words}")
 
 
