@@ -50,12 +50,6 @@ def build_model(opt: options.Section) -> ModelBase:
         raise options.OptionError(f"{opt['opt_path']}: netG: not enough memory for a network of this size") from None
 
 
-def build_dataset(opt: options.Section, name: str) -> Any:
-    """Build a dataset of the options. Raises: OptionError."""
-    watch.begin("start", f"scanning the data of datasets.{name}")
-    return options.build(DATASETS, opt["datasets"][name], "dataset_type")
-
-
 class Run:
     """One launch of a run: its options, folder, model, data and log, and its position in the training."""
 
@@ -63,10 +57,11 @@ class Run:
         self.opt, self.log, self.hooks = opt, log, HookList(hooks)
         self.iteration = self.started_at = 0
         self.length_key = "train.total_epochs" if opt["train"]["total_epochs"] else "train.total_iter"
-        self.train_set = build_dataset(opt, "train")
+        watch.begin("start", "scanning the data")
+        self.train_set = options.build(DATASETS, opt["datasets"]["train"], "dataset_type")
         self.names = names_digest(self.train_set)
-        self.test_sets = {name: build_dataset(opt, name) for name, section in opt["datasets"].items()
-                          if section["phase"] == "test"}
+        self.test_sets = {name: options.build(DATASETS, section, "dataset_type")
+                          for name, section in opt["datasets"].items() if section["phase"] == "test"}
         watch.begin("start", f"building the model {opt['model']}")
         self.model = build_model(opt)
         self.losses, self.means = FiniteCheck(self.model.scaler), LossMeans()
@@ -80,7 +75,6 @@ class Run:
         self.saves = Saves(opt, self.models, self.model.device.type, log)
         self.launch_file = self.folder / ".launch"  # identifies the last launch in this folder
         self.lock: FolderLock | None = None
-        self.mirror_lock: FolderLock | None = None
         self.resumed_from: str | None = None  # the checkpoint of another run that --resume named
         self.remembered = False  # --resume names the checkpoint that this run already continued: use its own newest
 
@@ -92,8 +86,8 @@ class Run:
     def close(self) -> None:
         """Wait for the save in progress and unlock the folder."""
         self.saves.close()
-        for lock in filter(None, (self.lock, self.mirror_lock)):
-            lock.close()
+        if self.lock:
+            self.lock.close()
 
     def environment(self) -> dict[str, Any]:
         return {**determinism.environment(), "device": self.model.device.type, "processes": distributed.world_size()}
@@ -229,7 +223,6 @@ class Run:
             self.validate(stop)  # the previous launch did not finish it
         else:
             Progress(self.folder / "log", None).close()  # of another iteration, which may be trained again differently
-        watch.begin("start", "starting the data workers")
         samples = endless(self.train_set, self.batches, self.opt["datasets"]["train"]["dataloader_num_workers"],
                           pinned=self.model.device.type != "cpu")
         with contextlib.closing(samples), fastest_kernels(True):
@@ -294,11 +287,8 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
         watch.configure(opt, log)
         run = stack.enter_context(contextlib.closing(Run(opt, log, hooks)))
         run.claim()
-        watch.begin("start", f"looking for checkpoints in {run.models} and verifying the newest")
         source = distributed.from_main(lambda: find_source(run, resume, init_from, fresh))
-        watch.begin("start", f"reading {source.path if source else 'the first weights'}")
         restore(run, source, named=bool(resume))
-        watch.begin("start", "reading samples")
         if source and run.iteration >= opt["train"]["total_iter"] and (
                 not resume or run.remembered) and not (
                 source.committed and run.validation_missing()):
@@ -309,9 +299,7 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
             raise options.OptionError(f"{resume}: is at iteration {run.iteration}, past the end of the run, "
                                       f"iteration {opt['train']['total_iter']}; raise {run.length_key}")
         run.hooks.before_training(run)
-        watch.compare_grace()
         stop.waits = True  # before this line there was nothing to save
-        watch.begin("start", f"trying a save in {run.models}")
         distributed.from_main(lambda: open_folder(run, source, fresh))
         run.report = stack.enter_context(RunReport(
             run.folder, run.models, log.line,

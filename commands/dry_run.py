@@ -49,6 +49,7 @@ class FirstLook(Hooks):
         look(run)
         if run.opt["train"]["grace"]:
             measure(run)
+            watch.compare_grace()
 
 
 def look(run: Run) -> None:
@@ -57,6 +58,7 @@ def look(run: Run) -> None:
     Raises: OptionError for data that can't be read.
     """
     began = time.monotonic()
+    watch.begin("start", "reading samples")
     read = [read_training(run, LOOK), *(read_test(run, name) for name in run.test_sets)]
     status, room = check_disk(run, estimate(run))
     if status != "ok":

@@ -36,6 +36,7 @@ def find_source(run: Any, resume: str | None, init_from: str | None, fresh: bool
 
     Raises: CheckpointError when there are checkpoints and none of them is usable.
     """
+    watch.begin("start", f"looking for checkpoints in {run.models} and verifying the newest")
     again = distributed.restarted() and run.launch_file.exists()
     if again and run.launch_file.read_text() == distributed.launch():
         source = find_own(run, run.log.line)
@@ -119,6 +120,7 @@ def restore(run: Any, source: CheckpointSet | None, named: bool = False) -> None
 
     Args: named: the user named the set, which may then be of another run.
     """
+    watch.begin("start", f"reading {source.path if source else 'the first weights'}")
     opt, train = run.opt, run.opt["train"]
     parts = source.load() if source else None
     state = (parts or {}).get("state", {})
@@ -256,6 +258,7 @@ def differences(saved: Mapping, now: Mapping, most: int = 12) -> list[str]:
 
 def open_folder(run: Any, resumed_from: CheckpointSet | None, fresh: bool) -> None:
     """Create and lock the run's folder and open its log. Called after everything was found valid."""
+    watch.begin("start", f"trying a save in {run.models}")
     try:
         run.models.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -301,7 +304,7 @@ def open_mirror(run: Any, own: CheckpointSet | None) -> None:
     mirror = run.saves.mirror.folder
     try:
         mirror.mkdir(parents=True, exist_ok=True)
-        run.mirror_lock = files.FolderLock(mirror)
+        run.saves.mirror_lock = files.FolderLock(mirror)
         checkpoint.archive(mirror, after=run.iteration if own else -1)
         checkpoint.clean(mirror)
         wanted = {run.iteration, run.history.best} if own else ()

@@ -134,6 +134,7 @@ class Saves:
             raise options.OptionError(f"{opt['opt_path']}: path.mirror: {opt['path']['mirror']} leads to the run's own "
                                       "folder; give another disk's")
         self.mirror = Saver(mirror, self.layout, keep["keep_last_n"]) if mirror else None
+        self.mirror_lock: files.FolderLock | None = None
         self.followers = Followers(self.mirror, keep["after_save"], log)
         watch.background, watch.written = background, lambda: files.written
 
@@ -191,6 +192,8 @@ class Saves:
         """Wait for the save in progress, and for a limited time for what follows it."""
         self.saver.wait()
         self.followers.finish()
+        if self.mirror_lock:
+            self.mirror_lock.close()
 
     def _handle_failure(self, error: Exception) -> None:
         """Raise CheckpointError for a failed save, or log a warning (`on_save_error`); older sets are intact."""
