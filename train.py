@@ -64,6 +64,9 @@ class Run:
                           for name, section in opt["datasets"].items() if section["phase"] == "test"}
         watch.begin("start", f"building the model {opt['model']}")
         self.model = build_model(opt)
+        for dataset in (self.train_set, *self.test_sets.values()):
+            if hasattr(dataset, "encode_on"):  # before any sample is read
+                dataset.encode_on(self.model.device)
         self.losses, self.means = FiniteCheck(self.model.scaler), LossMeans()
         self.models = self.model.save_dir
         self.folder = Path(options.run_folder(opt))

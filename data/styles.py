@@ -30,6 +30,7 @@ from data.synthetic_styles import DrawnStyles
 from data.transforms import build_drawn, split_key
 from models.codecs import CODECS
 from options import check, resolve, schema_of
+from runtime import distributed
 from runtime.ranges import PositiveInt, Seed, checked
 from storage.files import save_file
 from storage.sealed import CheckpointError, load_file
@@ -74,6 +75,7 @@ class StyleLatents:
             if files:
                 self.files[style] = files
         self.kept: dict[tuple[str, int], Tensor] = {}
+        self.device, self.on_disk = torch.device("cpu"), bool(self.codec.fingerprint and cache_dir and not self.drawn)
 
     def __call__(self, style: str, number: int) -> Tensor:
         """Return the latent (c,h,w) float32 of a picture of a style."""
@@ -84,6 +86,21 @@ class StyleLatents:
                 self.kept[style, number] = latent
         return latent
 
+    def encode_on(self, device: torch.device) -> None:
+        """Encode all pictures on a card, as far as latents are kept; data workers, which start later, can't use it."""
+        if device.type == "cpu" or not self.codec.fingerprint:
+            return
+        self.device = device
+        self.codec.to(device)
+        all_of_them = [(style, number) for style, files in self.files.items() for number in range(len(files))]
+        first = len(all_of_them) * distributed.rank() // distributed.world_size()  # ranks find each other's on the disk
+        for key in all_of_them[first:] + all_of_them[:first]:
+            self(*key)
+            if key not in self.kept and not self.on_disk:
+                break
+        self.device = torch.device("cpu")
+        self.codec.to(self.device)
+
     def picture(self, style: str, number: int) -> Tensor:
         """Return a picture (3,image_size,image_size) float32 in [-1,1]."""
         if self.drawn:
@@ -91,8 +108,8 @@ class StyleLatents:
         return fitted(read_picture(self.files[style][number], MIN_SIDE), self.image_size, self.crop)
 
     def _latent(self, style: str, number: int) -> Tensor:
-        if not (self.codec.fingerprint and self.cache_dir and not self.drawn):
-            return self.codec.encode(self.picture(style, number)[None])[0]
+        if not self.on_disk:
+            return self._encode(style, number)
         path = self.files[style][number]
         facts = f"{self.codec.fingerprint} {self.image_size} {self.crop} ".encode()
         kept = Path(self.cache_dir) / f"{hashlib.sha256(facts + read_bytes(path)).hexdigest()}.pt"
@@ -101,12 +118,15 @@ class StyleLatents:
                 return load_file(kept)
             except CheckpointError:
                 pass  # damaged: it is computed again
-        latent = self.codec.encode(self.picture(style, number)[None])[0].contiguous()
+        latent = self._encode(style, number).contiguous()
         kept.parent.mkdir(parents=True, exist_ok=True)
         temporary = kept.with_name(f"{kept.stem}.{os.getpid()}")  # workers may compute the same latent at once
         save_file(temporary, latent)
         os.replace(temporary, kept)
         return latent
+
+    def _encode(self, style: str, number: int) -> Tensor:
+        return self.codec.encode(self.picture(style, number)[None].to(self.device))[0].cpu()
 
 
 class StyleDataset(Dataset):
@@ -143,6 +163,10 @@ class StyleDataset(Dataset):
         """Return style and file name of each picture; [] for drawn ones."""
         return [] if self.latents.drawn else [f"{style}/{os.path.basename(path)}"
                                               for style, paths in self.latents.files.items() for path in paths]
+
+    def encode_on(self, device: torch.device) -> None:
+        """Encode all pictures on a card, see `StyleLatents`."""
+        self.latents.encode_on(device)
 
     def __len__(self) -> int:
         return len(self.styles) * max(map(len, self.latents.files.values()))
@@ -183,6 +207,10 @@ class StyleTestDataset(Dataset):
         if not self.latents.files:
             raise ValueError(f"{dataroot}: none of its folders holds pictures; each style needs one")
         self.num_references = num_references
+
+    def encode_on(self, device: torch.device) -> None:
+        """Encode all pictures on a card, see `StyleLatents`."""
+        self.latents.encode_on(device)
 
     def __len__(self) -> int:
         return len(self.latents.files)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import checkpoint
 import main as door
 from benchmarks import common
-from data import loader
+from data import loader, styles
 from data.loader import num_workers
 from losses.energy import PatchSlicedWassersteinLoss
 from metrics.vqgan import image_metrics
@@ -259,6 +259,44 @@ def test_a_run_has_as_many_workers_as_auto_says_with_equal_results(tmp_path, mon
                 len(multiprocessing.active_children())))]) == 0
     assert counts == [0, 2]
     assert_equal_runs(tmp_path / "one", tmp_path / "two")
+
+
+class Codec(torch.nn.Module):
+    """Stands for a codec with weights."""
+
+    fingerprint, factor, channels = "weights", 4, 3
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.moves = [], []
+
+    def to(self, device):
+        self.moves.append(device.type)
+
+    def encode(self, images):
+        self.seen.append(images.device.type)
+        return torch.zeros(1, 3, 4, 4)
+
+
+def test_pictures_are_encoded_on_the_device_before_workers_start(tmp_path, monkeypatch):
+    codec = Codec()
+    monkeypatch.setattr(styles, "shared_codec", lambda section: codec)
+    data = styles.StyleDataset(image_size=16, generated={"num_images": 3})
+    data.encode_on(torch.device("meta"))  # stands for a card
+    assert codec.seen == ["meta"] * 3 * len(data.styles) and codec.moves == ["meta", "cpu"]
+    assert data[0, 0]["source"].shape == (3, 4, 4) and len(codec.seen) == 3 * len(data.styles)
+    monkeypatch.setattr(styles, "MOST_KEPT", 100)  # nothing is kept, so that nothing is encoded in vain
+    data = styles.StyleDataset(image_size=16, generated={"num_images": 3})
+    data.encode_on(torch.device("meta"))
+    assert len(codec.seen) == 3 * len(data.styles) + 1
+
+
+def test_a_run_encodes_its_pictures_where_it_trains(tmp_path, monkeypatch):
+    seen = []
+    for kind in (styles.StyleDataset, styles.StyleTestDataset):
+        monkeypatch.setattr(kind, "encode_on", lambda self, device: seen.append(device.type))
+    common.build_run(common.read_options(str(world.recipe("lgt", tmp_path, "run")), {}))
+    assert seen == ["cpu", "cpu"]
 
 
 # ---------------------------------------------------------------- validation
