@@ -175,7 +175,7 @@ class Run:
         steps, rate = self.means.num_steps, self.model.current_learning_rate()
         losses = self.means.close() or self.model.current_log()  # where all were skipped
         epoch = self.position[0]
-        self.log.row("train", {"iteration": self.iteration, "epoch": epoch, "lr": rate, "steps": steps, **losses,
+        self.log.row("train", {"iteration": self.iteration, "epoch": epoch, "lr": rate, **losses, "steps": steps,
                                **{f"epoch_{name}": value for name, value in means.items()}})
         if means:
             self.log.line(describe_epoch(self, means, learning_rate(self, self.iteration)))
