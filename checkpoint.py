@@ -744,15 +744,17 @@ def clean(folder: Path | str) -> list[str]:
     return lines
 
 
-def archive(folder: Path | str, after: int = -1, only: int | None = None) -> Path | None:
+def archive(folder: Path | str, after: int = -1, only: int | None = None, also: Iterable[Path] = ()) -> Path | None:
     """Move the sets newer than an iteration (or `only` one) into a dated folder beside it. Returns that, if any.
 
     With `after` -1 everything goes, also training files of other programs. Other files are never touched.
+
+    Args: also: further files and folders to move.
     """
     folder = Path(folder)
     members, records, singles = _scan(folder)
     wanted = (lambda iteration: iteration == only) if only is not None else (lambda iteration: iteration > after)
-    moved = [path for iteration, files in members.items() if wanted(iteration) for path in files.values()]
+    moved = [*also, *(path for iteration, files in members.items() if wanted(iteration) for path in files.values())]
     all_go = only is None and after < 0
     moved += [path for names in singles for path in names if wanted(_bundle_iteration(path, all_go))]
     if all_go:

@@ -56,7 +56,7 @@ def parser_for(flags: dict[str, str], **settings) -> argparse.ArgumentParser:
                        help="resume from this checkpoint: a member of a set, its record (500.json) or a folder")
     start.add_argument("--init-from", "--init_from", metavar="FILE",
                        help="start with these weights, matched by name and shape")
-    parser.add_argument("--fresh", action="store_true", help="archive the run's checkpoints and start over")
+    parser.add_argument("--fresh", action="store_true", help="archive what the run has and start over")
     stages = parser.add_mutually_exclusive_group()
     stages.add_argument("--stage", metavar="NAME", help="train only this stage of the file")
     stages.add_argument("--run-all-stages", "--run_all_stages", action="store_true",

@@ -278,7 +278,7 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
         notices: lines for the user from reading the options.
         resume: the checkpoint to resume from instead of the newest one.
         init_from: path.init_from if the user set it for this launch: valid for a new run, or one started from it.
-        fresh: archive the run's checkpoints and start over.
+        fresh: archive what the run has and start over.
         command: the command that resumes this run, for printing.
         preface: lines to print first.
         hooks: called at fixed points of the run.

@@ -25,6 +25,7 @@ from runtime.watchdog import watch
 from storage import files, foreign, sealed
 from storage.tree import plain
 
+WRITTEN = ("images", "inference", "log", "logs", "options")  # what a run writes in its folder besides checkpoints
 OPTIONAL = ("skipped", "skipped_in_a_row", "scheduler_state_dict", "scaler_state_dict")  # keys of a state
 
 
@@ -274,9 +275,11 @@ def open_folder(run: Any, resumed_from: CheckpointSet | None, fresh: bool) -> No
     own = resumed_from is not None and resumed_from.folder.resolve() in run.saves.places()
     if launch := distributed.launch():
         run.launch_file.write_text(launch)
-    archive = checkpoint.archive(run.models, after=run.iteration if own else -1)
+    written = [run.folder / name for name in WRITTEN if (run.folder / name).exists()] if fresh and not own else []
+    archive = checkpoint.archive(run.models, after=run.iteration if own else -1, also=written)
     if archive:
-        run.log.line(f"archived {'all' if fresh else 'other' if not own else 'newer'} checkpoints: {archive}")
+        what = "all that the run had" if fresh and not own else f"{'newer' if own else 'other'} checkpoints"
+        run.log.line(f"archived {what}: {archive}")
     for line in checkpoint.clean(run.models):
         run.log.warn(line)
     if run.saves.mirror:

@@ -459,3 +459,27 @@ def test_resume_with_the_interrupted_file_works_a_second_time(tmp_path, tiny_tab
     assert "nothing left to do; raise train.total_iter to train longer" in said
     assert f"Checkpoint file not found: {file.parent}/other.pth; " in error_of("-opt", path, "--resume",
                                                                                 file.with_name("other.pth"))
+
+
+# ---------------------------------------------------------------- README
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["root/task", "path.models"])
+def test_fresh_archives_checkpoints_logs_tables_pictures_and_report_together(own, tmp_path, tiny_tables, capsys):
+    over = {"path": {"models": str(tmp_path / "run/models")}} if own else {}
+    path = tiny.write(tmp_path, train={"total_iter": 3}, val={"save_img": True}, **over)
+    folder = tmp_path / ("run/models" if own else "run")
+    assert run("-opt", path) == 0
+    before = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    (tmp_path / "run/models/vgg16.pth").write_bytes(b"weights of a loss")
+    assert run("-opt", path, "--fresh", "--set", "train.total_iter=1", "--set", "val.save_img=false") == 0
+    (archive,) = (tmp_path / "run").glob("models_2*")
+    assert f"archived all that the run had: {archive}\n" in capsys.readouterr().out
+    kept = {str(file.relative_to(archive)): file.read_bytes() for file in archive.rglob("*") if file.is_file()}
+    wanted = {name.removeprefix("models/"): data for name, data in before.items() if not name.startswith(".")}
+    assert kept == wanted and {"3.json", "log/train.csv", "log/test.csv", "log/train.log", "log/report.html",
+                               "images/000003_test_0.png"} <= set(kept)
+    assert [row["iteration"] for row in rows(folder)] == ["1"] and not (folder / "images").exists()
+    assert (tmp_path / "run/models/vgg16.pth").exists() and len(list((folder / "options").iterdir())) == 1
+    assert run("-opt", path, "--resume", archive, "--set", "task=again", "--set", "train.total_iter=4", "--set",
+               f"path.models={tmp_path}/again") == 0  # the archive is still a run
