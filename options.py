@@ -452,6 +452,8 @@ def check(section: Mapping, schema: Schema, path: str, where: Callable[[str], st
             out[key] = fit(value, schema[key][0])
         except TypeError as error:
             shown, reason = json.dumps(value), f" ({error})" if str(error) else ""
+            if value == -1 and key.startswith("checkpoint_"):
+                reason = "; 0 switches it off"
             shown = shown if len(shown) < 60 else shown[:57] + "..."
             raise OptionError(f"{where(full)}: {full}: {shown} is not {kind_name(schema[key][0])}{reason}") from None
     for key, (kind, default) in schema.items():
@@ -605,6 +607,11 @@ def models_folder(opt: Mapping[str, Any]) -> str:
 def run_folder(opt: Mapping[str, Any]) -> str:
     """Return the folder of a run: the one of its checkpoints where the options name that, else the one above it."""
     return opt["path"]["models"] or os.path.dirname(models_folder(opt))
+
+
+def origin_of(opt: Mapping[str, Any], key: str) -> str:
+    """Return the flag or file that set an option, or the option file."""
+    return getattr(opt, "origins", {}).get(key, opt["opt_path"])
 
 
 def check_dataset(opt: Mapping, name: str, table: Table, where: Callable[[str], str], notices: list[str]) -> Section:

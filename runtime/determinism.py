@@ -41,7 +41,8 @@ def prepare_machine(opt: dict) -> None:
     try:
         device = distributed.device_for(opt)
     except RuntimeError:
-        raise options.OptionError(f"device: {opt['device']!r} is unknown; valid: auto, cpu, cuda, cuda:N") from None
+        raise options.OptionError(f"{options.origin_of(opt, 'device')}: device: {opt['device']!r} is unknown; valid: "
+                                  "auto, cpu, cuda, cuda:N") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise options.OptionError(f"device: {device}: torch sees no CUDA device here; use --device cpu")

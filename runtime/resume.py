@@ -153,7 +153,8 @@ def restore(run: Any, source: CheckpointSet | None, named: bool = False) -> None
         if size % run.micro_batches:
             raise ValueError(f"a batch of {size} can't be cut into {run.micro_batches} micro-batches; use a multiple")
     except ValueError as error:
-        raise options.OptionError(f"{loader.where}: {error}") from None
+        where = options.origin_of(opt, "datasets.train.dataloader_batch_size")
+        raise options.OptionError(f"{where}: datasets.train: {error}") from None
     if train["total_epochs"] is not None:
         train["total_iter"] = run.iteration + run.batches.batches_until(train["total_epochs"])
     run.reports = run.model.init_train(parts, str(source.path) if source else "")
@@ -263,7 +264,8 @@ def open_folder(run: Any, resumed_from: CheckpointSet | None, fresh: bool) -> No
     try:
         run.models.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{run.models}: can't be made: {error.strerror}; is path.root right?") from None
+        where = options.origin_of(run.opt, "path.models" if run.opt["path"]["models"] else "path.root")
+        raise CheckpointError(f"{where}: {run.models} can't be made: {error.strerror}; give another folder") from None
     if run.lock is None:
         run.claim()
         if resumed_from is None and checkpoint.has_checkpoints(run.models):
