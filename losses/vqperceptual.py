@@ -38,7 +38,7 @@ def vanilla_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 class VQLPIPSWithDiscriminator(nn.Module):
-    """Compute the losses of autoencoder and discriminator; it owns the discriminator and LPIPS.
+    """Compute the losses of autoencoder and discriminator; it owns the discriminator, if any, and LPIPS.
 
     Args:
         disc_start: first iteration with the discriminator.
@@ -86,8 +86,10 @@ class VQLPIPSWithDiscriminator(nn.Module):
         self.perceptual_loss = None
         if perceptual_weight:
             self.perceptual_loss = LPIPS(vgg_path, lpips_path, dropout="perceptual_dropout" in legacy)
-        self.discriminator = NLayerDiscriminator(disc_in_channels, disc_ndf, disc_num_layers, use_actnorm)
-        self.min_size = self.discriminator.min_size
+        self.discriminator, self.min_size = None, 1
+        if disc_factor or legacy:
+            self.discriminator = NLayerDiscriminator(disc_in_channels, disc_ndf, disc_num_layers, use_actnorm)
+            self.min_size = self.discriminator.min_size
 
     def has_discriminator(self, global_step: int) -> bool:
         """Tell whether an iteration trains with the discriminator."""

@@ -75,8 +75,10 @@ class ModelVQGAN(ModelPlain):
         for network in (self.netG, self.netE, self.loss.discriminator):
             if network is not None:  # a step takes 20 to 30 % less time
                 network.to(memory_format=torch.channels_last)
-        self.netD = self.networks["D"] = self.loss.discriminator
-        self.act_norms = [module for module in self.netD.modules() if isinstance(module, ActNorm)]
+        self.netD, self.act_norms = self.loss.discriminator, []  # None: train.lossconfig.disc_factor is 0
+        if self.netD is not None:
+            self.networks["D"] = self.netD
+            self.act_norms = [module for module in self.netD.modules() if isinstance(module, ActNorm)]
         self.lpips: LPIPS | None = self.loss.perceptual_loss
         self.images = self.restored = None  # (B*D,C,H,W)
         self.indices: list[Tensor] = []  # indices of each codebook
@@ -105,8 +107,9 @@ class ModelVQGAN(ModelPlain):
     def check_sizes(self) -> None:
         """Raise OptionError where channels or sides of the images do not fit both networks."""
         where, bare = self.opt["opt_path"], self.get_bare_model(self.netG)
-        channels = {"n_channels": self.opt["n_channels"], "train.lossconfig.disc_in_channels":
-                    self.netD.main[0].in_channels}
+        channels = {"n_channels": self.opt["n_channels"]}
+        if self.netD is not None:
+            channels["train.lossconfig.disc_in_channels"] = self.netD.main[0].in_channels
         if "ddconfig" in self.opt["netG"]:
             channels["netG.ddconfig.out_ch"] = self.opt["netG"]["ddconfig"]["out_ch"]
         for key, count in channels.items():
@@ -121,7 +124,7 @@ class ModelVQGAN(ModelPlain):
 
     def check_side(self, side: int, where: str) -> None:
         """Raise OptionError where images of a side in pixels do not fit both networks."""
-        factor, least = self.get_bare_model(self.netG).factor, self.loss.min_size if self.loss.disc_factor else 1
+        factor, least = self.get_bare_model(self.netG).factor, self.loss.min_size
         if side % factor or side < least:
             raise OptionError(f"{where}: {side} must be a multiple of {factor} for this network, and at least {least} "
                               "for the discriminator (less with fewer train.lossconfig.disc_num_layers)")
@@ -141,6 +144,8 @@ class ModelVQGAN(ModelPlain):
     def load(self, parts: Mapping[str, Any] | None = None, source: str = "checkpoint") -> list[str]:
         """Load weights as ModelPlain does, and the discriminator that a file of taming's holds."""
         reports, path = super().load(parts, source), self.opt["path"]
+        if self.netD is None:
+            return reports
         path = path["init_from"] if path["init_from"] not in (None, "none") else path["pretrained_netG"]
         weights = {}
         if parts and "D" not in parts:
@@ -169,12 +174,14 @@ class ModelVQGAN(ModelPlain):
         super().define_optimizer()
         t = self.opt_train
         rate = t["G_optimizer_lr"] if t["D_optimizer_lr"] is None else t["D_optimizer_lr"]
-        self.optimizers["optimizerD"] = self.build_optimizer(self.netD.parameters(), rate)
+        if self.netD is not None:
+            self.optimizers["optimizerD"] = self.build_optimizer(self.netD.parameters(), rate)
 
     def define_scheduler(self) -> None:
         """Build the schedule that G and D share."""
         super().define_scheduler()
-        self.schedules["optimizerD"] = self.schedules["optimizerG"]
+        if self.netD is not None:
+            self.schedules["optimizerD"] = self.schedules["optimizerG"]
 
     # ------------------------------------------------ training
 

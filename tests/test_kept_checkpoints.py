@@ -43,7 +43,8 @@ def test_a_kept_checkpoint_resumes(tmp_path, monkeypatch, capsys, name):
     said = capsys.readouterr().out
     assert restored.iteration == stored["state"]["iteration"] == KEPT and f"iteration {KEPT} of {LAST}" in said
     assert restored.history == stored["state"]["history"] and len(restored.history) == 2
-    assert set(restored.parts) == set(stored) - {"state"}
+    gone = {"D", "optimizerD"} if kind == "vqvae" else set()  # it was never used there, and is not built any more
+    assert set(restored.parts) == set(stored) - {"state"} - gone
     for label, part in restored.parts.items():
         kept = stored[label]
         if label.startswith("optimizer"):  # its parameter groups are the options'
@@ -54,6 +55,7 @@ def test_a_kept_checkpoint_resumes(tmp_path, monkeypatch, capsys, name):
     if int(version) >= 3:
         found = numbers_of(final(tmp_path / "experiments" / kind, LAST))
         expected = json.loads((HERE / f"{name}.json").read_text())
+        expected = {key: pair for key, pair in expected.items() if not key.startswith(tuple(gone))} if gone else expected
         assert set(found) == set(expected)
         for key, (norm, product) in expected.items():
             assert found[key] == pytest.approx([norm, product], rel=0, abs=1e-6 * norm), key
