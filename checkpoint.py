@@ -614,22 +614,27 @@ def _located_file(path: Path) -> CheckpointSet:
     raise CheckpointError(f"{path}: holds weights only, no iteration; start from them with --init-from {path}")
 
 
-def read_weights(path: Path | str) -> tuple[dict[str, torch.Tensor], Mapping[str, Any]]:
+def read_weights(path: Path | str, report: Report = lambda line: None) -> tuple[dict[str, torch.Tensor],
+                                                                                Mapping[str, Any]]:
     """Return the weights that a path names, of G where there are several, and their options ({}: unknown).
 
-    Args: path: a file of ours or of another program, a member, a commit record or a folder.
+    Args:
+        path: a file of ours or of another program, a member, a commit record or a folder.
+        report: called with a line where there is a moving average as well.
     Raises: CheckpointError, one line.
     """
     path = Path(path)
     if path.is_dir() or path.suffix == ".json":
         parts = locate(path).load()
+        if "E" in parts:
+            report(f"{path}: takes G, not the moving average E")
         return extract_weights(parts.get("G"), path), parts.get("state", {}).get("config", {})
     payload = load_file(path)
     member = MEMBER.fullmatch(path.name)
     state = path.with_name(f"{member[1]}_state.pth") if member else None
     about = load_file(state) if state and state.exists() else payload
     config = about.get("config") if isinstance(about, Mapping) else None
-    return extract_weights(payload, path), config if isinstance(config, Mapping) else {}
+    return extract_weights(payload, path, report=report), config if isinstance(config, Mapping) else {}
 
 
 # ---------------------------------------------------------------- keeping and archiving

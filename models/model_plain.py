@@ -92,7 +92,7 @@ class ModelPlain(ModelBase):
             return []
         reports, path = [], self.opt["path"]
         if path["init_from"] not in (None, "none"):
-            weights, config = checkpoint.read_weights(path["init_from"])
+            weights, config = checkpoint.read_weights(path["init_from"], reports.append)
             strict = self.opt_train["G_param_strict"]
             reports += self.init_weights(self.netG, weights, path["init_from"], config.get("netG"), strict)
         elif path["pretrained_netG"]:

@@ -8,7 +8,7 @@ Understood besides our own: KAIR, BasicSR (`params`, and its `.state`), taming a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,14 @@ HISTORIES = ("train_losses", "val_losses", "train_metrics_history", "val_metrics
 # ---------------------------------------------------------------- weights
 
 
-def extract_weights(payload: Any, path: Path | str, param_key: str = "params") -> dict[str, torch.Tensor]:
+def extract_weights(payload: Any, path: Path | str, param_key: str = "params",
+                    report: Callable[[str], Any] = lambda line: None) -> dict[str, torch.Tensor]:
     """Return the state dict of the network in a loaded file, without the prefixes of wrappers.
 
     Args:
         payload: what the file holds: a bare state dict, or one under `param_key` or a key in KEYS.
         path: the file, for messages.
+        report: called with a line where the file has a moving average, too, or nothing else.
     Raises: CheckpointError for an optimizer, or when there are no weights.
     """
     if isinstance(payload, Unread):
@@ -67,6 +69,8 @@ def extract_weights(payload: Any, path: Path | str, param_key: str = "params") -
     weights = payload[key] if key else payload
     if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise no_network_error(payload, path)
+    if averages := [one for one in KEYS["E"][0] if _is_network(payload.get(one))]:
+        report(f"{path}: takes {key}" + (f", not the moving average in {averages[0]}" if key not in averages else ""))
     return {WRAPPERS.sub("", name): value for name, value in weights.items()}
 
 

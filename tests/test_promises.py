@@ -27,6 +27,7 @@ from tests.conftest import ROOT, write_json
 from tests.runs import differing, rows, run, run_until
 from tests.test_lgt import recipe as lgt_recipe
 from tests.test_segmentation import options_in as segmentation_recipe
+from train import build_model
 
 
 def error_of(*arguments):
@@ -483,3 +484,29 @@ def test_fresh_archives_checkpoints_logs_tables_pictures_and_report_together(own
     assert (tmp_path / "run/models/vgg16.pth").exists() and len(list((folder / "options").iterdir())) == 1
     assert run("-opt", path, "--resume", archive, "--set", "task=again", "--set", "train.total_iter=4", "--set",
                f"path.models={tmp_path}/again") == 0  # the archive is still a run
+
+
+# ---------------------------------------------------------------- what the files hold
+
+
+def test_vqvae_has_no_discriminator_unless_it_is_used():
+    opt, _ = options.parse(str(ROOT / "options/train_vqvae.json"), [], MODELS, NETWORKS, DATASETS)
+    model = build_model(opt)
+    model.init_train()
+    assert set(model.parts()) == {"G", "E", "optimizerG"}
+    opt["train"]["lossconfig"]["disc_factor"] = 1.0
+    model = build_model(opt)
+    model.init_train()
+    assert set(model.parts()) == {"G", "E", "D", "optimizerG", "optimizerD"}
+
+
+@pytest.mark.parametrize("keys, said", [
+    (("params", "params_ema"), "takes params, not the moving average in params_ema"),
+    (("params_ema",), "takes params_ema"), (("params",), None)])
+def test_init_from_says_which_weights_it_takes(keys, said, tmp_path, tiny_tables, capsys):
+    torch.save({key: tiny.Net().state_dict() for key in keys}, tmp_path / "net.pth")
+    assert run("-opt", tiny.write(tmp_path, train={"total_iter": 1}), "--init-from", tmp_path / "net.pth") == 0
+    out = capsys.readouterr().out
+    assert (f"weights  {tmp_path}/net.pth: {said}\n" in out) if said else "takes" not in out
+    assert run("-opt", tiny.write(tmp_path, "two", train={"total_iter": 1}), "--init-from", tmp_path / "run") == 0
+    assert f"weights  {tmp_path}/run: takes G, not the moving average E\n" in capsys.readouterr().out
