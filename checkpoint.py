@@ -458,10 +458,10 @@ def _scan(folder: Path) -> tuple[dict[int, dict[str, Path]], dict[int, tuple[Pat
 def has_checkpoints(folder: Path | str) -> bool:
     """Return whether a folder holds anything that looks like a checkpoint, usable or not."""
     bad: list[str] = []
-    return bool(find_sets(folder, bad.append) or bad or any(_find_foreign(Path(folder))))
+    return bool(find_sets(folder, bad.append) or bad or any(find_foreign(Path(folder))))
 
 
-def _find_foreign(folder: Path) -> tuple[list[CheckpointSet], dict[Path, str]]:
+def find_foreign(folder: Path) -> tuple[list[CheckpointSet], dict[Path, str]]:
     """Return other programs' training states in a folder, oldest first, and files that can't be used, with reasons."""
     found, bad = [], {}
     for (path, *_) in _scan(folder)[2]:
@@ -498,7 +498,7 @@ def find_newest(folder: Path | str, report: Report | None = None, before: int | 
     report = report or (lambda line: None)
     sets = find_sets(folder, report)
     if not sets:
-        sets, bad = _find_foreign(Path(folder))
+        sets, bad = find_foreign(Path(folder))
         for line in bad.values():
             report(line)
     if before is not None:
@@ -548,7 +548,8 @@ def locate(path: Path | str, report: Report | None = None) -> CheckpointSet:
     path = Path(path)
     if path.is_dir():
         why: list[str] = []
-        for folder in (path, path / "models", *([path.parent / "models"] if path.name == "training_states" else [])):
+        for folder in (path, path / "models", path / "checkpoints",
+                       *([path.parent / "models"] if path.name == "training_states" else [])):
             if found := find_newest(folder, lambda line: (why.append(line), report and report(line))):
                 return found
         raise CheckpointError(f"{path}: no usable checkpoint in this folder" + reasons(why))
@@ -563,8 +564,8 @@ def locate(path: Path | str, report: Report | None = None) -> CheckpointSet:
 
 
 def models_of(folder: Path) -> Path:
-    """Return the models folder in a run's folder, or the folder itself where it has none."""
-    return folder / "models" if (folder / "models").is_dir() else folder
+    """Return the folder of checkpoints in a run's folder, Lightning's too, or the folder itself where it has none."""
+    return next((folder / name for name in ("models", "checkpoints") if (folder / name).is_dir()), folder)
 
 
 def reasons(lines: list[str]) -> str:
@@ -763,7 +764,7 @@ def archive(folder: Path | str, after: int = -1, only: int | None = None, also: 
     all_go = only is None and after < 0
     moved += [path for names in singles for path in names if wanted(_bundle_iteration(path, all_go))]
     if all_go:
-        found, bad = _find_foreign(folder)
+        found, bad = find_foreign(folder)
         moved += [*bad, *(path for one in (*found, *_basicsr_sets(folder)) for path in one.files.values()
                           if path.parent == folder)]
     moved += [path for iteration, names in records.items() if wanted(iteration) for path in reversed(names)]

@@ -110,7 +110,8 @@ def inspect_folder(folder: Path) -> int:
         record = found.record or {}
         size = sum(path.stat().st_size for path in found.files.values() if path.is_file())
         metric = f"metric {record['metric']:.4f}" if isinstance(record.get("metric"), float) else ""
-        words = [f"{found.path.name:<24}", f"iteration {found.iteration:>8}", format_bytes(size),
+        iteration = "-" if found.iteration is None else found.iteration
+        words = [f"{found.path.name:<24}", f"iteration {iteration:>8}", format_bytes(size),
                  f"{record.get('timestamp', 'not ours: no record')}", metric,
                  record.get("reason", "") if record.get("reason") != "regular" else "",
                  ", ".join(path.stem for path in found.names[1:])]
@@ -122,6 +123,9 @@ def sets_in(folder: Path) -> tuple[list[CheckpointSet], list[str]]:
     """Return the sets in a folder, and why other files make none. Raises CheckpointError where there is nothing."""
     problems: list[str] = []
     sets = checkpoint.find_sets(folder, problems.append)
+    if not sets:
+        sets, bad = checkpoint.find_foreign(folder)
+        problems += bad.values()
     if not sets and not problems:
         raise CheckpointError(f"{folder}: no checkpoint in this folder")
     return sets, problems

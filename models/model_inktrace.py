@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from data.sampler import cpu_generator
 from metrics.inktrace import direction_error, f1, matches, overlap
+from models.model_base import ModelBase
 from models.model_plain import ModelPlain
 from models.network_inktrace import SIZE, extract_keypoints, keypoint_nms, pack, unpack
 from runtime import distributed, schedules
@@ -61,6 +62,7 @@ class ModelInkTrace(ModelPlain):
         keypoint_threshold: Fraction = 0.3  # probability above which a peak is a keypoint
         keypoint_radius: NonNegativeFloat = 2.0  # largest distance of a found keypoint, in pixels
 
+    infer = ModelBase.infer  # only on test sets
     best_metric = "skeleton_f1", "max"
     batch = "image", "target"
 

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
+from data.frames import read_frame
+from data.images import images_by_name
 from data.resize import imresize
+from data.synthetic import as_channels
 from losses import LOSSES
 from metrics.vrt import Eight, frame_metrics, in_8_bits
 from models.model_base import ModelBase, mean_of
@@ -182,6 +185,18 @@ class ModelPlain(ModelBase):
         self.netE = None
         self.networks = {"G": self.netG}
         return f"{label} of " + self.load_weights(self.netG, extract_weights(weights, source), True, source)
+
+    def infer(self, source: str, truth: str | None, wanted: Callable[[str], bool]) -> Iterator[Any]:
+        """Yield the restored picture NAME.png of each picture, with metrics where the truth has its name."""
+        paths, targets = images_by_name(source), images_by_name(truth) if truth else {}
+        yield len(paths)
+        for name, path in paths.items():
+            if wanted(f"{name}.png"):
+                files = {"L": path, "H": targets.get(name)}
+                self.feed_data({key: as_channels(read_frame(file), self.opt["n_channels"])[None].float() / 255
+                                for key, file in files.items() if file})
+                self.test()
+                yield f"{name}.png", self.restored[0], self.metrics() if self.target is not None else None
 
     def test(self) -> None:
         """Restore `degraded` with the moving average if there is one, else with G."""

@@ -149,10 +149,12 @@ def main(argv: list[str]) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, e.g. experiments/train_vrt")
     parser.add_argument("--out", type=Path, metavar="FILE",
-                        help="default: log/report.html of the run; of several, comparison.html here")
+                        help="default: log/report.html of the run; of several, comparison.html beside them")
     args = parser.parse_args(argv)
     folders = [one for folder in args.runs for one in stages_of(folder)]
-    out = args.out or (folders[0] / "log/report.html" if len(folders) == 1 else Path("comparison.html"))
+    shared = os.path.commonpath([folder.resolve() for folder in folders])
+    out = args.out or (folders[0] / "log/report.html" if len(folders) == 1 else
+                       Path(os.path.relpath(shared), "comparison.html"))
     try:
         write_page(out, [read(folder) for folder in folders])
     except (OSError, ValueError) as error:

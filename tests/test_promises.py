@@ -15,10 +15,13 @@ import torch
 
 import checkpoint
 import options
+import report
 from commands import checkpoints
 from data import DATASETS, prepare
+from data.frames import read_frame
 from log.pictures import write_picture
 from models import KAIR_ONLY, MODELS, NETWORKS
+from models.model_inktrace import ModelInkTrace
 from report.facts import RunFolder
 from runtime.hooks import Hooks
 from storage.foreign import unpack
@@ -510,3 +513,50 @@ def test_init_from_says_which_weights_it_takes(keys, said, tmp_path, tiny_tables
     assert (f"weights  {tmp_path}/net.pth: {said}\n" in out) if said else "takes" not in out
     assert run("-opt", tiny.write(tmp_path, "two", train={"total_iter": 1}), "--init-from", tmp_path / "run") == 0
     assert f"weights  {tmp_path}/run: takes G, not the moving average E\n" in capsys.readouterr().out
+
+
+def test_a_plain_model_restores_a_users_pictures(tmp_path, tiny_tables, capsys):
+    """docs/recipe.md: a recipe of one network has --test --input without code of its own."""
+    path = tiny.write(tmp_path, train={"total_iter": 1})
+    for folder in ("in/sub", "gt/sub"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("a", "sub/b"):
+        write_picture(tmp_path / f"in/{name}.png", torch.rand(3, 20, 24))
+        write_picture(tmp_path / f"gt/{name}.png", torch.rand(3, 20, 24))
+    assert run("-opt", path) == 0
+    words = ["-opt", path, "--test", "--input", tmp_path / "in", "--output", tmp_path / "out"]
+    assert run(*words, "--truth", tmp_path / "gt") == 0
+    assert "psnr" in capsys.readouterr().out
+    model = build_model(options.parse(str(path), [], MODELS, NETWORKS, DATASETS)[0])
+    model.load_for_inference(checkpoint.find_newest(tmp_path / "run/models").load(), "")
+    for name in ("a", "sub/b"):
+        model.feed_data({"L": read_frame(f"{tmp_path}/in/{name}.png")[None].float() / 255}, need_H=False)
+        model.test()
+        wanted = (model.restored[0].clamp(0, 1) * 255).round().byte()
+        assert torch.equal(read_frame(f"{tmp_path}/out/{name}.png"), wanted)
+    with pytest.raises(ValueError, match="does not support inference"):
+        next(ModelInkTrace.infer(types.SimpleNamespace(opt={"model": "inktrace"}), "in", None, bool))
+
+
+def test_folders_of_lightning_are_inspected_verified_and_resumed(tmp_path, tiny_tables, capsys):
+    state = {"epoch": 1, "global_step": 5, "state_dict": {f"model.{k}": v for k, v in tiny.Net().state_dict().items()}}
+    (tmp_path / "logs/version_0/checkpoints").mkdir(parents=True)
+    torch.save(state, tmp_path / "logs/version_0/checkpoints/last.ckpt")
+    for command in ("inspect", "verify"):
+        assert checkpoints.main([command, str(tmp_path / "logs/version_0")]) == 0
+        out = capsys.readouterr().out
+        assert "last.ckpt" in out and "iteration" in out and " 5" in out
+    assert run("-opt", tiny.write(tmp_path, train={"total_iter": 6}), "--resume", tmp_path / "logs/version_0") == 0
+    assert "checkpoints/last.ckpt: iteration 5 of 6" in capsys.readouterr().out
+    torch.save({**state, "global_step": None}, tmp_path / "logs/version_0/checkpoints/last.ckpt")
+    assert checkpoints.main(["inspect", str(tmp_path / "logs/version_0")]) == 0
+    assert "iteration        -" in capsys.readouterr().out
+
+
+def test_a_comparison_lies_with_the_runs_that_it_compares(tmp_path, tiny_tables, monkeypatch, capsys):
+    for name in ("one", "two"):
+        assert run("-opt", tiny.write(tmp_path / "", name, train={"total_iter": 1})) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert report.main(["../one", "../two"]) == 0
+    assert capsys.readouterr().out.endswith("../comparison.html\n") and (tmp_path / "comparison.html").exists()
