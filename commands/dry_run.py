@@ -20,6 +20,7 @@ import options
 from data import DATASETS
 from data.folders import passed_over
 from data.loader import clips_of, endless
+from log.pictures import save_pictures
 from log.run_log import RunLog, start_log
 from log.terminal import duration
 from models import MODELS
@@ -89,6 +90,19 @@ def read_training(run: Run, seconds: float, most: int = 32) -> str:
             if time.monotonic() - began > seconds:
                 break
     return f"{count} of {length} training samples read"
+
+
+def show_samples(run: Run, most: int = 10) -> str:
+    """Write pictures of samples, the degraded frame beside the sharp one, outside the run's folder."""
+    folder = Path(tempfile.mkdtemp(prefix=f"dry_run_{Path(run.opt['task']).name}_"))
+    count = min(most, len(run.train_set))
+    for index in range(count):
+        sample = run.train_set[0, index]
+        lq, gt = (sample[side][len(sample[side]) // 2] if sample[side].ndim == 4 else sample[side] for side in "LH")
+        scale = gt.shape[-1] // lq.shape[-1]
+        large = lq[:3].repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+        save_pictures(folder / f"{index:02d}.png", [large, gt])
+    return f"{count} samples, degraded and sharp: {folder}"
 
 
 def read_test(run: Run, name: str) -> str:
@@ -185,6 +199,8 @@ def checks(opt: options.Section, log: RunLog, resume: str | None, init_from: str
         if not trial.started:
             return
         yield "data", lambda: ("ok", read_training(run, TRY[0], len(run.train_set)))
+        if opt["datasets"]["train"].get("degradation"):
+            yield "pictures", lambda: ("ok", show_samples(run))
         for name in run.test_sets:
             yield f"data {name}", lambda name=name: ("ok", read_test(run, name) + " read")
         if run.iteration < opt["train"]["total_iter"]:

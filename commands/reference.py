@@ -16,6 +16,7 @@ from functools import cache
 
 import options
 from data import DATASETS
+from data.degradation import SecondOrder
 from data.synthetic_masks import SyntheticMaskDataset
 from data.synthetic_styles import DrawnStyles
 from losses import LOSSES
@@ -35,7 +36,8 @@ SECTIONS = {"Top level": options.Top, "path": options.Path, "checkpoint": option
 WORDS = {"None": "null", "True": "true", "False": "false"}
 PARTS = (("datasets.*.dataset_type", DATASETS), ("net*.net_type", NETWORKS), ("datasets.*.codec.type", CODECS),
          ("train.G_lossfn_type, and the keys of train.lossconfig", LOSSES))
-NESTED = {"net*.ddconfig": DDConfig, "datasets.*.generated, of masks": SyntheticMaskDataset,
+NESTED = {"net*.ddconfig": DDConfig, "datasets.*.degradation, of type second_order": SecondOrder,
+          "datasets.*.generated, of masks": SyntheticMaskDataset,
           "datasets.*.generated, of styles": DrawnStyles}
 
 

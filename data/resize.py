@@ -108,7 +108,7 @@ class Degradation:
         self.noise_sigma = options.pop("noise_sigma", 0)
         self.blur_sigma = options.pop("blur_sigma", 1.6) if self.kind == "blur" else None
         if self.kind not in ("bicubic", "blur"):
-            raise ValueError(f'degradation.type is {self.kind!r}; valid are "bicubic" and "blur"')
+            raise ValueError(f'degradation.type is {self.kind!r}; valid are "bicubic", "blur" and "second_order"')
         if options:
             valid = "type, noise_sigma" + (", blur_sigma" if self.kind == "blur" else "")
             raise ValueError(f"degradation.{next(iter(options))} is unknown for type {self.kind!r}; valid: {valid}")
@@ -124,7 +124,11 @@ class Degradation:
 
     def __call__(self, frames: Sequence[Tensor], rng: np.random.Generator) -> Tensor:
         """Return L (T,C,h,w) uint8 of frames T x (C,H,W) uint8, cropped to multiples of the scale."""
-        return self._store(torch.stack([self._shrink(modcrop(frame, self.scale)) for frame in frames]), rng)
+        return self._store(torch.stack([self._shrink(modcrop(frame, self.scale), rng) for frame in frames]), rng)
+
+    def drawn(self, rng: np.random.Generator) -> Degradation:
+        """Return the degradation of one clip, with all draws but those of noise: here there are none."""
+        return self
 
     def window(self, frames: Sequence[Tensor], top: int, left: int, side: int, rng: np.random.Generator) -> Tensor:
         """Return L[..., top:top+side, left:left+side] of frames T x (C,H,W) uint8, at the cost of that window."""
@@ -133,10 +137,10 @@ class Degradation:
         y, x = max(top - margin, 0), max(left - margin, 0)
         rows = slice(y * scale, min(top + side + margin, h) * scale)
         columns = slice(x * scale, min(left + side + margin, w) * scale)
-        small = self._shrink(torch.stack([frame[:, rows, columns] for frame in frames]))
+        small = self._shrink(torch.stack([frame[:, rows, columns] for frame in frames]), rng)
         return self._store(small[..., top - y : top - y + side, left - x : left - x + side], rng)
 
-    def _shrink(self, x: Tensor) -> Tensor:
+    def _shrink(self, x: Tensor, rng: np.random.Generator | None = None) -> Tensor:
         if self.kind == "blur":
             height, width = (blur_matrix(size, self.scale, float(self.blur_sigma)) for size in x.shape[-2:])
         else:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.resize import Degradation
+from data.degradation import build_degradation
 from data.sampler import Key, sample_rng
 from data.transforms import augment, split_key, to_float
 from runtime.ranges import NonNegativeInt, PositiveInt, Range, Seed, checked
@@ -41,7 +41,8 @@ class SyntheticVideoDataset(Dataset):
         first_clip: number of the first clip; test sets use others than training, e.g. from 100000.
         use_hflip: mirror left-right with probability 1/2.
         use_rot: flip upside down, and (if square) transpose, each with probability 1/2.
-        degradation: options of `data.resize.Degradation`, which computes L from H.
+        degradation: options of `data.resize.Degradation`, or of `SecondOrder` with type second_order, which computes
+            L from H.
         name: label of the dataset, without effect.
         seed: seed of all clips.
     Raises: ValueError: a size or number is invalid.
@@ -59,7 +60,7 @@ class SyntheticVideoDataset(Dataset):
         self.num_clips, self.first_clip, self.seed = num_clips, first_clip, seed
         self.num_frame, self.size = num_frame, size
         self.use_hflip, self.use_rot = use_hflip, use_rot
-        self.degradation = Degradation(scale, degradation)
+        self.degradation = build_degradation(scale, degradation)
 
     def __len__(self) -> int:
         return self.num_clips

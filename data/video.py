@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data.degradation import build_degradation
 from data.frames import (
     LMDB,
     SIDES,
@@ -69,7 +70,8 @@ class VideoRecurrentTrainDataset(Dataset):
         io_backend: kind of the roots: {"type": "disk"}, or {"type": "lmdb"} for lmdbs of BasicSR's layout.
         cache_data: decode all frames at the start and keep them in memory (3 bytes per pixel).
         name: label of the dataset, without effect.
-        degradation: options of `data.resize.Degradation`, which computes L from GT without dataroot_lq.
+        degradation: options of `data.resize.Degradation`, or of `SecondOrder` with type second_order, which computes
+            L from GT without dataroot_lq.
         sigma_min: smallest noise level of nonblind denoising, see sigma_max.
         sigma_max: largest noise level of nonblind denoising, 0..255; one level is drawn for each item: L = H + noise of
             level / 255, not clipped, with level / 255 as fourth channel. Needs scale 1; dataroot_lq has no effect.
@@ -195,7 +197,8 @@ class VideoRecurrentTestDataset(Dataset):
         cache_data: decode all frames at the start and keep them in memory (3 bytes per pixel).
         io_backend: kind of the roots: {"type": "disk"}, or {"type": "lmdb"} for lmdbs of BasicSR's layout.
         name: label of the dataset, without effect.
-        degradation: options of `data.resize.Degradation`, which computes L from GT without dataroot_lq.
+        degradation: options of `data.resize.Degradation`, or of `SecondOrder` with type second_order, which computes
+            L from GT without dataroot_lq.
         sigma: noise level of nonblind denoising, 0..255: L = GT + noise of sigma / 255, not clipped, with sigma / 255
             as fourth channel. Needs scale 1; dataroot_lq has no effect.
         seed: seed of the noise, with index and frame.
@@ -263,7 +266,8 @@ class VideoRecurrentTestDataset(Dataset):
         if self.sigma is not None:
             noisy = [with_noise(frame[None], self.sigma, rng) for frame, rng in zip(target, rngs)]
             return {"L": torch.cat(noisy), "H": target}
-        small = [self.degradation([frame], rng) for frame, rng in zip(gt, rngs)]
+        drawn = self.degradation.drawn(sample_rng(self.seed, 0, index))
+        small = [drawn([frame], rng) for frame, rng in zip(gt, rngs)]
         return {"L": to_float(torch.cat(small)), "H": target}
 
     def _frames(self, paths: list[str], window: slice) -> list[Tensor]:
@@ -397,7 +401,7 @@ def lq_maker(scale: int, dataroot_lq: str | None, degradation: dict | None) -> D
     """Return what computes L without dataroot_lq, else None. Raises ValueError where both are given."""
     if dataroot_lq and degradation:
         raise ValueError(f"degradation computes L from GT, but dataroot_lq {dataroot_lq} is given, too; remove one")
-    return None if dataroot_lq else Degradation(scale, degradation)
+    return None if dataroot_lq else build_degradation(scale, degradation)
 
 
 def check_scale(lq_path: str, gt: Tensor, lq: Tensor, scale: int) -> None:

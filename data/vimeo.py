@@ -82,7 +82,8 @@ class VideoRecurrentTrainVimeoDataset(VimeoTrainDataset):
         filename_ext: extension of the file names of frames.
         io_backend: kind of the roots: {"type": "disk"}, or {"type": "lmdb"} for lmdbs of BasicSR's layout.
         name: label of the dataset, without effect.
-        degradation: options of `data.resize.Degradation`, which computes L from GT without dataroot_lq.
+        degradation: options of `data.resize.Degradation`, or of `SecondOrder` with type second_order, which computes
+            L from GT without dataroot_lq.
         seed: seed of all draws, with epoch and index.
     Raises: FileNotFoundError, ValueError: options, names of files or the first frame are invalid.
     """

@@ -105,7 +105,7 @@ def test_noise_comes_from_the_given_generator():
 
 
 @pytest.mark.parametrize("options, says", (
-    ({"type": "jpeg"}, '"bicubic" and "blur"'),
+    ({"type": "jpeg"}, '"bicubic", "blur" and'),
     ({"sigma": 3}, "degradation.sigma is unknown"),
     ({"blur_sigma": 2}, "degradation.blur_sigma is unknown for type 'bicubic'"),
     ({"type": "blur", "blur_sigma": 0}, "above 0"),
