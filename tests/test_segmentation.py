@@ -211,6 +211,8 @@ def test_prediction_of_any_size_whole_and_in_tiles(tmp_path):
     over = made.overlay(image, torch.eye(41)[:1].expand(50, 41).long())
     assert torch.equal(over[:, :, 1:], image[:, :, 1:])
     torch.testing.assert_close(over[:, :, 0], (image[:, :, 0] + torch.tensor([[0.9], [0.3], [0.2]])) / 2)
+    many = made.overlay(torch.zeros(3, 1, 13), torch.arange(13)[None])  # no class is painted black
+    assert (many[:, 0].amax(0)[1:] > 0.3).all() and not many[:, 0, 0].any()
 
 
 def test_a_folder_is_predicted_and_partial_output_is_resumed(tmp_path, straight, capsys):
