@@ -15,11 +15,12 @@ accelerate         save_state every 12 steps with automatic names; load_state an
 plain              the PyTorch tutorial's general checkpoint: torch.save and torch.load of a dictionary, once an epoch
 composer           only where it installs (0.32 needs torch < 2.8)
 
-A trial has two kills by SIGKILL, each by a coin in a random step or within a random save, and a restart after each; its
-end is compared with that of the peer's own straight run. Columns: trials that ended with equal bits; the largest
-difference of the others; trials that could not restart, as from a torn file; steps computed again per kill; samples
-that an epoch saw twice or never, in all trials; seconds from a restart to its first step, mostly imports; how long a
-save holds up the loop. A step that was computed again counts once, as it was computed last.
+A trial has two kills by SIGKILL, each by a coin in a random step after the first save or within a later save, and a
+restart after each; its end is compared with that of the peer's own straight run. Columns: trials that ended with equal
+bits; the largest difference of the others; trials that could not restart, as from a torn file; restarts that began at
+step 1 (equal bits prove nothing there); steps computed again per kill; samples that an epoch saw twice or never, in all
+trials; seconds from a restart to its first step, mostly imports; how long a save holds up the loop. A step that was
+computed again counts once, as it was computed last.
 """
 
 from __future__ import annotations
@@ -53,6 +54,10 @@ BATCH, SAMPLES, EVERY, DECAY, RATE = 4, 64, 12, 0.99, 1e-3
 EPOCH = SAMPLES // BATCH  # steps of an epoch
 PEERS = {"perdure": "torch", "lightning": "lightning", "lightning-stateful": "torchdata",  # name -> what it needs
          "transformers": "transformers", "accelerate": "accelerate", "plain": "torch", "composer": "composer"}
+
+
+COLUMNS = ("equal bits", "largest difference", "could not restart", "started over", "steps again per kill",
+           "samples twice or never", "restart to first step", "a save blocks")
 
 
 class Net(nn.Module):
@@ -382,24 +387,25 @@ def blocked(events: list[dict]) -> list[float]:
 def trial(peer: str, folder: Path, steps: int, draw: random.Random, known: Mapping[str, Any]) -> dict[str, Any]:
     """Kill twice, restart each time, and run to the end. Returns what is counted of it."""
     folder.mkdir(parents=True)
-    starts, again, fault = [], 0, ""
+    starts, again, over, fault = [], 0, 0, ""
     for kill in (True, True, False):
         launch = Launch(peer, folder, steps)
         done = max((event["number"] for event in events_of(folder) if event["event"] == "step"), default=0)
         if kill and draw.random() < 0.5:
-            hit = launch.wait_for("save", draw.randrange(1, 3))
+            hit = launch.wait_for("save", draw.randrange(2, 4))
             time.sleep(draw.uniform(0, statistics.median(known["saves"])) if hit else 0)
         elif kill:
-            hit = launch.wait_for("step", draw.randrange(1, max(2, (steps - done) // 2)))
+            hit = launch.wait_for("step", draw.randrange(EPOCH + 1, 3 * EPOCH))
             time.sleep(draw.uniform(0, known["step"]) if hit else 0)
         fault = launch.end(kill)
         new = [event for event in events_of(folder)[launch.old :] if event["event"] == "step"]
         if launch.old and new:
             starts.append(new[0]["time"] - launch.began)
             again += max(0, done + 1 - new[0]["number"])
+            over += new[0]["number"] == 1
         if fault:
             break
-    found = {"starts": starts, "again": again, "fault": fault, "equal": False, "largest": 0.0, "wrong": 0}
+    found = {"starts": starts, "again": again, "over": over, "fault": fault, "equal": False, "largest": 0.0, "wrong": 0}
     if not fault:
         a, b = known["final"], torch.load(folder / "final.pt")
         pairs = [(a[part][key], b[part][key]) for part in a for key in a[part]]
@@ -422,28 +428,29 @@ def wrong_samples(events: list[dict]) -> int:
 def row(peer: str, folder: Path, steps: int, trials: int) -> str:
     """Measure a peer. Returns its row of the table."""
     if not importlib.util.find_spec(PEERS[peer]) or peer not in TRAINERS:
-        return f"| {peer} | not run: {PEERS[peer]} is not installed | | | | | | |"
+        return f"| {peer} | not run: {PEERS[peer]} is not installed {'| ' * len(COLUMNS)}"
     try:
         known = straight(peer, folder / "straight", steps)
     except RuntimeError as fault:
-        return f"| {peer} | not run: {fault} | | | | | | |"
+        return f"| {peer} | not run: {fault} {'| ' * len(COLUMNS)}"
     found = []
     for number in range(trials):
         found.append(trial(peer, folder / str(number), steps, random.Random(f"{peer} {number}"), known))
         print(f"{peer} {number}: {found[-1]}", file=sys.stderr, flush=True)
     ended = [one for one in found if not one["fault"]]
     starts = [seconds for one in found for seconds in one["starts"]]
-    return (f"| {peer} | {sum(one['equal'] for one in found)} of {trials} | "
-            f"{max((one['largest'] for one in ended), default=0):.1e} | {trials - len(ended)} | "
-            f"{sum(one['again'] for one in found) / max(1, len(starts)):.1f} | {sum(one['wrong'] for one in ended)} | "
-            f"{statistics.median(starts) if starts else 0:.1f} s | {1000 * statistics.median(known['saves']):.0f} ms |")
+    equal, over, again = (sum(one[key] for one in found) for key in ("equal", "over", "again"))
+    cells = (f"{equal} of {trials}", f"{max((one['largest'] for one in ended), default=0):.1e}", trials - len(ended), over,
+             f"{again / max(1, len(starts)):.1f}", sum(one["wrong"] for one in ended),
+             f"{statistics.median(starts) if starts else 0:.1f} s", f"{1000 * statistics.median(known['saves']):.0f} ms")
+    return f"| {peer} | {' | '.join(map(str, cells))} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=6 * EPOCH)
+    parser.add_argument("--steps", type=int, default=8 * EPOCH)
     parser.add_argument("--folder", type=Path, help="keep the runs here; default: a temporary folder")
     parser.add_argument("--child", choices=TRAINERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -454,9 +461,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="peers_") as temporary:
         rows = [row(peer, (args.folder or Path(temporary)).resolve() / peer, args.steps, args.trials)
                 for peer in args.peers]
-    print("| | equal bits | largest difference | could not restart | steps again per kill | samples twice or never | "
-          "restart to first step | a save blocks |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"| | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
     print("\n".join(rows))
 
 
