@@ -440,9 +440,9 @@ def row(peer: str, folder: Path, steps: int, trials: int) -> str:
     ended = [one for one in found if not one["fault"]]
     starts = [seconds for one in found for seconds in one["starts"]]
     equal, over, again = (sum(one[key] for one in found) for key in ("equal", "over", "again"))
-    cells = (f"{equal} of {trials}", f"{max((one['largest'] for one in ended), default=0):.1e}", trials - len(ended), over,
-             f"{again / max(1, len(starts)):.1f}", sum(one["wrong"] for one in ended),
-             f"{statistics.median(starts) if starts else 0:.1f} s", f"{1000 * statistics.median(known['saves']):.0f} ms")
+    largest, start = max((one["largest"] for one in ended), default=0), statistics.median(starts) if starts else 0
+    cells = (f"{equal} of {trials}", f"{largest:.1e}", trials - len(ended), over, f"{again / max(1, len(starts)):.1f}",
+             sum(one["wrong"] for one in ended), f"{start:.1f} s", f"{1000 * statistics.median(known['saves']):.0f} ms")
     return f"| {peer} | {' | '.join(map(str, cells))} |"
 
 
