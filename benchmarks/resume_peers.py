@@ -348,10 +348,11 @@ class Launch:
                                          str(steps)], cwd=folder, stdout=self.output, stderr=subprocess.STDOUT,
                                         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
 
-    def wait_for(self, kind: str, number: int) -> bool:
-        """Wait for so many events of a kind in this launch. Returns False when the process ends before."""
+    def wait_for(self, steps: int, save: bool = False) -> bool:
+        """Wait for so many steps of this launch, and for the begin of the next save. False: the process ended before."""
         while self.process.poll() is None:
-            if sum(event["event"] == kind for event in events_of(self.folder)[self.old :]) >= number:
+            kinds = [event["event"] for event in events_of(self.folder)[self.old :]]
+            if kinds.count("step") >= steps and not (save and kinds[-1] != "save"):
                 return True
             time.sleep(0.002)
         return False
@@ -392,10 +393,10 @@ def trial(peer: str, folder: Path, steps: int, draw: random.Random, known: Mappi
         launch = Launch(peer, folder, steps)
         done = max((event["number"] for event in events_of(folder) if event["event"] == "step"), default=0)
         if kill and draw.random() < 0.5:
-            hit = launch.wait_for("save", draw.randrange(2, 4))
-            time.sleep(draw.uniform(0, statistics.median(known["saves"])) if hit else 0)
+            hit = launch.wait_for(EPOCH + draw.randrange(1, EPOCH), save=True)
+            time.sleep(draw.uniform(0, max(known["saves"])) if hit else 0)
         elif kill:
-            hit = launch.wait_for("step", draw.randrange(EPOCH + 1, 3 * EPOCH))
+            hit = launch.wait_for(draw.randrange(EPOCH + 1, 3 * EPOCH))
             time.sleep(draw.uniform(0, known["step"]) if hit else 0)
         fault = launch.end(kill)
         new = [event for event in events_of(folder)[launch.old :] if event["event"] == "step"]
