@@ -349,7 +349,7 @@ class Launch:
                                         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
 
     def wait_for(self, steps: int, save: bool = False) -> bool:
-        """Wait for so many steps of this launch, and for the begin of the next save. False: the process ended before."""
+        """Wait for so many steps of this launch, and for the next save to begin. False: the process ended before."""
         while self.process.poll() is None:
             kinds = [event["event"] for event in events_of(self.folder)[self.old :]]
             if kinds.count("step") >= steps and not (save and kinds[-1] != "save"):
