@@ -79,7 +79,8 @@ def test_the_comparison_of_restarts(script, tmp_path):
     """One peer, for the others need packages: two kills, two restarts, and a count of what they cost."""
     said = script("resume_peers", "--peers", "plain", "composer", "--trials", 1, "--steps", 20, "--folder", tmp_path)
     plain, composer = said.splitlines()[-2:]
-    assert re.fullmatch(r"\| plain \| [01] of 1 \| [\d.e+-]+ \| [01] \| \d+ \| [\d.]+ \| \d+ \| [\d.]+ s \| \d+ ms \|", plain)
+    row = r"\| plain \| [01] of 1 \| [\d.e+-]+ \| [01] \| \d+ \| [\d.]+ \| \d+ \| [\d.]+ s \| \d+ ms \|"
+    assert re.fullmatch(row, plain)
     assert composer.startswith("| composer | not run: ")
 
 
