@@ -170,7 +170,7 @@ class FolderLock:
             self.file.close()
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise CheckpointError(f"{folder}: {owner} is writing here; wait for it or stop it, or give this run "
-                                      "another task name") from None
+                                      "another task or folder") from None
             return  # a file system without locks
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

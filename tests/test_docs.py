@@ -105,3 +105,14 @@ def test_every_option_is_explained_in_a_sentence_of_its_own():
                                 re.IGNORECASE), f"{key}: {meaning!r}"
             assert meanings.count(meaning) == 1, f"{key}: {meaning!r} stands twice"
             assert not re.search(r"\. (?!null)[a-z_]+: ", meaning), f"{key}: {meaning!r} runs into another key's entry"
+
+
+def test_every_promise_has_its_test():
+    """docs/promises.md names tests that exist; "P" is tests/test_promises.py, "the same" the row above."""
+    for line in (ROOT / "docs/promises.md").read_text().splitlines():
+        if re.match(r"\| \d\d\d|\| README", line):
+            cell = re.split(r"(?<!\\)\|", line)[4].strip()
+            found = re.fullmatch(r"the same|(?:P|`(tests/\w+\.py)`) `(test_\w+)`", cell)
+            assert found, line
+            if found[2]:
+                assert f"def {found[2]}(" in (ROOT / (found[1] or "tests/test_promises.py")).read_text(), line
