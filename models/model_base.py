@@ -46,7 +46,7 @@ class ModelBase(TrainingStep):
         amp: Literal["bf16", "fp16"] | None = None  # precision of forward passes; null: float32, as weights and loss
         # Time from the start by which the run must have stopped, as by SIGUSR1, and saved: "11h30m", "90m", seconds, or
         # "slurm" for the end of the job; null: no limit.
-        stop_after: str | float | None = None
+        stop_after: str | PositiveFloat | None = None
         # Seconds that a scheduler grants between its signal and the kill; a start warns where a stop may take longer.
         grace: PositiveFloat | None = None
         # Seconds without the end of a step, sample or save after which a process counts as hung and is ended; 0: never;
