@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from runtime.watchdog import HUNG, LOOK_EVERY, end_process, watch
 from storage import system
@@ -106,10 +107,33 @@ def start() -> None:
     global _watch
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         watch.begin("start", "connecting to the other processes")
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+        dist.init_process_group("gloo", timeout=PATIENCE, rank=rank, world_size=size,
+                                store=dist.PrefixStore(_name_start(store, rank, size), store))
         if not is_main():
             warnings.simplefilter("ignore")  # rank 0 prints them
         _watch = _Watch()
+
+
+def _name_start(store: dist.Store, rank: int, size: int) -> str:
+    """Return a name that the processes of this start share, and no earlier start had.
+
+    After a restart torchrun's store still has the addresses of processes that are gone (torch 2.14 reads them).
+    """
+    own = os.urandom(8).hex()
+    store.set(f"perdure/here/{rank}", own)
+    if rank:
+        name = store.get(f"perdure/name/{own}").decode()  # waits for rank 0, which answers each process that comes
+        store.set(f"perdure/known/{name}/{rank}", "")
+        return name
+    missing = set(range(1, size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"perdure/here/{other}"]):
+                store.set(f"perdure/name/{store.get(f'perdure/here/{other}').decode()}", own)
+        missing = {other for other in missing if not store.check([f"perdure/known/{own}/{other}"])}
+        time.sleep(0.02)
+    return own
 
 
 def use_device(device: torch.device) -> None:
