@@ -287,9 +287,9 @@ class _Watch:
         waited = now - since if since is not None and came == self.came else 0.0
         late = {rank: waited for rank, (seen, _) in enumerate(self.seen) if waited >= SAY_AFTER and seen[1] < came}
         self._say_who({**late, **silent}, silent, me)
-        if gone := [rank for rank, seconds in silent.items() if 0 < watch.patience < seconds]:
-            cause = f"{_ranks(gone)}: no heartbeat for {silent[gone[0]]:.0f} s (train.watchdog): suspended, or its " \
-                    "machine is gone; all others end too; run the same command again"
+        if gone := {rank: still[0] for rank, (_, still) in enumerate(self.seen) if 0 < watch.patience < still[0]}:
+            cause = f"{_ranks(gone)}: no heartbeat for {max(gone.values()):.0f} s (train.watchdog): suspended, or " \
+                    "its machine is gone; all others end too; run the same command again"
             if self.tell(cause, HUNG):
                 print(f"error: {cause}", file=sys.stderr, flush=True)
             end_process(HUNG)
