@@ -14,7 +14,7 @@ import pytest
 import checkpoint
 from runtime.hooks import Hooks
 from tests import tiny, world
-from tests.programs import Program
+from tests.programs import Program, fork
 from tests.runs import assert_equal_runs, run_until
 from tests.test_distributed import ended, torchrun
 
@@ -121,17 +121,13 @@ class LongValidations(Hooks):
 
 
 def long_validations(rank, size, port, arguments, output, acts):
-    tiny_hooks = world.Acts
-    world.Acts = lambda acts: LongValidations()
-    try:
-        world.member(rank, size, port, arguments, output, acts)
-    finally:
-        world.Acts = tiny_hooks
+    world.Acts = lambda acts: LongValidations()  # in this process, which is one of the world
+    world.member(rank, size, port, arguments, output, acts)
 
 
 def test_long_validations_and_saves_are_no_hang(tmp_path, monkeypatch):
     """Each takes longer than train.watchdog, and no sample does."""
-    monkeypatch.setattr(world, "member", long_validations)
+    monkeypatch.setattr(world, "fork", lambda target, *args: fork(long_validations, *args))
     path = tiny.write(tmp_path, train={"total_iter": LONG, "checkpoint_save": 5, "checkpoint_test": 1, "watchdog": 5},
                       datasets={"train": {"dataset_type": "tiny", "dataloader_batch_size": 4},
                                 "test": {"dataset_type": "tiny", "num_samples": 6}})
