@@ -229,6 +229,8 @@ def program(argv: list[str], hooks: Sequence[Hooks] = ()) -> None:
         code = 1 if isinstance(error, NonFiniteLoss) else 2
         if distributed.fail(f"error: {error}", code):
             print(f"{status('error:', sys.stderr)} {error}", file=sys.stderr)
+            if drawing := getattr(error, "drawing", ""):
+                print(drawing, file=sys.stderr)
     except Exception as error:
         code = 1
         distributed.wait_for_cause(error)

@@ -35,6 +35,8 @@ REQUIRED = inspect.Parameter.empty
 class OptionError(ValueError):
     """Raised for a user's mistake: one line with what, where, and what would be valid."""
 
+    drawing = ""  # of the folders that were expected, printed below the line
+
 
 class Section(dict):
     """A JSON object that knows its place in the option file, for messages."""
@@ -265,13 +267,17 @@ def keys_of(target: Any) -> list[str]:
     """Return the key paths that a flag of a `cli` table sets."""
     if isinstance(target, dict):
         return list(dict.fromkeys(key for setting in target.values() for key in setting))
-    return target if isinstance(target, list) else [target]
+    return [key.partition("=")[0] for key in (target if isinstance(target, list) else [target])]
 
 
 def set_by_flag(flag: str, target: Any, text: str) -> dict[str, Any]:
-    """Return the values, by key path, that a flag of a `cli` table sets when it is given a text."""
+    """Return the values, by key path, that a flag of a `cli` table sets when it is given a text.
+
+    A key may name another value: `"section.key={}/images"` puts the text in place of the braces.
+    """
     if not isinstance(target, dict):
-        return dict.fromkeys(keys_of(target), parse_value(text))
+        parts = [key.partition("=") for key in (target if isinstance(target, list) else [target])]
+        return {key: parse_value(value.replace("{}", text) if equals else text) for key, equals, value in parts}
     if text not in target:
         raise OptionError(f"--{flag}: unknown '{text}'; {closest(text, target)}")
     return target[text]
@@ -494,7 +500,11 @@ def build(table: Table, section: Section, type_key: str, **given: Any) -> Any:
     try:
         return component(**keywords)
     except (ValueError, FileNotFoundError) as error:
-        raise OptionError(f"{section.where}: {error}") from error
+        found = OptionError(f"{section.where}: {error}")
+        if any(re.search("root|path", key) and isinstance(value, str) and value and value in str(error)
+               for key, value in keywords.items()):
+            found.drawing = getattr(component, "layout", "")
+        raise found from error
 
 
 # ---------------------------------------------------------------- the options of a run

@@ -28,6 +28,14 @@ LMDB = ".lmdb"
 SIDES = ("dataroot_gt", "dataroot_lq")  # names of the two roots in messages
 MAKE_LMDB = "python -m data.prepare lmdb FOLDER OUT.lmdb makes one"
 
+LAYOUT = """expected, with any names:
+  FOLDER/
+    clip_1/           one folder for each clip
+      00000000.png    its frames: PNG, JPEG or WebP, in order of name
+      00000001.png
+    clip_2/
+      00000000.png"""
+
 # Sources of public data, by a part of the path of a missing folder.
 PUBLIC = {
     "REDS": "REDS (seungjunnah.github.io/Datasets/reds): a folder per clip, 000 to 239 of its train set and "

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.folders import is_folder, passed_over, read_lines, walk
-from data.frames import scan_clips
+from data.frames import LAYOUT, scan_clips
 from data.image_files import EXTENSIONS, KINDS, MIN_SIDE, BadPicture, printable, read_picture
 from data.movie import frame_paths, is_video
 from data.sampler import Key, sample_rng
@@ -51,6 +51,12 @@ class ImageTrainDataset(Dataset):
         seed: seed of all draws, with epoch and index.
     Raises: FileNotFoundError, ValueError: options or the folder are invalid.
     """
+
+    layout = """expected, with any names:
+  FOLDER/
+    one.png           PNG, JPEG or WebP
+    below/            at any depth
+      another.jpg"""
 
     @checked
     def __init__(self, *, dataroot: str | None = None, generated: dict | None = None,
@@ -150,6 +156,8 @@ class VideoSequenceDataset(ImageTrainDataset):
         others: as `ImageTrainDataset`.
     Raises: as ImageTrainDataset.
     """
+
+    layout = LAYOUT
 
     @checked
     def __init__(self, *, dataroot: str | None = None, generated: dict | None = None, num_frame: PositiveInt = 4,

@@ -57,6 +57,13 @@ class MaskDataset(Dataset):
     Raises: FileNotFoundError, ValueError: options, names of files or the first pair are invalid.
     """
 
+    layout = """expected, with any names of files:
+  FOLDER/
+    images/           image_path: PNG, JPEG or WebP
+      one.jpg
+    masks/            gt_path: class ids, or 0 and 255, under the stem of their image
+      one.png"""
+
     validates = False
     first_image = 0  # number of the first drawn image
 

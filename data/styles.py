@@ -149,6 +149,13 @@ class StyleDataset(Dataset):
         FileNotFoundError, ValueError: there are fewer than two styles, a style folder is empty, the codec is invalid.
     """
 
+    layout = """expected, with any names:
+  FOLDER/
+    style_1/          one folder for each style
+      one.png         PNG, JPEG or WebP
+    style_2/
+      another.jpg"""
+
     @checked
     def __init__(self, *, dataroot: str | None = None, style_subdirs: Sequence[str] | None = None,
                  generated: dict | None = None, image_size: PositiveInt = 64, codec: dict | None = None,
@@ -195,6 +202,8 @@ class StyleTestDataset(Dataset):
         others: as `StyleDataset`.
     Raises: FileNotFoundError, ValueError: no folder has pictures, or an option is invalid.
     """
+
+    layout = StyleDataset.layout
 
     @checked
     def __init__(self, *, dataroot: str | None = None, style_subdirs: Sequence[str] | None = None,

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from data.degradation import build_degradation
 from data.frames import (
+    LAYOUT,
     LMDB,
     SIDES,
     Clip,
@@ -78,6 +79,8 @@ class VideoRecurrentTrainDataset(Dataset):
         seed: seed of all draws, with epoch and index.
     Raises: FileNotFoundError, ValueError: options, names of files or the first frame are invalid.
     """
+
+    layout = LAYOUT
 
     nonblind = False
 
@@ -204,6 +207,8 @@ class VideoRecurrentTestDataset(Dataset):
         seed: seed of the noise, with index and frame.
     Raises: FileNotFoundError, ValueError: options, names of files or frames are invalid.
     """
+
+    layout = LAYOUT
 
     sides, videos = SIDES, False
 
