@@ -257,7 +257,8 @@ def check_cli(table: Any, path: str) -> dict[str, Any]:
     """
     targets = table.values() if isinstance(table, dict) else [None]
     if not all(isinstance(part, dict if isinstance(target, dict) else str) for target in targets
-               for part in (target.values() if isinstance(target, dict) else keys_of(target))):
+               for part in (target.values() if isinstance(target, dict) else
+                            target if isinstance(target, list) else [target])):
         raise OptionError(f'{path}: cli: must be an object of {{"flag": "section.key"}}, of lists of keys, or of '
                           '{"flag": {"word": {"section.key": value}}}')
     return table

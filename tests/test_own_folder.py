@@ -9,6 +9,7 @@ from data import DATASETS
 from data.image_files import encode
 from models import MODELS, NETWORKS
 from tests.conftest import ROOT
+from tests.programs import run_program
 
 RECIPES = {"vrt": ["clip_1/00000000.png", "clip_1/00000001.png", "clip_2/0.png", "clip_2/1.png"],
            "vqgan": ["one.png", "below/two.png"], "vqvae": ["one.png"], "lgt": ["a/one.png", "b/two.png"],
@@ -48,13 +49,12 @@ def test_two_flags_train_and_test_on_own_folders(tmp_path, recipe):
 
 @pytest.mark.parametrize("recipe, words", [("vrt", "clip_1/ "), ("vqgan", "one.png "), ("lgt", "style_1/ "),
                                            ("segmentation", "masks/ ")])
-def test_another_structure_is_answered_by_a_drawing(tmp_path, capsys, recipe, words):
+def test_another_structure_is_answered_by_a_drawing(tmp_path, recipe, words):
     (tmp_path / "wrong/a/b").mkdir(parents=True)
-    with pytest.raises(SystemExit) as ended:
-        door.program(["-opt", str(ROOT / f"options/train_{recipe}.json"), "--train", str(tmp_path / "wrong"),
-                      "--save_dir", str(tmp_path / "runs")])
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and "expected, with any names" in said and f"    {words}" in said
+    ended = run_program(tmp_path, "-opt", ROOT / f"options/train_{recipe}.json", "--train", tmp_path / "wrong",
+                        "--save_dir", tmp_path / "runs")
+    said = ended.stderr
+    assert ended.returncode == 2 and "expected, with any names" in said and f"    {words}" in said
     assert said.index("error:") < said.index("expected") and not (tmp_path / "runs").exists()
 
 
