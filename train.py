@@ -23,11 +23,12 @@ from models.model_base import ModelBase
 from report import RunReport
 from runtime import determinism, distributed
 from runtime.determinism import fastest_kernels, prepare_machine
-from runtime.evaluate import Progress, describe_epoch, describe_losses, validate
+from runtime.evaluate import Progress, validate
 from runtime.finite import FiniteCheck, NonFiniteLoss, compute_again
 from runtime.history import History, LossMeans
 from runtime.hooks import HookList, Hooks
-from runtime.resume import find_source, learning_rate, open_folder, restore
+from runtime.records import record, show_progress
+from runtime.resume import find_source, open_folder, restore
 from runtime.saves import Saves, check_ranks
 from runtime.signals import StopRequest
 from runtime.watchdog import watch
@@ -166,34 +167,6 @@ class Run:
                               "checkpoints are intact; mend the disk and run the same command: it repeats the steps "
                               "since the newest one")
 
-    def record(self, printed: bool) -> None:
-        """Write a CSV row of this iteration, and if `printed` a log line; one of the epoch if it ends here."""
-        means = self.model.close_epoch() if self.due(0, 1) else {}
-        if not (printed or means):
-            return
-        self.losses.check()
-        steps, rate = self.means.num_steps, self.model.current_learning_rate()
-        losses = self.means.close() or self.model.current_log()  # where all were skipped
-        epoch = self.position[0]
-        self.log.row("train", {"iteration": self.iteration, "epoch": epoch, "lr": rate, **losses, "steps": steps,
-                               **{f"epoch_{name}": value for name, value in means.items()}})
-        if means:
-            self.log.line(describe_epoch(self, means, learning_rate(self, self.iteration)))
-        if not printed:
-            return
-        terms = describe_losses(losses)
-        terms += f" | {self.model.skipped} steps skipped" if self.model.skipped else ""
-        self.log.line(f"iter {self.iteration:>7,} | epoch {epoch} | lr {rate:.3e} | {terms} | "
-                      f"{self.pace.describe(self.iteration)}")
-
-    def show_progress(self) -> None:
-        if self.log.live and time.monotonic() - self.shown > 0.5:
-            terms = describe_losses(self.model.current_log())
-            self.log.progress(f"iter {self.iteration:,}/{self.opt['train']['total_iter']:,} | "
-                              f"{self.pace.describe(self.iteration)} | {terms} | "
-                              f"lr {self.model.current_learning_rate():.3e}")
-            self.shown = time.monotonic()
-
     def validate(self, stop: StopRequest) -> None:
         """Validate this iteration, see `runtime.evaluate`."""
         self.hooks.before_validation(self)
@@ -259,9 +232,9 @@ class Run:
             if not model.skipped_in_a_row:
                 self.means.add(model.log_dict)
             self.hooks.after_step(self)
-            self.show_progress()
+            show_progress(self)
             self.saves.poll()
-            self.record(printed=self.due(train["checkpoint_print"], None))
+            record(self, printed=self.due(train["checkpoint_print"], None))
             if self.save_due() or stop.save:
                 self.save("clock")
             if self.validation_due():  # after the save, so that a failure in it costs no step

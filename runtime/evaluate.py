@@ -248,15 +248,6 @@ def describe_losses(losses: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {number(value)}" for name, value in losses.items())
 
 
-def describe_epoch(run: Any, means: Mapping[str, float], rate: float) -> str:
-    """Format the means of the epoch that ends here: 'Epoch 51/100 | Loss: 0.2345 | SWD: 0.1123 | LR: 8.95e-05'."""
-    train = run.opt["train"]
-    num_epochs = train["total_epochs"] or run.batches.after(train["total_iter"] - run.started_at)[0] + 1
-    titles = {"swd": "SWD", "ssm": "SSM", "iou": "IoU"}
-    words = [f"{titles.get(name, name.capitalize())}: {value:.4f}" for name, value in means.items()]
-    return " | ".join([f"Epoch {run.epochs_done}/{num_epochs}", *words, f"LR: {rate:.2e}"])
-
-
 def describe_metrics(metrics: Mapping[str, float], baseline: str) -> str:
     """Format the metrics of a test set: 'psnr 31.20 (bicubic 30.80), ssim ...'.
 

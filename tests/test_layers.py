@@ -12,7 +12,7 @@ ROWS = (  # from the top; a name that ends in _ is the beginning of a module's n
     ("main",),
     ("commands",),
     ("train",),
-    ("runtime.resume", "runtime.evaluate", "runtime.finite", "report"),
+    ("runtime.resume", "runtime.evaluate", "runtime.finite", "runtime.records", "report"),
     ("models.model_", "models.step"),
     ("models.network_", "models.codecs", "losses", "data"),
     ("checkpoint", "log", "runtime", "metrics"),

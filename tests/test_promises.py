@@ -524,6 +524,7 @@ def test_a_plain_model_restores_a_users_pictures(tmp_path, tiny_tables, capsys):
         write_picture(tmp_path / f"in/{name}.png", torch.rand(3, 20, 24))
         write_picture(tmp_path / f"gt/{name}.png", torch.rand(3, 20, 24))
     assert run("-opt", path) == 0
+    capsys.readouterr()
     words = ["-opt", path, "--test", "--input", tmp_path / "in", "--output", tmp_path / "out"]
     assert run(*words, "--truth", tmp_path / "gt") == 0
     assert "psnr" in capsys.readouterr().out
@@ -560,3 +561,23 @@ def test_a_comparison_lies_with_the_runs_that_it_compares(tmp_path, tiny_tables,
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert report.main(["../one", "../two"]) == 0
     assert capsys.readouterr().out.endswith("../comparison.html\n") and (tmp_path / "comparison.html").exists()
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--device", "gpu"], "--device: device: 'gpu' is unknown; valid: auto, cpu, cuda, cuda:N"),
+    (["--batch_size", "12"], "--batch_size: datasets.train: a batch of 12 can't be filled: the training set has 11"),
+    (["--save_dir", "/proc/none"], "--save_dir: /proc/none/run/models can't be made"),
+    (["--lr", "much"], '--lr: train.G_optimizer_lr: "much" is not a number'),
+    (["--set", "train.checkpoint_save=-1"], "checkpoint_save: -1 is not a whole number >= 0; 0 switches it off"),
+])
+def test_a_bad_value_is_blamed_on_its_flag(words, said, tmp_path, tiny_tables):
+    assert said in error_of("-opt", tiny.write(tmp_path), *words)
+
+
+def test_the_end_and_what_raises_it_is_in_epochs_where_they_count(tmp_path, tiny_tables, capsys):
+    words = ["-opt", tiny.write(tmp_path), "--epochs", "2"]
+    for _ in range(2):
+        assert run(*words) == 0
+    out = capsys.readouterr().out
+    assert "4.json: iteration 4 of 4, epoch 2 finished\n" in out  # no next epoch, no next learning rate
+    assert "nothing left to do; raise train.total_epochs to train longer" in out
