@@ -94,6 +94,12 @@ def test_the_whole_stays_small():
     assert sum(lines_of_code(path.read_text()) for path in [*FILES, *(ROOT / "benchmarks").glob("*.py")]) < 15_000
 
 
+def test_the_loop_stays_a_page():
+    source = (ROOT / "train.py").read_text()
+    classes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
+    assert source.count("\n") <= 330 and max(node.end_lineno - node.lineno for node in classes) <= 200
+
+
 def test_every_option_is_explained_in_a_sentence_of_its_own():
     """No empty cell, no fragment of a sentence that began elsewhere, no sentence for two keys of one table."""
     for table in re.findall(r"(?:^\|.*\n)+", reference(), re.MULTILINE):
