@@ -265,7 +265,7 @@ def open_folder(run: Any, resumed_from: CheckpointSet | None, fresh: bool) -> No
         run.models.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         where = options.origin_of(run.opt, "path.models" if run.opt["path"]["models"] else "path.root")
-        raise CheckpointError(f"{where}: {run.models} can't be made: {error.strerror}; give another folder") from None
+        raise CheckpointError(f"{where}: {run.models}: can't be made: {error.strerror}; give another folder") from None
     if run.lock is None:
         run.claim()
         if resumed_from is None and checkpoint.has_checkpoints(run.models):

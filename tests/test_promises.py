@@ -566,7 +566,7 @@ def test_a_comparison_lies_with_the_runs_that_it_compares(tmp_path, tiny_tables,
 @pytest.mark.parametrize("words, said", [
     (["--device", "gpu"], "--device: device: 'gpu' is unknown; valid: auto, cpu, cuda, cuda:N"),
     (["--batch_size", "12"], "--batch_size: datasets.train: a batch of 12 can't be filled: the training set has 11"),
-    (["--save_dir", "/proc/none"], "--save_dir: /proc/none/run/models can't be made"),
+    (["--save_dir", "/proc/none"], "--save_dir: /proc/none/run/models: can't be made"),
     (["--lr", "much"], '--lr: train.G_optimizer_lr: "much" is not a number'),
     (["--set", "train.checkpoint_save=-1"], "checkpoint_save: -1 is not a whole number >= 0; 0 switches it off"),
 ])
