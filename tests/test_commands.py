@@ -51,6 +51,7 @@ def shortened(command):
     if "main.py" not in command:
         for shown, here in (("experiments/one experiments/two", "experiments/train_vrt experiments/my_video"),
                             ("a/models/300.json b/models/300.json", "a/train_vrt b/train_vrt"),
+                            (".json --processes 1 2", ".json --steps 1 --processes 1 2"),
                             ("step_time.py options/train_vrt.json", "step_time.py options/train_vrt.json --steps 1")):
             command = command.replace(shown, here)
         return command
@@ -92,6 +93,10 @@ def checkout(tmp_path_factory):
         mask[:, 8 + number : 40] = 1
         (folder / "DIR/masks").mkdir(exist_ok=True)
         (folder / "DIR/masks" / f"{number:02d}.png").write_bytes(encode((mask * 255).byte()))
+    if shutil.which("ffmpeg"):
+        for name in ("clip.mp4", "CLIP.mp4"):
+            subprocess.run(["ffmpeg", "-v", "error", "-f", "lavfi", "-i", "testsrc=size=48x32:rate=5:duration=2", "-f",
+                            "lavfi", "-i", "sine=duration=2", "-pix_fmt", "yuv420p", name], cwd=folder, check=True)
     recipe = re.findall(r"```(?:python|json)\n(.*?)```", (ROOT / "docs/recipe.md").read_text(), re.DOTALL)
     places = "models/network_smoother.py", "data/noisy.py", None, "options/train_smoother.json"
     for fenced, name in zip(recipe, places):
@@ -123,6 +128,8 @@ def test_every_printed_command_works_in_its_order(checkout):
             reason = "no ../shared here"
         if "data.prepare lmdb" in command and not importlib.util.find_spec("lmdb"):
             reason = "lmdb is not installed here"
+        if ".mp4" in command and not shutil.which("ffmpeg"):
+            reason = "ffmpeg is not installed here"
         if reason:
             left_out.append((page, command, reason))
             continue
