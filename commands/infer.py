@@ -225,24 +225,26 @@ class Rows:
     """The metrics of each result by name, in `metrics.csv`; a resumed command reads them back."""
 
     def __init__(self, path: Path):
-        self.path, self.rows = path, {}
+        self.path, self.rows, self.columns = path, {}, []
         with contextlib.suppress(FileNotFoundError), open(path, newline="", **ANY_NAMES) as file:
             for row in csv.DictReader(file):
                 name = row.pop("name")
-                with contextlib.suppress(TypeError, ValueError):  # a kill cut the last line short
-                    self.rows[name] = {key: float(value) for key, value in row.items()}
+                with contextlib.suppress(ValueError):
+                    if None not in row.values():  # else a kill cut the last line short
+                        self.rows[name] = {key: float(value) for key, value in row.items() if value}
+                        self.columns = list(row)
 
     def add(self, name: str, metrics: Mapping[str, float]) -> None:
-        """Append a row."""
-        new = not self.path.exists()
+        """Append a row; where it has more columns than those before, write the file again."""
         self.rows[name] = dict(metrics)
+        if set(metrics) - set(self.columns) or not self.path.exists():
+            self.close()
+            return
         with open(self.path, "a", newline="", **ANY_NAMES) as file:
-            writer = csv.DictWriter(file, ["name", *metrics])
-            if new:
-                writer.writeheader()
-            writer.writerow({"name": name, **metrics})
+            csv.DictWriter(file, ["name", *self.columns]).writerow({"name": name, **metrics})
 
     def close(self) -> None:
         """Rewrite the file with all rows in order of name."""
-        columns = list(next(iter(self.rows.values())))
-        write_table(self.path, ["name", *columns], ({"name": name, **self.rows[name]} for name in sorted(self.rows)))
+        self.columns = list(dict.fromkeys(key for row in self.rows.values() for key in row))
+        rows = ({"name": name, **self.rows[name]} for name in sorted(self.rows))
+        write_table(self.path, ["name", *self.columns], rows)

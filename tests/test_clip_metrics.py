@@ -1,16 +1,18 @@
 """Metrics of clips: by frame and by clip in log/test_clips.csv, borders, LPIPS, and what flickers."""
 
 import csv
+import io
 
 import pytest
 import torch
 
+from log.run_log import RunLog
 from metrics.vrt import video_metrics
 from models.network_spynet import SpyNet
 from options import OptionError
 from tests.runs import rows, run, run_until
 from tests.test_loss_vq import files  # noqa: F401  the fixture
-from tests.test_vrt import only_testing
+from tests.test_vrt import frames_in, only_testing
 from tests.vrt import vrt_file
 
 
@@ -70,6 +72,35 @@ def test_lpips_is_reported_where_its_weights_are_given(tmp_path, files):  # noqa
     assert float(row["test.lpips"]) > 0 and float(row["test.lpips_bicubic"]) > 0
     with pytest.raises(OptionError, match="lpips_path: .* does not exist"):
         run("-opt", path, "--fresh", "--set", f"val.lpips_path={tmp_path / 'none'}")
+
+
+def test_warping_errors_of_ones_own_frames_are_of_neighbours_only(tmp_path):
+    path = vrt_file(tmp_path, train={"total_iter": 1, "checkpoint_test": 0})
+    assert run("-opt", path) == 0
+    torch.save(SpyNet().state_dict(), tmp_path / "flow.pth")
+    for name, size in (("lq", (16, 16)), ("gt", (64, 64))):
+        frames_in(tmp_path, [name], [f"{n}.png" for n in range(4)], size)
+    words = ["-opt", path, "--test", "--input", tmp_path / "lq", "--truth", tmp_path / "gt", "--output",
+             tmp_path / "out", "--set", f"val.warp_path={tmp_path / 'flow.pth'}"]
+    assert run(*words) == 0
+    table = tmp_path / "out/metrics.csv"
+    whole = list(csv.DictReader(table.open()))
+    assert [bool(row["warp"]) for row in whole] == [False, True, True, True] and float(whole[1]["warp"]) > 0
+    for name in ("0.png", "2.png", "3.png"):
+        (tmp_path / "out" / name).unlink()
+    assert run(*words) == 0
+    again = list(csv.DictReader(table.open()))
+    assert [bool(row["warp"]) for row in again] == [False, True, False, True]  # the frame before 2 was not computed
+    assert [again[i] for i in (0, 1, 3)] == [whole[i] for i in (0, 1, 3)]
+
+
+def test_rows_of_an_iteration_replace_those_of_a_launch_that_was_killed_after_them(tmp_path):
+    log = RunLog(io.StringIO())
+    log.open(tmp_path, 0)
+    for iteration, value in ((1, 0.5), (2, 1.5), (2, 2.5)):
+        log.replace_rows("test_clips", iteration, [{"frame": 0, "psnr": value}, {"frame": 1, "psnr": value}])
+    found = list(csv.DictReader((tmp_path / "test_clips.csv").open()))
+    assert [(row["iteration"], row["psnr"]) for row in found] == [("1", "0.5")] * 2 + [("2", "2.5")] * 2
 
 
 def test_every_clip_and_frame_has_a_row_once_however_the_validation_is_stopped(tmp_path):

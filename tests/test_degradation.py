@@ -1,6 +1,7 @@
 """The second-order degradation: published ranges, draws of one sample alone, and each of its steps."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def test_draws_are_in_the_published_ranges_and_all_kinds_occur():
         for gaussian, ends in ((True, sigmas), (False, counts)):
             strengths = [one["strength"] for one in drawn if one["gaussian"] == gaussian]
             assert len(strengths) > 150 and ends[0] <= min(strengths) and max(strengths) <= ends[1]
-            assert max(strengths) > 0.9 * ends[1]
+            assert min(strengths) < 0.1 * ends[1] and max(strengths) > 0.9 * ends[1]
         qualities = [one["quality"] for one in drawn]
         assert 30 <= min(qualities) <= 32 and 93 <= max(qualities) <= 95
         assert sum(one["kernel"] is None for one in drawn) / 400 == pytest.approx((0, 0.2)[at], abs=0.06)
@@ -102,6 +103,11 @@ def test_frames_of_a_test_clip_share_all_draws_but_the_noise(tmp_path):
     whole = dataset[0]["L"]
     assert whole.shape == (3, 3, 12, 12)
     assert torch.equal(dataset.clip(0).read(1, 3)["L"], whole[1:])
+    for n in (1, 2):
+        shutil.copy(tmp_path / "GT/a/0.png", tmp_path / f"GT/a/{n}.png")
+    quiet = {f"{key}{end}": [0, 0] for key in ("noise_range", "poisson_scale_range") for end in ("", "2")}
+    same = VideoRecurrentTestDataset(dataroot_gt=str(tmp_path / "GT"), degradation=SECOND | quiet)[0]["L"]
+    assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
     train = VideoRecurrentTrainDataset(dataroot_gt=str(tmp_path / "GT"), degradation=SECOND, gt_size=32, num_frame=2)
     assert torch.equal(train[3, 0]["L"], train[3, 0]["L"]) and not torch.equal(train[3, 0]["L"], train[4, 0]["L"])
 

@@ -68,6 +68,15 @@ def test_a_quarter_turn_in_the_metadata_turns_frames_and_pixels(tmp_path):
 
 
 @needs_ffmpeg
+@pytest.mark.parametrize("size, matrix", [("96x96", "smpte170m"), ("720x720", "bt709")])
+def test_colours_without_a_tag_are_those_of_the_usual_matrix_for_the_size(tmp_path, size, matrix):
+    path = tmp_path / "a.mkv"
+    ffmpeg("-f", "lavfi", "-i", f"color=0xC03020:size={size}:rate=5:duration=0.2", "-vf",
+           f"format=rgb24,scale=out_color_matrix={matrix},format=yuv420p", "-c:v", "libx264", "-crf", "1", path)
+    assert frames(path)[0].float().mean((1, 2)).tolist() == pytest.approx([0xC0, 0x30, 0x20], abs=3)
+
+
+@needs_ffmpeg
 def test_ten_bits_are_read_as_eight(tmp_path):
     ten, eight = (film(tmp_path / f"{depth}.mkv", depth=depth) for depth in ("yuv420p10le", "yuv420p"))
     assert (frames(ten).float() - frames(eight).float()).abs().mean() < 2 and frames(ten).dtype == torch.uint8
