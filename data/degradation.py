@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.image_files import encode, picture_in
 from data.resize import Degradation
 from options import check, schema_of
 from runtime.ranges import Fraction, PositiveFloat, Range, checked
@@ -232,7 +233,6 @@ def add_noise(x: Tensor, drawn: Mapping[str, Any], rng: np.random.Generator) -> 
 
 def jpeg(x: Tensor, drawn: Mapping[str, Any]) -> Tensor:
     """Encode as JPEG and decode."""
-    from torchvision.io import decode_jpeg, encode_jpeg
-
     frames = x.clamp(0, 1).mul(255).round().byte()
-    return torch.stack([decode_jpeg(encode_jpeg(frame, drawn["quality"])) for frame in frames]).float() / 255
+    decoded = [picture_in(encode(frame, "jpeg", drawn["quality"]), "a frame") for frame in frames]
+    return torch.stack(decoded).float() / 255

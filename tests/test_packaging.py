@@ -40,10 +40,11 @@ def test_old_words_answer_with_the_new_ones(words, answer):
     assert (done.returncode, done.stdout, done.stderr) == (2, "", answer)
 
 
-@pytest.mark.parametrize("words", [["report", "nowhere"], ["checkpoint", "inspect", "nowhere"]])
-def test_the_commands_run_as_modules(monkeypatch, capsys, words):
+@pytest.mark.parametrize("words, answer", [(["report", "nowhere"], "nowhere: "), (
+    ["checkpoint", "inspect", "nowhere"], "Checkpoint file not found: nowhere; ")])
+def test_the_commands_run_as_modules(monkeypatch, capsys, words, answer):
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)  # as python -m does
     said = capsys.readouterr()
-    assert ended.value.code == 2 and not said.out and said.err.startswith("error: nowhere: ")
+    assert ended.value.code == 2 and not said.out and said.err.startswith(f"error: {answer}")
