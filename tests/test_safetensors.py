@@ -1,8 +1,8 @@
 """safetensors files: the bytes of the original package, every use of weights, and damage called in one line."""
 
+import importlib
 import json
 import struct
-import subprocess
 import sys
 
 import pytest
@@ -141,16 +141,17 @@ class Net(torch.nn.Linear):
 class Told:
     def __reduce__(self):
         return open, ("ran", "w")
-if __name__ == "__main__":
-    import theirs
-    torch.save({"model": theirs.Net(2, 3), "epoch": 4, "args": [theirs.Net]}, "net.pth")
-    torch.save(theirs.Told(), "told.pth")
 """
 
 
-def test_only_trust_runs_the_code_in_a_file_and_only_in_its_own_process(tmp_path, capsys):
+def test_only_trust_runs_the_code_in_a_file_and_only_in_its_own_process(tmp_path, monkeypatch, capsys):
     (tmp_path / "theirs.py").write_text(PROGRAM)
-    subprocess.run([sys.executable, "theirs.py"], cwd=tmp_path, check=True)
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        theirs = importlib.import_module("theirs")
+        torch.save({"model": theirs.Net(2, 3), "epoch": 4, "args": [theirs.Net]}, tmp_path / "net.pth")
+        torch.save(theirs.Told(), tmp_path / "told.pth")
+        del sys.modules["theirs"]
     source, out = str(tmp_path / "net.pth"), tmp_path / "w.pth"
     assert command(["convert", source, "--to", "weights", str(out)]) == 2
     said = capsys.readouterr().err
