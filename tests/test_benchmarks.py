@@ -75,6 +75,7 @@ def test_the_benchmark_against_ddp(tmp_path):
     assert found["ours"] > 0 and found["usual"] > 0 and found["micro_batches"] == 4
 
 
+@pytest.mark.slow
 def test_the_comparison_of_restarts(script, tmp_path):
     """One peer, for the others need packages: two kills, two restarts, and a count of what they cost."""
     said = script("resume_peers", "--peers", "plain", "composer", "--trials", 1, "--steps", 20, "--folder", tmp_path)
