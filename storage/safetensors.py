@@ -17,10 +17,11 @@ import torch
 
 SUFFIX = ".safetensors"
 MAX_HEADER = 25_000_000  # bytes, a quarter million tensors; parsed they take some twenty times as much memory
-TYPES = {"U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64, "F32": torch.float32,
-         "U32": torch.uint32, "I32": torch.int32, "BF16": torch.bfloat16, "F16": torch.float16, "U16": torch.uint16,
-         "I16": torch.int16, "F8_E8M0": torch.float8_e8m0fnu, "F8_E4M3": torch.float8_e4m3fn,
-         "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # in order of a file
+_TORCH = {"U64": "uint64", "I64": "int64", "F64": "float64", "C64": "complex64", "F32": "float32", "U32": "uint32",
+          "I32": "int32", "BF16": "bfloat16", "F16": "float16", "U16": "uint16", "I16": "int16",
+          "F8_E8M0": "float8_e8m0fnu", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "I8": "int8",
+          "U8": "uint8", "BOOL": "bool"}  # in the order of a file; torch 2.6 lacks one
+TYPES = {name: getattr(torch, dtype) for name, dtype in _TORCH.items() if hasattr(torch, dtype)}
 NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
