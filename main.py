@@ -199,18 +199,19 @@ def main(argv: list[str], hooks: Sequence[Hooks] = ()) -> int:
     command = resume_command(argv, saved=bool(tree))
     launch = partial(dry_run.dry_run, hooks=hooks) if args.dry_run else \
         partial(train, hooks=[dry_run.FirstLook(), *hooks])
-    if args.replay is None and not args.test:
+    if args.replay is not None:
+        launch = partial(replay, args.replay)
+    if not args.test:
         if args.input or args.output or args.truth:
             raise options.OptionError("--input, --output and --truth go with --test")
         if stages:
-            return train_stages(source, overrides, args.stage, resume=args.resume, init_from=args.init_from,
+            only = args.stage or (stages[-1] if args.replay is not None else None)
+            return train_stages(source, overrides, only, resume=args.resume, init_from=args.init_from,
                                 fresh=args.fresh, command=command, launch=launch)
     if args.init_from:
         overrides.append(("path.init_from", args.init_from, "--init-from"))
     stage = args.stage or (stages[-1] if stages else None)
     opt, notices = options.parse(source, overrides, MODELS, NETWORKS, DATASETS, stage, tree)
-    if args.replay is not None:
-        return replay(opt, notices, args.replay, args.resume)
     if args.test:
         return infer(opt, notices, resume=args.resume, source=args.input, output=args.output, truth=args.truth,
                      command=shlex.join([*distributed.launcher(), *argv]))

@@ -25,22 +25,28 @@ from runtime.resume import restore
 from train import Run
 
 
-def replay(opt: options.Section, notices: Sequence[str], step: int, resume: str | None = None) -> int:
+def replay(step: int, opt: options.Section, notices: Sequence[str], *, resume: str | None = None,
+           preface: Sequence[str] = (), **_: Any) -> int:
     """Print the samples, losses and gradient norms of a step. Returns 0 if both computations are equal, else 1.
+
+    The signature is that of `train.train` after `step`, so that a stage of a file is replayed as it is trained.
 
     Raises: OptionError: the step is not one of the run's, or lies before the checkpoint that was named.
     """
-    if not 1 <= step <= opt["train"]["total_iter"]:
-        raise options.OptionError(f"--replay {step}: must be from 1 to train.total_iter {opt['train']['total_iter']}")
+    if step < 1:
+        raise options.OptionError(f"--replay {step}: must be 1 or above")
     prepare_machine(opt)
     with contextlib.ExitStack() as stack:
         settings = {**opt["log"], "tensorboard": False, "wandb": False}
-        log = stack.enter_context(contextlib.closing(start_log(settings, notices)))
+        log = stack.enter_context(contextlib.closing(start_log(settings, notices, preface)))
         run = stack.enter_context(contextlib.closing(Run(opt, log)))
-        restore(run, checkpoint.locate(resume, log.warn) if resume else
-                checkpoint.find_newest(run.models, log.warn, before=step))
+        own = None if resume else checkpoint.find_newest(run.models, log.warn, before=step)
+        first = resume or opt["train"]["resume_checkpoint"]
+        restore(run, checkpoint.locate(first, log.warn) if own is None and first else own)
+        if step > opt["train"]["total_iter"]:
+            raise options.OptionError(f"--replay {step}: the run has {opt['train']['total_iter']} steps")
         if run.iteration >= step:
-            raise options.OptionError(f"--replay {step}: {resume} is at iteration {run.iteration}, after that step; "
+            raise options.OptionError(f"--replay {step}: {first} is at iteration {run.iteration}, after that step; "
                                       "name an older checkpoint")
         run.model.save_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="perdure_"))) / "models"
         samples = stack.enter_context(contextlib.closing(endless(run.train_set, run.batches, 0, pinned=False)))
@@ -80,7 +86,7 @@ def record(run: Run, step: int) -> tuple[list[str], list[Any]]:
     losses, checksum = run.model.micro_losses(), run.model.checksum()
     lines = [f"losses   of micro-batch {place}: {describe_losses(terms)}" for place, terms in losses.items()]
     lines.append(", ".join(f"{name} {number(norm)}" for name, norm in norms.items()) or
-                 "gradient norms are not computed with fp16")
+                 f"gradient norms are not computed {'with fp16' if run.model.scaler else 'for such a loss'}")
     lines.append(f"weights  {checksum % 2**32:08x} after the step")
     return lines, [repr(losses), repr(norms), checksum]
 

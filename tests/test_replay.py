@@ -8,6 +8,7 @@ import torch
 import options
 from tests import tiny
 from tests.runs import run
+from tests.test_stages import option_file
 
 pytestmark = pytest.mark.usefixtures("tiny_tables")
 
@@ -61,9 +62,29 @@ def test_a_sample_that_is_not_finite_is_named(trained, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("step, words, message", [
-    (0, (), "--replay 0: must be from 1 to train.total_iter 9"), (10, (), "--replay 10: must be from 1 to"),
+    (0, (), "--replay 0: must be 1 or above"), (10, (), "--replay 10: the run has 9 steps"),
     (4, ("--resume", "6"), "is at iteration 6, after that step; name an older checkpoint")])
 def test_a_step_that_cannot_be_replayed_is_one_line(trained, tmp_path, step, words, message):
     words = [tmp_path / f"run/models/{word}.json" if word.isdigit() else word for word in words]
     with pytest.raises(options.OptionError, match=message):
         run("-opt", trained[0], "--replay", step, *words)
+
+
+def test_the_first_step_of_a_later_stage_is_replayed_from_the_weights_it_began_with(tmp_path, capsys):
+    seen = []
+    path = option_file(tmp_path)
+    look = tiny.At("after_step", 1, lambda run: seen.append(run.model.checksum()))
+    assert run("-opt", path, "--run-all-stages", hooks=[look]) == 0
+    capsys.readouterr()
+    assert run("-opt", path, "--replay", 1, "--stage", "two") == 0
+    said = capsys.readouterr().out
+    assert "from the best of one" in said and f"weights  {seen[1] % 2**32:08x} after the step" in said
+    with pytest.raises(options.OptionError, match="--replay 5: the run has 4 steps"):
+        run("-opt", path, "--replay", 5)  # of the last stage
+
+
+def test_a_step_past_the_last_epoch_is_one_line(tmp_path):
+    path = tiny.write(tmp_path, train={"total_epochs": 2})
+    assert run("-opt", path) == 0
+    with pytest.raises(options.OptionError, match="--replay 5: the run has 4 steps"):
+        run("-opt", path, "--replay", 5)
