@@ -261,6 +261,8 @@ def differences(saved: Mapping, now: Mapping, most: int = 12) -> list[str]:
 def open_folder(run: Any, resumed_from: CheckpointSet | None, fresh: bool) -> None:
     """Create and lock the run's folder and open its log. Called after everything was found valid."""
     watch.begin("start", f"trying a save in {run.models}")
+    if run.saves.mirror:
+        lock_mirror(run)  # first, so that a mistake in it leaves nothing half-made
     try:
         run.models.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -301,6 +303,21 @@ def open_folder(run: Any, resumed_from: CheckpointSet | None, fresh: bool) -> No
     run.saves.at = run.iteration if own else None
 
 
+def lock_mirror(run: Any) -> None:
+    """Create and lock the second folder."""
+    mirror = run.saves.mirror.folder
+    try:
+        mirror.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise mirror_error(mirror, error) from None
+    run.saves.mirror_lock = files.FolderLock(mirror)
+
+
+def mirror_error(mirror: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{mirror}: path.mirror can't be written: {error.strerror or error}; mend it, or set it to "
+                           "null")
+
+
 def open_mirror(run: Any, own: CheckpointSet | None) -> None:
     """Prepare the second folder as the first one, and copy what only one of them has.
 
@@ -308,8 +325,6 @@ def open_mirror(run: Any, own: CheckpointSet | None) -> None:
     """
     mirror = run.saves.mirror.folder
     try:
-        mirror.mkdir(parents=True, exist_ok=True)
-        run.saves.mirror_lock = files.FolderLock(mirror)
         checkpoint.archive(mirror, after=run.iteration if own else -1)
         checkpoint.clean(mirror)
         wanted = {run.iteration, run.history.best} if own else ()
@@ -319,7 +334,6 @@ def open_mirror(run: Any, own: CheckpointSet | None) -> None:
                 checkpoint.copy_set(copy, run.models)
                 run.log.line(f"copied   checkpoint {copy.iteration} from {mirror}")
     except OSError as error:
-        raise CheckpointError(f"{mirror}: path.mirror can't be written: {error.strerror or error}; mend it, or set it "
-                              "to null") from None
+        raise mirror_error(mirror, error) from None
     if own and own.folder.resolve() != mirror.resolve():
         run.saves.followers.put(own, run.history.best)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -15,7 +16,7 @@ import options
 from checkpoint import CheckpointError, CheckpointSet, Layout, Saver
 from log.run_log import RunLog
 from runtime import distributed
-from runtime.watchdog import watch
+from runtime.watchdog import SAY_AFTER, watch
 from storage import files
 
 FOLLOW_SECONDS = 300.0  # for what follows the last save: the copy in the mirror, and the command
@@ -71,16 +72,19 @@ class Followers:
 
     def finish(self) -> None:
         """Wait, but not for ever: a command that takes longer is left to itself."""
-        end = time.monotonic() + FOLLOW_SECONDS
+        names = ["path.mirror"] * bool(self.mirror) + ["checkpoint.after_save"] * bool(self.command)
+        began, said = time.monotonic(), False
         self.poll()
-        while self.thread and time.monotonic() < end:
-            watch.begin("wait", "path.mirror and checkpoint.after_save")
-            self.thread.join(0.5)
+        while self.thread and time.monotonic() < began + FOLLOW_SECONDS:
+            watch.begin("wait", " and ".join(names))
+            self.thread.join(min(0.5, FOLLOW_SECONDS))
             self.poll()
+            if self.thread and not said and time.monotonic() > began + SAY_AFTER:
+                self.log.line(f"waiting  for {' and '.join(names)}, at most {FOLLOW_SECONDS:.0f} s")
+                said = True
         if self.thread:
-            self.thread = None
-            self.log.warn(f"path.mirror or checkpoint.after_save has not ended in {FOLLOW_SECONDS:.0f} s, and is left "
-                          "to itself")
+            self.thread = self.waiting = None  # a second close neither waits nor starts what is left out
+            self.log.warn(f"{' or '.join(names)} has not ended in {FOLLOW_SECONDS:.0f} s, and is left to itself")
 
     def _follow(self, found: CheckpointSet, best: int | None) -> None:
         if self.mirror:
@@ -129,13 +133,23 @@ class Saves:
         except ValueError as error:
             raise options.OptionError(f"{opt['opt_path']}: checkpoint: {error}") from None
         self.saver = Saver(folder, self.layout, keep["keep_last_n"], background)
+        command = keep["after_save"]
+        empty = command is not None and not (command.strip() if isinstance(command, str) else command)
+        if empty or isinstance(command, list) and not shutil.which(command[0]):
+            what = "is empty" if empty else f"no program {command[0]} is found"
+            raise options.OptionError(f"{options.origin_of(opt, 'checkpoint.after_save')}: checkpoint.after_save: "
+                                      f"{what}; give a line for the shell, a list of a program and its arguments, or "
+                                      "null")
+        if opt["path"]["mirror"] == "":
+            raise options.OptionError(f"{options.origin_of(opt, 'path.mirror')}: path.mirror: is empty; give another "
+                                      "disk's folder, or null")
         mirror = opt["path"]["mirror"] and Path(opt["path"]["mirror"], opt["task"], "models")
         if mirror and mirror.resolve() == folder.resolve():
             raise options.OptionError(f"{opt['opt_path']}: path.mirror: {opt['path']['mirror']} leads to the run's own "
                                       "folder; give another disk's")
         self.mirror = Saver(mirror, self.layout, keep["keep_last_n"]) if mirror else None
         self.mirror_lock: files.FolderLock | None = None
-        self.followers = Followers(self.mirror, keep["after_save"], log)
+        self.followers = Followers(self.mirror, command, log)
         watch.background, watch.written = background, lambda: files.written
 
     def places(self) -> list[Path]:

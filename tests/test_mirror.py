@@ -135,12 +135,15 @@ def test_a_copy_that_is_cut_off_is_no_set(tmp_path, monkeypatch, count):
     assert sorted(os.listdir(tmp_path / "copy")) == sorted([path.name for path in found.files.values()] + ["2.json"])
 
 
-def test_a_mirror_that_cannot_be_is_one_line(tmp_path):
-    with pytest.raises(OptionError, match="run.json: path.mirror: .* leads to the run's own folder"):
-        run("-opt", tiny.write(tmp_path, path={"root": str(tmp_path), "mirror": str(tmp_path)}))
-    (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="path.mirror can't be written: Not a directory"):
-        run("-opt", tiny.write(tmp_path, path={"root": str(tmp_path), "mirror": str(tmp_path / "file")}))
+@pytest.mark.parametrize("mirror, kind, reason", [
+    (".", OptionError, "run.json: path.mirror: .* leads to the run's own folder"),
+    ("", OptionError, "run.json: path.mirror: is empty"),
+    ("run.json", CheckpointError, "path.mirror can't be written: Not a directory"),
+    ("/proc/none", CheckpointError, "path.mirror can't be written: No such file")])
+def test_a_mirror_that_cannot_be_is_one_line(tmp_path, mirror, kind, reason):
+    with pytest.raises(kind, match=reason):
+        run("-opt", tiny.write(tmp_path, path={"root": str(tmp_path), "mirror": mirror and str(tmp_path / mirror)}))
+    assert os.listdir(tmp_path) == ["run.json"]
 
 
 # ---------------------------------------------------------------- checkpoint.after_save
@@ -165,22 +168,38 @@ def test_a_command_gets_the_files_of_each_set_the_record_last(tmp_path, layout, 
     assert "spoken" in (tmp_path / "run/log/after_save.txt").read_text() and "after_save" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command, reason", [("exit 3;", "3"), (["/no/program"], "No such file or directory: /no")])
-def test_a_command_that_fails_is_a_warning_and_in_the_report(tmp_path, command, reason, capsys):
+@pytest.mark.parametrize("command, reason", [("exit 3;", "3"), (["./program"], "No such file or directory: ./program")])
+def test_a_command_that_fails_is_a_warning_and_in_the_report(tmp_path, command, reason, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "program").write_text("#!/no/interpreter")
+    (tmp_path / "program").chmod(0o755)
     path = tiny.write(tmp_path, checkpoint={"after_save": command}, train={"total_iter": 2})
     assert run("-opt", path) == 0
     assert f"warning  checkpoint.after_save failed for checkpoint 2 ({reason}" in capsys.readouterr().out
     assert str(status(tmp_path)["code"]).startswith(reason)
 
 
+@pytest.mark.parametrize("command, reason", [("", "is empty"), (" ", "is empty"), ([], "is empty"),
+                                             (["/no/program", "x"], "no program /no/program is found")])
+def test_a_command_that_cannot_be_is_one_line(tmp_path, command, reason):
+    with pytest.raises(OptionError, match=f"run.json: checkpoint.after_save: {reason}; give a line"):
+        run("-opt", tiny.write(tmp_path, checkpoint={"after_save": command}))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_command_holds_up_neither_training_nor_for_ever_its_end(tmp_path, monkeypatch, capsys):
+    """It hangs in the first save, and the newest one that waits is given up with it: it is not started again."""
     monkeypatch.setattr(saves, "FOLLOW_SECONDS", 0.1)
-    path = tiny.write(tmp_path, checkpoint={"after_save": f"until [ -f {tmp_path}/end ]; do sleep 0.1; done; true"})
+    monkeypatch.setattr(saves, "SAY_AFTER", 0.0)
+    command = f"echo >> {tmp_path}/begun; until [ -f {tmp_path}/end ]; do sleep 0.1; done; true"
     try:
-        assert run("-opt", path) == 0
+        assert run("-opt", tiny.write(tmp_path, checkpoint={"after_save": command})) == 0
     finally:
         (tmp_path / "end").touch()
-    assert "path.mirror or checkpoint.after_save has not ended in 0 s, and is left to itself" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.count("warning  checkpoint.after_save has not ended in 0 s, and is left to itself") == 1
+    assert said.count("waiting  for checkpoint.after_save, at most 0 s") == 1
+    assert (tmp_path / "begun").read_text() == "\n"
 
 
 def test_a_command_that_is_stored_in_a_checkpoint_is_not_run(tmp_path):
