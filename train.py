@@ -268,6 +268,8 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
         if source and run.iteration >= opt["train"]["total_iter"] and (
                 not resume or run.remembered) and not (
                 source.committed and run.validation_missing()):
+            if source.folder.resolve() in run.saves.places()[1:]:  # its own folder has lost what the mirror has
+                distributed.from_main(lambda: open_folder(run, source, fresh))
             log.line(f"finished at iteration {run.iteration} of {opt['train']['total_iter']}: nothing left to do; "
                      f"raise {run.length_key} to train longer")
             return 0

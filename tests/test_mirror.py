@@ -62,6 +62,19 @@ def test_a_run_whose_disk_was_wiped_resumes_from_the_mirror(tmp_path, layout, ca
     assert_equal_folders(tmp_path / "fast/two/models", mirror_of(tmp_path))
 
 
+def test_a_finished_run_gets_its_lost_checkpoints_back(tmp_path, capsys):
+    path = write(tmp_path, "two", keep_last_n=None)
+    assert run("-opt", path) == 0
+    kept = {found.iteration for found in checkpoint.find_sets(mirror_of(tmp_path))}
+    shutil.rmtree(tmp_path / "fast/two/models")
+    capsys.readouterr()
+    assert run("-opt", path) == 0
+    said = capsys.readouterr().out
+    assert f"copied   checkpoint 9 from {mirror_of(tmp_path)}" in said and "finished at iteration 9 of 9" in said
+    assert final(tmp_path / "fast/two", TOTAL)
+    assert {found.iteration for found in checkpoint.find_sets(mirror_of(tmp_path))} == kept
+
+
 def test_the_newest_intact_one_of_both_folders_counts(tmp_path, capsys):
     path = write(tmp_path, "two")
     run_until(4, "-opt", path)
