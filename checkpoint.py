@@ -875,9 +875,12 @@ class Saver:
             if wanted and path.exists() and (name := self.layout.link_name(which)):
                 link(path, self.folder / name)
 
-    def copy_from(self, folder: Path, best: int | None) -> None:
+    def copy_from(self, folder: Path, best: int | None, again: bool = True) -> None:
         """Copy the sets of another folder that are not here, or not with the same record; links and retention as there.
 
+        One that a validation rewrites meanwhile is copied again.
+
+        Args: again: whether a copy that is damaged, though its record is the same, is made once more.
         Raises: OSError or CheckpointError.
         """
         sets = [found for found in find_sets(folder) if found.committed]
@@ -885,9 +888,15 @@ class Saver:
             try:
                 if _record_in(self.folder / found.path.name) != found.record:
                     copy_set(found, self.folder)
-            except (OSError, CheckpointError):
-                if found.path.exists():  # else it was superseded meanwhile
+            except (OSError, CheckpointError) as error:
+                now = _record_in(found.path)
+                if now is None and not found.path.exists():  # it was superseded meanwhile
+                    continue
+                rewritten = now not in (None, found.record)
+                if not rewritten and not (again and isinstance(error, CheckpointError)):
                     raise
+                time.sleep(0 if rewritten else 0.2)  # its record may be there already, and its state not yet
+                return self.copy_from(folder, best, again and rewritten)
         self.relink(best, sets)
         prune(self.folder, self.keep_last_n, best)
 

@@ -127,6 +127,38 @@ def test_a_copy_that_fails_is_a_warning_and_the_next_save_tries_again(tmp_path, 
     assert os.listdir(mirror_of(tmp_path, "other")) == [".lock"]
 
 
+@pytest.mark.parametrize("event", ["record", "state"])
+def test_a_set_that_is_rewritten_while_it_is_copied_is_copied_again(tmp_path, monkeypatch, event):
+    """The copy begins before the amendment writes its record, or between that and its state."""
+    layout, real, copy = checkpoint.Layout(), os.replace, checkpoint.copy_durably
+    parts = {"G": {"w": tiny.torch.ones(1)}, "state": {"iteration": 1}}
+    (tmp_path / "one").mkdir()
+    checkpoint.commit(tmp_path / "one", 1, parts, layout)
+    mirror = checkpoint.Saver(tmp_path / "two", layout)
+    amended = {**parts, "state": {"iteration": 1, "metric": [1.0] * 99}}
+    held = []  # what is left to do of the amendment
+
+    def replace(source, target):
+        if event == "state" and str(target).endswith("one/1_state.pth"):
+            held.append((source, target))
+        else:
+            real(source, target)
+
+    def meanwhile(source, target):
+        if event == "record" and not held:
+            held.append(checkpoint.amend_state(tmp_path / "one", 1, amended, layout, lambda found: None))
+        copy(source, target)
+
+    with monkeypatch.context() as patch:
+        if event == "state":
+            patch.setattr(os, "replace", replace)
+            checkpoint.amend_state(tmp_path / "one", 1, amended, layout, lambda found: None)
+            patch.setattr(checkpoint.time, "sleep", lambda seconds: real(*held[0]))
+        patch.setattr(checkpoint, "copy_durably", meanwhile)
+        mirror.copy_from(tmp_path / "one", None)
+    assert held and checkpoint.find_newest(tmp_path / "two").load()["state"]["metric"] == [1.0] * 99
+
+
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_a_copy_that_is_cut_off_is_no_set(tmp_path, monkeypatch, count):
     """As by a kill before the count-th file gets its name: the commit record is the last of them."""
