@@ -11,7 +11,7 @@ lightning          ModelCheckpoint every 12 steps with save_last, EMAWeightAvera
 lightning-stateful the same with torchdata's StatefulDataLoader
 transformers       Trainer with save_steps 12; resume_from_checkpoint; the moving average in a callback of our own,
                    since it has none, saved in the same folder
-accelerate         save_state every 12 steps with automatic names; load_state and skip_first_batches
+accelerate         save_state every 12 steps with automatic names; load_state and skip_first_batches; a seedable sampler
 plain              the PyTorch tutorial's general checkpoint: torch.save and torch.load of a dictionary, once an epoch
 composer           only where it installs (0.32 needs torch < 2.8)
 
@@ -199,7 +199,7 @@ def train_plain(folder: Path, steps: int, journal: Journal) -> None:
 
 def train_accelerate(folder: Path, steps: int, journal: Journal) -> None:
     from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration, set_seed
+    from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
 
     class Position:
         def __init__(self):
@@ -213,7 +213,8 @@ def train_accelerate(folder: Path, steps: int, journal: Journal) -> None:
 
     set_seed(0)
     naming = ProjectConfiguration(str(folder), automatic_checkpoint_naming=True, total_limit=3)
-    accelerator = Accelerator(cpu=True, project_config=naming)
+    accelerator = Accelerator(cpu=True, project_config=naming,
+                              dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
     net, average, optimizer, schedule = build(steps)
     loader = torch.utils.data.DataLoader(Pictures(), BATCH, shuffle=True)
     net, optimizer, loader, schedule = accelerator.prepare(net, optimizer, loader, schedule)
