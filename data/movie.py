@@ -261,7 +261,7 @@ def write_video(path: Path, frames: Iterable[bytes], source: str, mark: str = ""
     """
     facts, frames = facts_of(source), iter(frames)
     first = next(frames)
-    even = all(int.from_bytes(first[at : at + 4]) % 2 == 0 for at in (16, 20))  # width and height in a PNG's header
+    even = not any(first[at] % 2 for at in (19, 23))  # the last bytes of width and height in a PNG's header
     words = ["-itsoffset", f"{facts.offset}", "-f", "image2pipe", "-c:v", "png", "-framerate", facts.rate, "-i", "-",
              "-i", _url(source), "-map", "0:v", "-map", "1:a?", "-c:a", "copy", "-c:v", "libx264", "-crf", "14",
              "-vf", f"scale=out_color_matrix=bt709:out_range=tv:{CONVERT},format={'yuv420p' if even else 'yuv444p'},"

@@ -32,6 +32,9 @@ def same_start():
     files.notices.clear()
 
 
+OLD_TORCH = pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 rounds, or fakes CUDA, otherwise")
+
+
 @pytest.fixture
 def shared():
     """The folder of goldens and small real data; the test is skipped where it is absent."""

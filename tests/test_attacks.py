@@ -174,7 +174,7 @@ def test_power_loss_after_any_file_operation_leaves_a_complete_set(tmp_path, mon
             saver.wait()
             saver.poll()
             acknowledged.append((len(disk.log), n))
-    assert len(disk.log) > 50
+    assert len(disk.log) > 40
     dice = random.Random(0)
     for done in range(acknowledged[0][0], len(disk.log) + 1):
         promised = max(n for operations, n in acknowledged if operations <= done)

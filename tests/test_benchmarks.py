@@ -15,7 +15,7 @@ import torch
 import main as door
 from benchmarks.scaling import KEY
 from tests import world
-from tests.conftest import ROOT
+from tests.conftest import OLD_TORCH, ROOT
 from tests.programs import print_to
 
 
@@ -36,6 +36,7 @@ def test_the_checkpoint_benchmark(script, tmp_path):
     assert "verified bundle" in said and "of torch.load" in said
 
 
+@OLD_TORCH
 def test_the_step_benchmark_against_the_straightforward_way(script, tmp_path):
     said = script("step_time", world.recipe("vrt", tmp_path, "run"), "--steps", 1, "--against", "straightforward",
                   "--set", "datasets.train.dataloader_batch_size=1", "--set", "train.fix_iter=0")

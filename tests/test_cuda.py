@@ -32,7 +32,7 @@ from models.network_vqgan import nearest
 from options import OptionError
 from runtime import determinism, distributed, resume
 from tests import tiny, world
-from tests.conftest import ROOT, write_json
+from tests.conftest import OLD_TORCH, ROOT, write_json
 from tests.runs import assert_equal_runs, rows, run
 from tests.vrt import vrt_file
 
@@ -302,6 +302,7 @@ def test_a_run_encodes_its_pictures_where_it_trains(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- validation
 
 
+@OLD_TORCH
 def test_metrics_are_computed_on_the_device(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "item", lambda self: self.device.type)
     with FakeTensorMode():

@@ -31,7 +31,8 @@ class Restored(Hooks):
 def test_a_kept_checkpoint_resumes(tmp_path, monkeypatch, capsys, name):
     """Weights, moments, iteration and history as stored. From version 3 on the end is that of a run never stopped.
 
-    Processors round differently, so the end is compared within 1e-6, not bit for bit.
+    Processors round differently, so the end is compared within 1e-6, not bit for bit; other versions of torch also draw
+    differently, so it is compared only with the version that wrote the set.
     """
     kind, _, version = name.rpartition("_v")
     make_small(kind, monkeypatch)
@@ -52,7 +53,7 @@ def test_a_kept_checkpoint_resumes(tmp_path, monkeypatch, capsys, name):
         assert differing(part, kept) == [], label
     assert ("draws are new from here" in said) == (int(version) < 3), said
     assert "absent " not in said
-    if int(version) >= 3:
+    if int(version) >= 3 and stored["state"]["environment"]["torch"].split(".")[:2] == torch.__version__.split(".")[:2]:
         found = numbers_of(final(tmp_path / "experiments" / kind, LAST))
         expected = json.loads((HERE / f"{name}.json").read_text())
         expected = {key: pair for key, pair in expected.items() if key not in gone}
