@@ -32,7 +32,7 @@ def same_start():
     files.notices.clear()
 
 
-OLD_TORCH = pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 rounds, or fakes CUDA, otherwise")
+OLD_TORCH = pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 rounds or fakes CUDA otherwise")
 
 
 @pytest.fixture
