@@ -82,8 +82,7 @@ def record(run: Run, step: int) -> tuple[list[str], list[Any]]:
     values with all their bits.
     """
     advance(run, step)
-    norms = {name: float(norm) for name, norm in run.model.gradient_norms.items()}
-    losses, checksum = run.model.micro_losses(), run.model.checksum()
+    (losses, norms), checksum = run.model.numbers(), run.model.checksum()
     lines = [f"losses   of micro-batch {place}: {describe_losses(terms)}" for place, terms in losses.items()]
     lines.append(", ".join(f"{name} {number(norm)}" for name, norm in norms.items()) or
                  f"gradient norms are not computed {'with fp16' if run.model.scaler else 'for such a loss'}")

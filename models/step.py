@@ -197,10 +197,14 @@ class TrainingStep:
             self.scaler.update()
         return True
 
-    def micro_losses(self) -> dict[int, dict[str, float]]:
-        """Return the loss terms of this rank's micro-batches of the last step, by number. Waits for the device."""
-        return {number: {name: float(term) for name, term in terms.items()}
-                for number, terms in self.micro_terms.items()}
+    def numbers(self) -> tuple[dict[int, dict[str, float]], dict[str, float]]:
+        """Return loss terms by number of this rank's micro-batches, and gradient norms by name, of the last step.
+
+        Waits for the device.
+        """
+        losses = {number: {name: float(term) for name, term in terms.items()}
+                  for number, terms in self.micro_terms.items()}
+        return losses, {name: float(norm) for name, norm in self.gradient_norms.items()}
 
     def autocast(self) -> torch.autocast:
         """Return the context of forward passes, in the precision of `train.amp`."""
