@@ -1,5 +1,6 @@
 """Runs of this process: straight, stopped and resumed, and whether two of them ended equal."""
 
+import contextlib
 import csv
 import os
 import signal
@@ -8,6 +9,7 @@ import torch
 
 import checkpoint
 import main as door
+from commands import infer
 from runtime.hooks import Hooks
 from tests import tiny
 
@@ -35,6 +37,21 @@ class StopInCall(Hooks):
             return real(*args, **kwargs)
 
         setattr(run.model, self.method, call)
+
+
+@contextlib.contextmanager
+def stopped_after_file(monkeypatch, name):
+    """Send this process SIGTERM when `--test --input` has written its output of this name."""
+    real = infer.write_result
+
+    def interrupted(target, picture):
+        real(target, picture)
+        if target.name == name:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(infer, "write_result", interrupted)
+        yield
 
 
 def run_until(stop, *arguments, sig=signal.SIGTERM):

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import weakref
 from fractions import Fraction
@@ -17,7 +16,7 @@ from data.image_files import encode, read_picture
 from models import MODELS, NETWORKS
 from tests import test_lgt, test_segmentation, test_vqgan
 from tests.conftest import write_json
-from tests.runs import run
+from tests.runs import run, stopped_after_file
 from tests.test_vrt import trained, use  # noqa: F401  the fixture
 from train import build_model
 
@@ -167,17 +166,7 @@ def test_a_clip_is_restored_killed_and_resumed_to_an_equal_clip(trained, tmp_pat
     (video,), (sound,) = streams(whole, "v"), streams(whole, "a")
     assert (video["width"], video["height"], video["nb_frames"], video["r_frame_rate"]) == (64, 64, "6", "30000/1001")
     assert sound["codec_name"] == "aac" and sound_of(whole) == sound_of(source)
-    from commands import infer
-
-    real = infer.write_result
-
-    def interrupted(target, picture):
-        real(target, picture)
-        if target.name == "00000004.png":
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(infer, "write_result", interrupted)
+    with stopped_after_file(monkeypatch, "00000004.png"):
         assert use(path, "--input", source, "--output", half) == 143
     assert not half.exists() and len(os.listdir(tmp_path / "half.mp4.frames")) == 6  # five frames and made_by.json
     capsys.readouterr()

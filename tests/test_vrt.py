@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from data.video import FrameFolder
 from models import model_vrt
 from models.model_vrt import ModelVRT
 from tests.conftest import ROOT, SHARED, write_json
-from tests.runs import differing, final, run, run_until, straight_and_stopped
+from tests.runs import differing, final, run, run_until, stopped_after_file, straight_and_stopped
 from tests.test_options import parse
 from tests.vrt import vrt_file
 
@@ -275,17 +274,7 @@ def test_partial_output_is_resumed_and_ends_the_same(trained, tmp_path, monkeypa
     path, folder = trained
     words = ("--input", folder / "lq", "--truth", folder / "gt", "--output")
     assert use(path, *words, tmp_path / "whole") == 0
-    from commands import infer
-
-    real = infer.write_result
-
-    def interrupted(target, picture):
-        real(target, picture)
-        if target.name == "002.png":
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(infer, "write_result", interrupted)
+    with stopped_after_file(monkeypatch, "002.png"):
         assert use(path, *words, tmp_path / "half") == 143
     assert "stopped  by SIGTERM; resume with: python main.py -opt" in capsys.readouterr().out
     assert not (tmp_path / "half/003.png").exists()
