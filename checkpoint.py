@@ -461,6 +461,11 @@ def has_checkpoints(folder: Path | str) -> bool:
     return bool(find_sets(folder, bad.append) or bad or any(find_foreign(Path(folder))))
 
 
+def what_is_kept(folder: Path | str) -> str:
+    """Return the part of a message that says what a run that fails between two saves leaves in its folder."""
+    return "the last checkpoint is intact" if has_checkpoints(folder) else "this run has no checkpoint yet"
+
+
 def find_foreign(folder: Path) -> tuple[list[CheckpointSet], dict[Path, str]]:
     """Return other programs' training states in a folder, oldest first, and files that can't be used, with reasons."""
     found, bad = [], {}
@@ -552,7 +557,7 @@ def locate(path: Path | str, report: Report | None = None) -> CheckpointSet:
                        *([path.parent / "models"] if path.name == "training_states" else [])):
             if found := find_newest(folder, lambda line: (why.append(line), report and report(line))):
                 return found
-        raise CheckpointError(f"{path}: no usable checkpoint in this folder" + reasons(why))
+        raise CheckpointError(f"{path}: no usable checkpoint in this folder" + describe_faults(why))
     if not path.exists():
         raise CheckpointError(f"Checkpoint file not found: {path}; give a file, a commit record or a folder")
     if path.stat().st_size == 0:
@@ -568,7 +573,7 @@ def models_of(folder: Path) -> Path:
     return next((folder / name for name in ("models", "checkpoints") if (folder / name).is_dir()), folder)
 
 
-def reasons(lines: list[str]) -> str:
+def describe_faults(lines: list[str]) -> str:
     """Return the end of a message: why none of several checkpoints is usable."""
     return f" ({lines[-1]}{f'; and {len(lines) - 1} more' if len(lines) > 1 else ''})" if lines else ""
 

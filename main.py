@@ -146,7 +146,7 @@ def saved_options(path: str) -> dict:
     """
     found = checkpoint.locate(path)
     config = found.load().get("state", {}).get("config") or {}
-    if not options.is_ours(config):
+    if not options.is_perdure_config(config):
         raise options.OptionError(f"{path}: stores no options of this program; give an option file with -opt")
     folder = found.folder.resolve()
     if folder != Path(options.models_folder(config)).resolve():

@@ -643,7 +643,7 @@ def check_dataset(opt: Mapping, name: str, table: Table, where: Callable[[str], 
     return with_defaults(checked, loader)
 
 
-def is_ours(config: Mapping[str, Any]) -> bool:
+def is_perdure_config(config: Mapping[str, Any]) -> bool:
     """Return whether the options in a checkpoint are Perdure's."""
     return {"task", "datasets", "netG", "train", "path"} <= set(config)
 

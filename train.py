@@ -68,8 +68,8 @@ class Run:
         for dataset in (self.train_set, *self.test_sets.values()):
             if hasattr(dataset, "encode_on"):  # before any sample is read
                 dataset.encode_on(self.model.device)
-        self.losses, self.means = FiniteCheck(self.model.scaler), LossMeans()
         self.models = self.model.save_dir
+        self.losses, self.means = FiniteCheck(self.model.scaler, self.models), LossMeans()
         self.folder = Path(options.run_folder(opt))
         keep, (name, mode) = opt["checkpoint"], self.model.best_metric
         if keep["best_metric"] not in (None, name) and keep["best_mode"] is None:
@@ -142,10 +142,10 @@ class Run:
         self.losses.check()
         if fault := distributed.from_main(self.model.find_non_finite):
             raise NonFiniteLoss(f"after iteration {self.iteration} {fault} is not finite, so no checkpoint of it is "
-                                "written; the last one is intact; lower the learning rate, or set "
+                                f"written; {checkpoint.what_is_kept(self.models)}; lower the learning rate, or set "
                                 "train.G_optimizer_clipgrad")
         if distributed.world_size() > 1:
-            check_ranks(self.iteration, distributed.gather(self.model.checksum()))
+            check_ranks(self.iteration, distributed.gather(self.model.checksum()), self.models)
         state = self.state()
         distributed.from_main(lambda: self.saves.write(self.iteration, {**self.model.parts(), "state": state},
                                                        "regular" if self.save_due() else reason))
@@ -227,8 +227,9 @@ class Run:
                     self.losses.check(lambda: compute_again(self))
             elif model.skipped_in_a_row >= min(train["nan_limit"], total):
                 raise NonFiniteLoss(f"{model.skipped_in_a_row} steps in a row were skipped until iteration "
-                                    f"{self.iteration}, each for a loss or gradient that is not finite; the last "
-                                    "checkpoint is intact; lower the learning rate, or raise train.nan_limit")
+                                    f"{self.iteration}, each for a loss or gradient that is not finite; "
+                                    f"{checkpoint.what_is_kept(self.models)}; lower the learning rate, "
+                                    "or raise train.nan_limit")
             if not model.skipped_in_a_row:
                 self.means.add(model.log_dict)
             self.hooks.after_step(self)
@@ -286,8 +287,8 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
             task=opt["task"], total=opt["train"]["total_iter"], command=command,
             metric=(run.history.metric, run.history.mode),
             origins=opt.origins)) if distributed.is_main() else SilentLog()
-        with determinism.failures_named(run.model.device, "; the last checkpoint is intact, and the same "
-                                        "command resumes from it"):
+        with determinism.failures_named(run.model.device, lambda: "; then run the same command; "
+                                                                  + checkpoint.what_is_kept(run.models)):
             watch.folder = run.folder / "log"
             run.loop(stop)
         run.save_surely("interrupted")

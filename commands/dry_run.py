@@ -18,7 +18,7 @@ import torch
 import checkpoint
 import options
 from data import DATASETS
-from data.folders import passed_over
+from data.folders import unsupported_files
 from data.loader import clips_of, endless
 from log.pictures import save_pictures
 from log.run_log import RunLog, start_log
@@ -64,7 +64,7 @@ def look(run: Run) -> None:
     status, room = check_disk(run, estimate(run))
     if status != "ok":
         run.log.warn(room)
-    if note := passed_over():
+    if note := unsupported_files():
         run.log.line(f"note     {note}")
     run.log.line(f"checked  {', '.join(read)}{f'; {room}' if status == 'ok' else ''} "
                  f"({time.monotonic() - began:.1f} s)")
@@ -190,7 +190,7 @@ def checks(opt: options.Section, log: RunLog, resume: str | None, init_from: str
     except (ValueError, OSError) as error:
         yield from each_part(opt, error)
         return
-    if note := passed_over():
+    if note := unsupported_files():
         log.line(f"note     {note}")
     with contextlib.closing(run), tempfile.TemporaryDirectory(prefix="perdure_") as scratch:
         run.model.save_dir = Path(scratch) / "models"  # for files that a recipe writes itself

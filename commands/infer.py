@@ -22,7 +22,7 @@ import checkpoint
 import options
 from checkpoint import CheckpointError
 from data import DATASETS, movie
-from data.folders import passed_over
+from data.folders import unsupported_files
 from log.pictures import write_picture
 from log.run_log import RunLog, start_log
 from log.tables import write_table
@@ -170,7 +170,7 @@ def write_results(model: ModelBase, origin: Mapping[str, Any], output: Path, log
             not (output / name).exists() or bool(truth and name not in rows.rows)))
         total = next(results)
         total = len(names) if names else total
-        if note := passed_over():
+        if note := unsupported_files():
             log.line(f"note     {note}")
         claim(output, origin)
         done = 0

@@ -17,7 +17,7 @@ OTHERS = (".tif", ".tiff", ".bmp", ".gif", ".jfif", ".jp2", ".jxl", ".avif", ".h
           *VIDEOS)
 SYSTEM = {"@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"}
 
-_passed: dict[str, tuple[Counter, str]] = {}  # folder -> number of unsupported files by extension, and one of them
+_unsupported: dict[str, tuple[Counter, str]] = {}  # folder -> number of unsupported files by extension, and one of them
 
 
 def is_hidden(name: str) -> bool:
@@ -46,7 +46,7 @@ def list_folder(folder: str) -> tuple[list[str], list[str]]:
     except OSError as error:
         raise ValueError(unreadable(folder, error)) from None
     if others:
-        _passed[here] = others, example
+        _unsupported[here] = others, example
     return sorted(folders), sorted(pictures)
 
 
@@ -70,12 +70,12 @@ def is_folder(path: str) -> bool:
         raise ValueError(unreadable(path, error)) from None
 
 
-def passed_over(lead: str = "") -> str:
+def unsupported_files(lead: str = "") -> str:
     """Return `lead` and a line about unsupported pictures found since the last call, or ""."""
-    found = sum((others for others, _ in _passed.values()), Counter())
+    found = sum((others for others, _ in _unsupported.values()), Counter())
     counts = ", ".join(f"{count:,} {ending}" for ending, count in sorted(found.items()))
-    example = next((printable(path) for _, path in _passed.values()), "")
-    _passed.clear()
+    example = next((printable(path) for _, path in _unsupported.values()), "")
+    _unsupported.clear()
     remedy = "; of videos python -m data.prepare frames makes them" if any(map(found.get, VIDEOS)) else ""
     return f"{lead}passed over: {counts} files, as {example}; {KINDS} files are read{remedy}" if counts else ""
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from data.folders import is_folder, list_folder, passed_over, read_lines
+from data.folders import is_folder, list_folder, read_lines, unsupported_files
 from data.image_files import KINDS, picture_in, printable, read_picture, size_of
 from data.movie import frame_paths, is_frame, is_video, read_frames
 from storage import system
@@ -220,7 +220,7 @@ def scan_root(root: str, side: str, only: Sequence[str] | None = None) -> dict[s
         folders = [""]
     elif not folders:
         raise ValueError(f"{side} {root} holds no clips; put the {KINDS} frames of each clip into a separate folder"
-                         + passed_over("; "))
+                         + unsupported_files("; "))
     elif only is not None:
         folders = only
     return {folder: scan_frames(root, folder, side) for folder in folders}
@@ -240,7 +240,7 @@ def scan_frames(root: str, folder: str, side: str) -> dict[str, str]:
             raise ValueError(f"{path}: a second frame named {stem!r} ({frames[stem]}); keep one of them")
         frames[stem] = path
     if not frames:
-        raise ValueError(f"{side} {folder} holds no frames; {KINDS} files are needed{passed_over('; ')}")
+        raise ValueError(f"{side} {folder} holds no frames; {KINDS} files are needed{unsupported_files('; ')}")
     return dict(sorted(frames.items(), key=_natural))
 
 

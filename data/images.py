@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.folders import is_folder, passed_over, read_lines, walk
+from data.folders import is_folder, read_lines, unsupported_files, walk
 from data.frames import LAYOUT, scan_clips
 from data.image_files import EXTENSIONS, KINDS, MIN_SIDE, BadPicture, printable, read_picture
 from data.movie import frame_paths, is_video
@@ -199,7 +199,7 @@ def list_images(dataroot: str, what: str = "dataroot") -> list[str]:
                                 f"lists some; {KINDS} files are read")
     if not paths:
         raise ValueError(f"{what} {dataroot} holds no pictures; {KINDS} files are needed, in folders of any depth"
-                         + passed_over("; "))
+                         + unsupported_files("; "))
     return paths
 
 

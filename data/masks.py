@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as T
 
-from data.folders import is_folder, list_folder, passed_over
+from data.folders import is_folder, list_folder, unsupported_files
 from data.frames import read_frame
 from data.image_files import EXTENSIONS, KINDS, MIN_SIDE, printable, read_levels, read_picture, size_of
 from data.movie import frame_paths, is_video
@@ -209,7 +209,7 @@ def by_stem(folder: Path, name: str) -> dict[str, Path]:
             raise ValueError(f"{name}: {folder} has both {files[path.stem].name} and {path.name}; keep one of them")
         files[path.stem] = path
     if not files:
-        raise FileNotFoundError(f"{name}: {folder} holds no {KINDS} file{passed_over('; ')}")
+        raise FileNotFoundError(f"{name}: {folder} holds no {KINDS} file{unsupported_files('; ')}")
     return files
 
 

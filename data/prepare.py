@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-from data.folders import passed_over, walk
+from data.folders import unsupported_files, walk
 from data.frames import LMDB, check_folder, check_numbers, lmdb_module, read_frame
 from data.image_files import KINDS
 from data.movie import pictures_of
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> str:
         os.rename(made, out)
     finally:
         shutil.rmtree(partial)
-    return f"{out}: {summary}" + passed_over("; ")
+    return f"{out}: {summary}" + unsupported_files("; ")
 
 
 def clips_below(folder: str) -> Iterator[tuple[str, list[str]]]:
@@ -69,7 +69,7 @@ def clips_below(folder: str) -> Iterator[tuple[str, list[str]]]:
             empty = False
             yield os.path.relpath(place, folder), frames
     if empty:
-        raise ValueError(f"{folder} holds no frames; {KINDS} files are needed{passed_over('; ')}")
+        raise ValueError(f"{folder} holds no frames; {KINDS} files are needed{unsupported_files('; ')}")
 
 
 def write_frames(source: str, out: str) -> str:

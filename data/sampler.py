@@ -48,9 +48,12 @@ def names_digest(dataset) -> str | None:
 
 
 def describe_samples(dataset, keys: Sequence[Key], most: int = 8) -> str:
-    """Name samples: their files, if they have some, epochs and indices; after `most` of them the number of the rest."""
+    """Name samples: their files, if they have some, epochs from 1 as in the log, and indices from 0.
+
+    Args: most: how many are named; of the rest the number is.
+    """
     names = dataset.sample_names() if hasattr(dataset, "sample_names") else None
-    words = [f"{names[index]} (epoch {epoch}, index {index})" if names else f"index {index} of epoch {epoch}"
+    words = [f"{names[index]} (epoch {epoch + 1}, index {index})" if names else f"index {index} of epoch {epoch + 1}"
              for epoch, index in keys[:most]]
     return ", ".join(words) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 

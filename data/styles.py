@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from data.folders import list_folder, passed_over
+from data.folders import list_folder, unsupported_files
 from data.frames import check_folder
 from data.image_files import KINDS, MIN_SIDE, read_bytes, read_picture
 from data.images import strip
@@ -71,7 +71,7 @@ class StyleLatents:
             files = [""] * self.drawn.num_images if self.drawn else pictures_in(os.path.join(dataroot, style))
             if not files and not allow_empty:
                 raise ValueError(f"{os.path.join(dataroot, style)}: holds no pictures; {KINDS} files are needed"
-                                 + passed_over("; "))
+                                 + unsupported_files("; "))
             if files:
                 self.files[style] = files
         self.kept: dict[tuple[str, int], Tensor] = {}

@@ -27,7 +27,7 @@ LOUD = {"warning", "absent", "fault", "machine", "stopped", "finished", "done", 
 
 
 @contextlib.contextmanager
-def tolerated(path: Path, warn: Callable[[str], Any]) -> Iterator[None]:
+def warn_on_write_error(path: Path, warn: Callable[[str], Any]) -> Iterator[None]:
     """Turn an OSError of the block into a warning, so that a log that cannot be written does not end the training."""
     try:
         yield
@@ -73,17 +73,17 @@ class RunLog:
             in its file.
         """
         self.folder = folder
-        with tolerated(folder, self.warn):
+        with warn_on_write_error(folder, self.warn):
             folder.mkdir(parents=True, exist_ok=True)
         for name, rows in (tables or {}).items():
             path = folder / f"{name}.csv"
-            with tolerated(path, self.warn):
+            with warn_on_write_error(path, self.warn):
                 if columns := list(dict.fromkeys(key for row in rows for key in row)):
                     write_table(path, columns, rows)
                 else:
                     path.unlink(missing_ok=True)
         for path in sorted(folder.glob("*.csv")):
-            with tolerated(path, self.warn):
+            with warn_on_write_error(path, self.warn):
                 self.tables[path.stem] = CsvTable(path, iteration)
         for make in self.makers:
             try:
@@ -171,13 +171,13 @@ class RunLog:
     def replace_rows(self, table: str, iteration: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Put rows of an iteration into `log/<table>.csv`, in place of those of a launch that was killed after it."""
         path = self.folder / f"{table}.csv"
-        with tolerated(path, self.warn):
+        with warn_on_write_error(path, self.warn):
             self.tables[table] = CsvTable(path, iteration - 1)
             self.tables[table].extend([{"iteration": iteration, **row} for row in rows])
 
     def pictures(self, path: Path, pictures: Sequence[Tensor], tag: str, iteration: int | None) -> None:
         """Write images (C, H, W) in [0, 1] of equal size side by side to a PNG, and under `tag` for TensorBoard."""
-        with tolerated(path, self._warn_once):
+        with warn_on_write_error(path, self._warn_once):
             picture = save_pictures(path, pictures)
             self._draw(lambda board: board.picture(tag, picture, iteration))
 
@@ -211,7 +211,7 @@ class SilentLog:
 
     def pictures(self, path: Path, pictures: Sequence[Tensor], *_: Any) -> None:
         """Write the pictures of this rank's samples. Rank 0 warns if they cannot be written."""
-        with tolerated(path, lambda text: None):
+        with warn_on_write_error(path, lambda text: None):
             save_pictures(path, pictures)
 
     def record_traceback(self, error: BaseException) -> None:

@@ -198,15 +198,29 @@ class ModelBase(TrainingStep):
         if self.scaler and state.get("scaler_state_dict"):
             self.scaler.load_state_dict(state["scaler_state_dict"])
 
-    def save(self, iter_label: int) -> None:
-        """Write networks and optimizers as `{iter}_{label}.pth` to the folder of checkpoints, as KAIR's models do."""
-        for label, part in self.parts().items() if distributed.is_main() else ():
-            checkpoint.save_file(self.save_dir / f"{iter_label}_{label}.pth", tree.to_cpu(part))
+    # A run commits checkpoints by `Run.save`. These are KAIR's verbs, for programs of one's own: rank 0 writes bare
+    # files without a record.
 
-    def save_network(self, save_dir: str, network: nn.Module, network_label: str, iter_label: int | str) -> None:
-        """Write the weights of one network as `{iter}_{label}.pth` in `save_dir`."""
-        path = Path(save_dir) / f"{iter_label}_{network_label}.pth"
-        checkpoint.save_file(path, tree.to_cpu(self.get_bare_model(network).state_dict()))
+    def save(self, iter_label: int | str) -> None:
+        """Write all networks and optimizers to the folder of checkpoints, each by the verb below of its kind."""
+        for label, network in self.networks.items():
+            self.save_network(self.save_dir, network, label, iter_label)
+        for label, optimizer in self.optimizers.items():
+            self.save_optimizer(self.save_dir, optimizer, label, iter_label)
+
+    def save_network(self, save_dir: str | Path, network: nn.Module, network_label: str, iter_label: int | str) -> None:
+        """Write the weights of one network as `{iter}_{label}.pth` in any folder, e.g. label "G"."""
+        self._save_part(self.get_bare_model(network), Path(save_dir) / f"{iter_label}_{network_label}.pth")
+
+    def save_optimizer(self, save_dir: str | Path, optimizer: torch.optim.Optimizer, optimizer_label: str,
+                       iter_label: int | str) -> None:
+        """Write the state of one optimizer as `{iter}_{label}.pth` in any folder, e.g. label "optimizerG"."""
+        self._save_part(optimizer, Path(save_dir) / f"{iter_label}_{optimizer_label}.pth")
+
+    @staticmethod
+    def _save_part(part: nn.Module | torch.optim.Optimizer, path: Path) -> None:
+        if distributed.is_main():
+            checkpoint.save_file(path, tree.to_cpu(part.state_dict()))
 
     # ------------------------------------------------ loading
 
@@ -265,11 +279,11 @@ class ModelBase(TrainingStep):
         if reshaped := [k for k, v in weights.items() if k in own and v.shape != own[k].shape]:
             label = next(label for label, known in self.networks.items() if known is network)
             then, now = architecture or {}, self.opt[f"net{label}"]
-            reasons = [f"net{label}.{key} {then.get(key, 'default')} against {now.get(key, 'default')} here"
+            differences = [f"net{label}.{key} {then.get(key, 'default')} against {now.get(key, 'default')} here"
                        for key in {**then, **now} if then and then.get(key) != now.get(key)]
             if strict:
                 raise checkpoint.CheckpointError(
-                    f"{source}: is of another architecture: " + (", ".join(reasons) + "; " if reasons else "")
+                    f"{source}: is of another architecture: " + (", ".join(differences) + "; " if differences else "")
                     + f"{_mismatch(own, weights, [], reshaped)}; set train.G_param_strict to false to drop them")
         report = self.load_weights(network, weights, False, source)
         if "by name" not in report or " below " in report:
@@ -279,6 +293,16 @@ class ModelBase(TrainingStep):
                   ("dropped", [k for k in weights if k not in loaded]))
         return [source, *(f"{name:<8}{len(keys):>5} tensors" + (f"  {_by_module(keys)}" if keys else "")
                           for name, keys in groups)]
+
+    def load_optimizer(self, load_path: str | Path, optimizer: torch.optim.Optimizer) -> None:
+        """Load the state of one optimizer from a file of `save_optimizer` or KAIR; it goes to its parameters' device.
+
+        Raises: CheckpointError: the file is unreadable or its state does not fit.
+        """
+        state = checkpoint.load_file(load_path)
+        if not isinstance(state, Mapping) or not {"state", "param_groups"} <= set(state):
+            raise checkpoint.CheckpointError(f"{load_path}: is not the state of an optimizer; name an _optimizerG.pth")
+        self.load_optimizer_state(optimizer, state, str(load_path))
 
     def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], source: str) -> None:
         """Load the state of an optimizer, except the hyper-parameters, which the options set."""
@@ -382,6 +406,6 @@ def _mismatch(own: Mapping, weights: Mapping, missing: list[str], skipped: list[
     reshaped = [f"{k} {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}" for k in skipped if k in own]
     absent = [k for k in missing if k not in weights]
     unknown = [k for k in skipped if k not in own]
-    reasons = [f"{len(keys)} {what}: {_some(keys, 2)}" for what, keys in
+    problems = [f"{len(keys)} {what}: {_some(keys, 2)}" for what, keys in
                (("of another shape", reshaped), ("missing", absent), ("unknown", unknown)) if keys]
-    return "; ".join(reasons)
+    return "; ".join(problems)

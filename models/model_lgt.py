@@ -32,7 +32,7 @@ from data.images import images_by_name
 from data.sampler import cpu_generator
 from data.styles import build_codec, style_names
 from log.pictures import write_picture
-from log.run_log import tolerated
+from log.run_log import warn_on_write_error
 from losses.energy import CosineSSMLoss, PatchSlicedWassersteinLoss
 from models.model_plain import ModelPlain, build_schedule
 from options import OptionError, run_folder
@@ -231,7 +231,7 @@ class ModelLGT(ModelPlain):
         row = [self.epoch, *(f"{means[name]:.6f}" for name in COLUMNS[1:4]), f"{rate:.2e}",
                f"{time.monotonic() - self.began:.2f}"]
         path = Path(run_folder(self.opt)) / "logs" / f"training_{self.launched}.csv"
-        with tolerated(path, warnings.warn):
+        with warn_on_write_error(path, warnings.warn):
             if distributed.is_main():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 new = not path.exists()
@@ -298,7 +298,7 @@ class ModelLGT(ModelPlain):
         """Write the picture of each translation."""
         latents = torch.stack([self.ends.get(style, self.source[0]) for style in self.styles])
         row = torch.cat([self.decode(part) for part in latents.split(self.opt["val"]["batch"])]).cpu()
-        with tolerated(self.pictures_folder, warnings.warn):
+        with warn_on_write_error(self.pictures_folder, warnings.warn):
             self.pictures_folder.mkdir(parents=True, exist_ok=True)
             for style, picture in zip(self.styles, row):
                 if style in self.ends:
@@ -336,7 +336,7 @@ class ModelLGT(ModelPlain):
                 warnings.warn(f"style {style!r} has no picture in the test folder: it is not translated",
                               stacklevel=2)
         sheet = make_grid(torch.cat(list(sheet_rows.values())), nrow=len(self.styles), padding=4, pad_value=1)
-        with tolerated(self.pictures_folder, warnings.warn):
+        with warn_on_write_error(self.pictures_folder, warnings.warn):
             write_picture(self.pictures_folder / "sheet.jpg", sheet)
         means = {}
         for key in ("swd", "swd_source", "ssm"):

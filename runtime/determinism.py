@@ -6,7 +6,7 @@ import contextlib
 import os
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,17 +100,17 @@ def lacks_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def failures_named(device: torch.device, kept: str = "") -> Iterator[None]:
+def failures_named(device: torch.device, kept: Callable[[], str] = str) -> Iterator[None]:
     """Turn errors about memory and missing deterministic kernels into an OptionError that names the remedy.
 
-    Args: kept: end of the message about memory, e.g. "; the last checkpoint is intact".
+    Args: kept: returns the end of the message about memory, e.g. "; the last checkpoint is intact".
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if lacks_memory(error):
             text = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise options.OptionError(f"out of memory: {text[:160]}; {LESS_MEMORY}{kept}") from None
+            raise options.OptionError(f"out of memory: {text[:160]}; {LESS_MEMORY}{kept()}") from None
         if operation := missing_kernel(error):
             raise options.OptionError(f"deterministic: {operation} has no deterministic kernel on {device}; set "
                                       "deterministic to false, or use --device cpu") from None

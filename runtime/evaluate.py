@@ -157,8 +157,8 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, iterat
         watch.begin("rest", f"the metrics of {name}")
         if progress and (failure or None in [part for part, _ in gathered]):
             progress.flush()
-        if reasons := [reason for _, reason in gathered if reason]:
-            raise ValidationError(reasons[0]) from failure
+        if failures := [reason for _, reason in gathered if reason]:
+            raise ValidationError(failures[0]) from failure
         if None in [part for part, _ in gathered]:
             return None
         for part, _ in gathered:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from checkpoint import what_is_kept
 from data.sampler import describe_samples
 from runtime import distributed
 
@@ -21,11 +23,11 @@ class NonFiniteLoss(RuntimeError):
 class FiniteCheck:
     """Keeps losses and gradient norms of steps until they are checked together, to wait for the device rarely.
 
-    Args: scaler: gradient scaler of fp16; None: another precision.
+    Args: scaler: gradient scaler of fp16; None: another precision. folder: of the run's checkpoints, for messages.
     """
 
-    def __init__(self, scaler: torch.amp.GradScaler | None):
-        self.scaler = scaler
+    def __init__(self, scaler: torch.amp.GradScaler | None, folder: Path):
+        self.scaler, self.folder = scaler, folder
         self.pending: list[tuple[int, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
 
     def add(self, iteration: int, losses: dict[str, torch.Tensor], norms: dict[str, torch.Tensor]) -> None:
@@ -42,7 +44,7 @@ class FiniteCheck:
         if self.pending and scaler and scaler.get_scale() < MIN_SCALE:
             raise NonFiniteLoss(f"the gradient was not finite in so many steps until iteration {self.pending[-1][0]} "
                                 f"that fp16's loss scale fell to {scaler.get_scale():.1e}: the network no longer "
-                                'learns; the last checkpoint is intact; set train.amp to "bf16", or lower the '
+                                f'learns; {what_is_kept(self.folder)}; set train.amp to "bf16", or lower the '
                                 "learning rate")
         pending, self.pending = self.pending, []
         for iteration, losses, norms in pending:
@@ -50,9 +52,9 @@ class FiniteCheck:
             if not all(math.isfinite(value) for value in values.values()):
                 terms = ", ".join(f"{name} {value}" for name, value in values.items())
                 what = "loss" if not all(math.isfinite(values[name]) for name in losses) else "gradient"
-                raise NonFiniteLoss(f"the {what} is not finite at iteration {iteration}: {terms}; {explain()}the last "
-                                    "checkpoint is intact; lower the learning rate, look at the samples, or set "
-                                    f'train.on_nan to "skip"; --replay {iteration} computes that step again')
+                raise NonFiniteLoss(f"the {what} is not finite at iteration {iteration}: {terms}; {explain()}"
+                                    f"{what_is_kept(self.folder)}; lower the learning rate, look at the samples, or "
+                                    f'set train.on_nan to "skip"; --replay {iteration} computes that step again')
 
 
 def compute_again(run: Any) -> str:

@@ -23,7 +23,7 @@ def record(run: Any, printed: bool) -> None:
     run.losses.check()
     steps, rate = run.means.num_steps, run.model.current_learning_rate()
     losses = run.means.close() or run.model.current_log()  # where all were skipped
-    epoch = run.position[0]
+    epoch = run.position[0] + 1  # the one that this step belongs to, from 1, as in the resume's line
     run.log.row("train", {"iteration": run.iteration, "epoch": epoch, "lr": rate, **losses, "steps": steps,
                           **{f"epoch_{name}": value for name, value in means.items()}})
     if means:

@@ -17,7 +17,7 @@ import checkpoint
 import options
 from checkpoint import CheckpointError, CheckpointSet
 from data.sampler import EndlessBatches
-from log.run_log import tolerated
+from log.run_log import warn_on_write_error
 from log.terminal import number
 from runtime import distributed
 from runtime.evaluate import Progress
@@ -43,7 +43,11 @@ def find_source(run: Any, resume: str | None, init_from: str | None, fresh: bool
         source = find_own(run, run.log.line)
         return find_named(run, resume) if resume and not source else source
     if resume:
-        return (None if fresh else resumed_before(run, resume)) or find_named(run, resume)
+        source = (None if fresh else resumed_before(run, resume)) or find_named(run, resume)
+        if fresh and source.folder.resolve() in run.saves.places():
+            raise CheckpointError(f"--fresh moves away what this run has, and {resume} is a part of it; leave "
+                                  "--fresh out to go back to that checkpoint: newer ones are archived")
+        return source
     if (named := run.opt["train"]["resume_checkpoint"]) and (init_from or fresh):
         raise CheckpointError(f"{'--fresh' if fresh else '--init-from'} starts at iteration 0, but "
                               f"train.resume_checkpoint is {named}; leave one of them out")
@@ -52,10 +56,11 @@ def find_source(run: Any, resume: str | None, init_from: str | None, fresh: bool
     why: list[str] = []
     source = find_own(run, lambda line: (why.append(line), run.log.warn(line)))
     if source is None and (why or checkpoint.has_checkpoints(run.models)):
-        raise CheckpointError(f"{run.models}: there are checkpoints, but none is usable{checkpoint.reasons(why)}; "
-                              "name another one with --resume, or start over with --fresh, which archives them")
+        raise CheckpointError(f"{run.models}: there are checkpoints, but none is usable"
+                              f"{checkpoint.describe_faults(why)}; name another one with --resume, or start over "
+                              "with --fresh, which archives them")
     config = source.load().get("state", {}).get("config") if source and (init_from or named) else None
-    config = config if options.is_ours(config or {}) else {}
+    config = config if options.is_perdure_config(config or {}) else {}
     if source and init_from and config.get("path", {}).get("init_from") != init_from:
         raise CheckpointError(f"--init-from starts a new run, but {run.models} holds iteration "
                               f"{source.iteration}, not started from it; leave it out to resume, or add --fresh")
@@ -209,7 +214,7 @@ def banner(run: Any, source: CheckpointSet | None, parts: Mapping[str, Any]) -> 
         say("note     it has no scheduler, and none is needed: the learning rate follows from the iteration")
     if "sampler_state" not in state:
         banner_of_others(run, state)
-    if state.get("config") and not options.is_ours(state["config"]):
+    if state.get("config") and not options.is_perdure_config(state["config"]):
         say("note     its options are those of another program and are not compared")
     if not all(sealed.has_checksums(path) for path in source.files.values()):
         say("note     it is in torch's old layout, which has no checksums: damage in it cannot be detected")
@@ -250,7 +255,7 @@ def learning_rate(run: Any, finished: int) -> float:
 
 def differences(saved: Mapping, now: Mapping, most: int = 12) -> list[str]:
     """List the options that differ from the checkpoint's, a line each. Paths are not compared."""
-    if not options.is_ours(saved):
+    if not options.is_perdure_config(saved):
         return []
     a, b = options.flatten(saved), options.flatten(plain(now))
     keys = [k for k in {**a, **b} if a.get(k) != b.get(k) and k != "opt_path" and not k.startswith(("path.", "log."))]
@@ -297,7 +302,7 @@ def open_folder(run: Any, resumed_from: CheckpointSet | None, fresh: bool) -> No
     settings = options.flatten(plain(run.opt))
     run.log.open(run.folder / "log", run.iteration, settings, {"test": run.history.rows})
     record = run.folder / "options" / f"{Path(run.opt['opt_path']).stem}_{time.strftime('%y%m%d_%H%M%S')}.json"
-    with tolerated(record, run.log.warn):
+    with warn_on_write_error(record, run.log.warn):
         record.parent.mkdir(exist_ok=True)
         record.write_text(json.dumps(plain(run.opt), indent=2) + "\n", encoding="utf-8")
     run.saves.at = run.iteration if own else None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import options
-from checkpoint import CheckpointError, CheckpointSet, Layout, Saver
+from checkpoint import CheckpointError, CheckpointSet, Layout, Saver, what_is_kept
 from log.run_log import RunLog
 from runtime import distributed
 from runtime.watchdog import SAY_AFTER, watch
@@ -22,8 +22,8 @@ from storage import files
 FOLLOW_SECONDS = 300.0  # for what follows the last save: the copy in the mirror, and the command
 
 
-def check_ranks(iteration: int, checksums: Sequence[int]) -> None:
-    """Compare the checksums of weights and moments of all ranks.
+def check_ranks(iteration: int, checksums: Sequence[int], folder: Path) -> None:
+    """Compare the checksums of weights and moments of all ranks. Args: folder: of the run's checkpoints, for messages.
 
     Raises: CheckpointError: they are not equal; it names the ranks that most others differ from.
     """
@@ -31,8 +31,8 @@ def check_ranks(iteration: int, checksums: Sequence[int]) -> None:
     if count < len(checksums):
         odd = [str(rank) for rank, checksum in enumerate(checksums) if checksum != usual]
         who = f"rank {', '.join(odd)} differs from the others" if count > len(odd) else "the ranks differ"
-        raise CheckpointError(f"after iteration {iteration} {who} in weights or moments: nothing is saved, the last "
-                              "checkpoint is intact; check the memory of that machine, and run the same command")
+        raise CheckpointError(f"after iteration {iteration} {who} in weights or moments: nothing is saved, "
+                              f"{what_is_kept(folder)}; check the memory of that machine, and run the same command")
 
 
 class Followers:

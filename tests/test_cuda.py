@@ -150,6 +150,8 @@ def test_out_of_memory_in_a_step_is_one_line_and_the_last_checkpoint_is_resumed(
         raise error
 
     one, two = (tiny.write(tmp_path, name, train={"total_iter": 6}) for name in ("one", "two"))
+    with monkeypatch.context() as patch, pytest.raises(OptionError, match="^out of memory: .* has no checkpoint yet"):
+        run("-opt", one, hooks=[tiny.At("before_step", 1, lambda run: patch.setattr(ModelPlain, "losses", full))])
     told = pytest.raises(OptionError, match="^out of memory: .*train.accumulate.* the last checkpoint is intact")
     with monkeypatch.context() as patch, told as line:
         run("-opt", one, hooks=[tiny.At("before_step", 5, lambda run: patch.setattr(ModelPlain, "losses", full))])

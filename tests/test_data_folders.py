@@ -11,7 +11,7 @@ from PIL import Image
 import options
 from commands.infer import Rows
 from data import prepare
-from data.folders import list_folder, passed_over, read_lines, walk
+from data.folders import list_folder, read_lines, unsupported_files, walk
 from data.frames import FrameReader
 from data.images import ImageTrainDataset, VideoSequenceDataset, images_by_name, list_images
 from data.masks import MaskTrainDataset, chosen, images_in, read_image
@@ -30,8 +30,8 @@ def picture(path, value=100, size=(16, 16)):
 
 
 @pytest.fixture(autouse=True)
-def nothing_passed_over():
-    passed_over()
+def no_unsupported_files():
+    unsupported_files()
 
 
 @pytest.fixture
@@ -81,9 +81,9 @@ def test_other_formats_are_counted_in_one_line(root):
         (root / name).write_bytes(b"II*\0")
     for _ in range(2):  # as training and test sets may list one folder
         list_images(str(root))
-    line = passed_over()
+    line = unsupported_files()
     assert line.startswith("passed over: 2 .bmp, 1 .tif, 1 .tiff files, as ") and "PNG, JPEG or WebP" in line
-    assert not passed_over()  # told once
+    assert not unsupported_files()  # told once
     for make in (lambda: list_images(str(root / "only")), lambda: FrameFolder(str(root / "only")),
                  lambda: images_in(str(root / "only"))):
         (root / "only").mkdir(exist_ok=True)

@@ -84,6 +84,16 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_or_is_skipped_with_its_batc
     assert all_finite(tmp_path / "one") and final(tmp_path / "one", 9)["state"]["skipped"] == 1
 
 
+def test_a_checkpoint_is_called_intact_only_where_there_is_one(tmp_path):
+    path = tiny.write(tmp_path, train={"on_nan": "skip", "nan_limit": 1})
+    for step, kept in ((1, "this run has no checkpoint yet"), (3, "the last checkpoint is intact")):
+        for skipped in ("stop", "skip"):
+            spoil = SpoiltGradients({step})
+            with pytest.raises(train.NonFiniteLoss, match=rf"(finite at|until) iteration {step}\b.*; {kept}; "):
+                run("-opt", path, "--set", f"train.on_nan={skipped}", hooks=[spoil])
+        run("-opt", path, "--set", "train.total_iter=2")
+
+
 def test_many_skips_in_a_row_end_the_run(tmp_path):
     path = tiny.write(tmp_path, "one", train={"on_nan": "skip", "nan_limit": 3})
     with pytest.raises(train.NonFiniteLoss, match="3 steps in a row were skipped until iteration 6"):
@@ -159,12 +169,12 @@ def fault_in(tmp_path, monkeypatch, key=None, call=None, **over):
 
 def test_a_loss_that_is_not_finite_is_computed_again_and_names_its_micro_batch_and_samples(tmp_path, monkeypatch):
     said = fault_in(tmp_path, monkeypatch, key=(1, 4))
-    epoch_1 = order(0, 1, 11)
-    place = epoch_1.index(4)
-    step, number = 3 + place // 4, place % 4 // 2  # epoch 0 has two batches of four
-    pair = epoch_1[place // 2 * 2 : place // 2 * 2 + 2]
+    second = order(0, 1, 11)
+    place = second.index(4)
+    step, number = 3 + place // 4, place % 4 // 2  # the first epoch has two batches of four
+    pair = second[place // 2 * 2 : place // 2 * 2 + 2]
     assert f"not finite at iteration {step}: " in said
-    assert f"; the same again: micro-batch {number}, index {pair[0]} of epoch 1, index {pair[1]} of epoch 1; " in said
+    assert f"; the same again: micro-batch {number}, index {pair[0]} of epoch 2, index {pair[1]} of epoch 2; " in said
     assert f"--replay {step}" in said
 
 
@@ -184,7 +194,7 @@ def test_a_fault_at_random_is_named_as_repeated_or_not_also_by_a_replay(tmp_path
         (tmp_path / "nan").mkdir()
         said = fault_in(tmp_path / "nan", patch, key=key)
         step = int(re.search(r"at iteration (\d+)", said)[1])
-        named = f"index {key[1]} of epoch {key[0]}"
+        named = f"index {key[1]} of epoch {key[0] + 1}"
         assert re.search(rf"the same again: micro-batch [01], [^;]*{named}[,;]", said)
         capsys.readouterr()
         assert run("-opt", tmp_path / "nan/run.json", "--replay", step) == 0

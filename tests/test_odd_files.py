@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.folders import passed_over
+from data.folders import unsupported_files
 from data.frames import read_frame
 from data.images import images_by_name
 from data.masks import images_in, read_image
@@ -173,7 +173,7 @@ def of_systems(folder):
     for name in ("Thumbs.db", "desktop.ini", "._a.png"):
         (folder / name).write_bytes(b"x")
     reads(folder, {"a": COLOUR})
-    assert passed_over() == ""
+    assert unsupported_files() == ""
 
 
 def another_format(folder):
@@ -182,7 +182,7 @@ def another_format(folder):
         (folder / name).write_bytes(b"x")
     for recipe in RECIPES:
         reads(folder, {"a": COLOUR}, (recipe,))
-        said = passed_over()
+        said = unsupported_files()
         assert said.startswith("passed over: 1 .bmp, 1 .mp4, 1 .tif files") and "data.prepare frames" in said
 
 
@@ -231,8 +231,8 @@ def test_the_table_is_what_is_tested():
 
 @pytest.mark.parametrize("row", CASES)
 def test_a_row_of_the_table_is_true(tmp_path, row):
-    passed_over()
+    unsupported_files()
     (tmp_path / "in").mkdir()
     CASES[row](tmp_path / "in")
-    passed_over()
+    unsupported_files()
     shutil.rmtree(tmp_path / "in")

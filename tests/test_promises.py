@@ -3,6 +3,7 @@
 docs/promises.md lists all of it, with the tests elsewhere.
 """
 
+import copy
 import os
 import re
 import signal
@@ -52,7 +53,9 @@ class Keep(Hooks):
 
 
 def test_kairs_names_save_and_find(tmp_path, tiny_tables):
-    """model.save(iter_label) writes what find_last_checkpoint, imported from options, finds and a run resumes from."""
+    """`save_optimizer` and `load_optimizer` are inverse; model.save(iter_label) writes what find_last_checkpoint,
+    imported from options, finds and a run resumes from.
+    """
     from options import find_last_checkpoint
 
     keep = Keep()
@@ -66,6 +69,14 @@ def test_kairs_names_save_and_find(tmp_path, tiny_tables):
     assert find_last_checkpoint(str(models), net_type="optimizerG")[0] == 40
     assert torch.equal(torch.load(models / "40_G.pth", weights_only=True)["body.0.weight"],
                        model.netG.state_dict()["body.0.weight"])
+    state = copy.deepcopy(model.G_optimizer.state_dict())
+    next(iter(model.G_optimizer.state.values()))["exp_avg"].zero_()
+    model.load_optimizer(models / "40_optimizerG.pth", model.G_optimizer)
+    assert differing(state, model.G_optimizer.state_dict()) == []
+    model.save_optimizer(tmp_path, model.G_optimizer, "optimizerG", "last")
+    assert differing(state, torch.load(tmp_path / "last_optimizerG.pth", weights_only=True)) == []
+    with pytest.raises(checkpoint.CheckpointError, match="40_G.pth: is not the state of an optimizer"):
+        model.load_optimizer(models / "40_G.pth", model.G_optimizer)
     assert run("-opt", tiny.write(tmp_path, "kair", train={"total_iter": 41})) == 0
     assert checkpoint.find_newest(models).iteration == 41
     assert not hasattr(options, "find_first_checkpoint")

@@ -31,7 +31,7 @@ def test_a_replayed_step_is_that_of_the_run(trained, tmp_path, capsys):
     assert "resume   from" in said and "4.json: iteration 4 of 9" in said
     assert f"weights  {checksum % 2**32:08x} after the step" in said and "equal    a second computation" in said
     assert len(re.findall("losses   of micro-batch", said)) == 2 and "\ngradient norm of optimizerG 0." in said
-    assert len(re.findall(r"index \d+ of epoch 2", said)) == 4
+    assert len(re.findall(r"index \d+ of epoch 3", said)) == 4
     assert sorted(tmp_path.rglob("*")) == before
     assert run("-opt", path, "--replay", 6, "--resume", tmp_path / "run/models/2.json") == 0
     assert f"weights  {checksum % 2**32:08x} after the step" in capsys.readouterr().out
@@ -58,7 +58,7 @@ def test_a_sample_that_is_not_finite_is_named(trained, capsys, monkeypatch):
         {"L": torch.full((3, 16, 16), float("nan"))} if key == (2, 1) else {}))
     assert run("-opt", path, "--replay", 6) == 0
     said = capsys.readouterr().out
-    assert "index 1 of epoch 2" in said and said.count("G_loss nan") == 1 and "equal" in said
+    assert "index 1 of epoch 3" in said and said.count("G_loss nan") == 1 and "equal" in said
 
 
 @pytest.mark.parametrize("step, words, message", [

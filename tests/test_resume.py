@@ -1,6 +1,7 @@
 """What the same command does when it is run again, or with --resume, --fresh and --init-from; and VRT, stopped."""
 
 import os
+import re
 import shutil
 import signal
 
@@ -13,7 +14,7 @@ import options
 from tests import tiny
 from tests.conftest import run_main
 from tests.programs import run_program
-from tests.runs import assert_equal_runs, differing, final, rows, run, straight_and_stopped
+from tests.runs import assert_equal_runs, differing, final, rows, run, run_until, straight_and_stopped
 from tests.vrt import vrt_file
 
 TOTAL = 9  # 11 samples in batches of 4: epochs of 2 steps
@@ -118,6 +119,28 @@ def test_epochs_count_for_total_and_intervals(tmp_path):
     assert [int(row["iteration"]) for row in rows(tmp_path / "run", "test")] == [6, 8]
     best = checkpoint.locate(tmp_path / "run/models/best.json").iteration
     assert [s.iteration for s in checkpoint.find_sets(tmp_path / "run/models")] == sorted({4, best, 8})
+
+
+def test_epochs_are_counted_from_1_in_the_table_the_log_and_the_line_of_a_resume(tmp_path, capsys):
+    path = tiny.write(tmp_path, train={"total_iter": 5})
+    run_until(3, "-opt", path)
+    assert run("-opt", path) == 0
+    said = capsys.readouterr().out
+    assert "3.json: iteration 3 of 5, epoch 1 finished, next epoch 2, " in said
+    assert re.findall(r"^iter +(\d) \| epoch (\d) ", said, re.M) == list(zip("12345", "11223"))
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == list("11223")
+
+
+def test_fresh_and_a_resume_from_the_folder_that_it_moves_away_contradict_each_other(straight, tmp_path, capsys):
+    path = tiny.write(tmp_path, train={"total_iter": 4})
+    assert run("-opt", path) == 0
+    before = sorted(tmp_path.rglob("*"))
+    for named in ("models/2.json", "models", "."):
+        with pytest.raises(checkpoint.CheckpointError, match="--fresh moves away what this run has") as e:
+            run("-opt", path, "--fresh", "--resume", tmp_path / "run" / named)
+        assert "\n" not in str(e.value) and sorted(tmp_path.rglob("*")) == before
+    assert run("-opt", path, "--fresh", "--resume", straight / "models/2.json") == 0  # of another run: it is archived
+    assert len(list((tmp_path / "run").glob("models_*"))) == 1
 
 
 def test_resume_from_another_folder_gives_the_same_end(straight, tmp_path):
