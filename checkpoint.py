@@ -110,11 +110,25 @@ class CheckpointSet:
         self._verified.append(True)  # only success is remembered: a fault is looked for again
         return None
 
-    def load(self) -> dict[str, Any]:
-        """Verify and load every part, by label. Raises CheckpointError, also when there is no network."""
+    def check(self) -> None:
+        """Raise CheckpointError if a file is damaged."""
         if fault := self.fault():
             raise CheckpointError(f"{self.folder}: {fault}")
-        parts = {label: read_torch(path) for label, path in self.files.items()}
+
+    def load_state(self) -> dict[str, Any]:
+        """Verify every part, and load the state alone; {}: there is none. Bytes of other parts are not copied."""
+        if self.bundled or not self.committed:
+            return self.load(mapped=True).get("state", {})
+        self.check()
+        return foreign.migrate(read_torch(self.files["state"]), self.path)
+
+    def load(self, mapped: bool = False) -> dict[str, Any]:
+        """Verify and load every part, by label. Raises CheckpointError, also when there is no network.
+
+        Args: mapped: leave tensors in the files, which are read where they are used.
+        """
+        self.check()
+        parts = {label: read_torch(path, mapped) for label, path in self.files.items()}
         if self.bundled:
             payload = parts["bundle"]
             parts = foreign.unpack(payload, self.path)

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import sys
@@ -19,10 +18,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from commands import arguments
 from runtime import signals
 
 if __name__ == "__main__":
     signals.begin_program()  # the imports below take seconds
+    arguments.answer(sys.argv[1:], __doc__)  # --help, or a mistake that is found without them
 
 import checkpoint
 import options
@@ -33,90 +34,10 @@ from commands.prove import prove
 from commands.replay import replay
 from commands.stages import train_stages
 from data import DATASETS
-from log.terminal import status
 from models import MODELS, NETWORKS
 from runtime import distributed
 from runtime.hooks import Hooks
-from storage.words import is_key, word_here
 from train import NonFiniteLoss, train
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise options.OptionError(f"{message}; see --help")
-
-
-def parser_for(flags: dict[str, str], **settings) -> argparse.ArgumentParser:
-    """Build the parser: the flags of every run, and those of an option file's `cli` table."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False, **settings)
-    parser.add_argument("-opt", "--opt", "--config", metavar="FILE", help="option file, e.g. options/train_vrt.json")
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument("--resume", metavar="PATH",
-                       help="resume from this checkpoint: a member of a set, its record (500.json) or a folder")
-    start.add_argument("--init-from", "--init_from", metavar="FILE",
-                       help="start with these weights, matched by name and shape")
-    parser.add_argument("--fresh", action="store_true", help="archive what the run has and start over")
-    stages = parser.add_mutually_exclusive_group()
-    stages.add_argument("--stage", metavar="NAME", help="train only this stage of the file")
-    stages.add_argument("--run-all-stages", "--run_all_stages", action="store_true",
-                        help="train all stages, each from the best weights of the previous one (the default)")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--dry-run", action="store_true",
-                         help="try data, steps, a validation and a save once without training, and print a table")
-    instead.add_argument("--test", action="store_true", help="test without training: on the test sets, or with --input")
-    parser.add_argument("--input", metavar="PATH", help="with --test: test on these files: a folder, a video")
-    parser.add_argument("--output", metavar="PATH",
-                        help="with --test: write results here, a folder or a video; partial output is resumed")
-    parser.add_argument("--truth", metavar="PATH", help="with --test: the ground truth of the inputs, for metrics")
-    instead.add_argument("--prove-resume", type=int, nargs="?", const=6, metavar="N",
-                         help="compare N steps with N steps that are killed halfway and resumed; default 6")
-    instead.add_argument("--replay", type=int, metavar="N",
-                         help="compute step N twice from the newest checkpoint before it, and print what it saw")
-    parser.add_argument("--quiet", action="store_true", help="print only warnings, errors and the last line")
-    parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard records, in log/tensorboard")
-    parser.add_argument("--wandb", action="store_true", help="also write to Weights & Biases")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set any option")
-    for name in ("--dist", "--launcher", "--local-rank", "--local_rank"):  # KAIR's: torchrun replaces them
-        parser.add_argument(name, nargs="?", const=True, help=argparse.SUPPRESS)
-    for flag, keys in flags.items():
-        names = dict.fromkeys([f"--{flag}", f"--{flag.replace('_', '-')}"])
-        text = f"set {', '.join(options.keys_of(keys))}"
-        parser.add_argument(*names, dest=f"flag_{flag}", metavar="VALUE", help=text)
-    return parser
-
-
-def overrides_in(args: argparse.Namespace, flags: dict[str, str]) -> list[tuple[str, object, str]]:
-    """Collect the options that the command line sets, as (key path, value, flag)."""
-    found = [(key, value, f"--{flag}") for flag, keys in flags.items()
-             if (text := getattr(args, f"flag_{flag}")) is not None
-             for key, value in options.set_by_flag(flag, keys, text).items()]
-    found += [(f"log.{key}", True, f"--{key}") for key in ("quiet", "tensorboard", "wandb") if getattr(args, key)]
-    for text in args.set:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise options.OptionError(f"--set {text}: write it as section.key=value")
-        found.append((key.strip(), options.parse_value(value), "--set"))
-    return found
-
-
-def unknown_arguments(unknown: Sequence[str], flags: dict[str, str], argv: Sequence[str]) -> str:
-    """Return a message about arguments that no flag takes, with what they are here.
-
-    Args: unknown: those arguments. flags: those of the option file, if any, and of every run. argv: all arguments.
-    """
-    known = {key: f"--{flag} VALUE" for flag, keys in flags.items() for key in options.keys_of(keys)}
-    shipped = options.option_files_with(argv, str(Path(__file__).parent / "options"))
-    found = []
-    for word in (word.partition("=")[0] for word in unknown):
-        name = word.lstrip("-").replace("-", "_")
-        if others := [path for path in shipped if name in options.cli_table(path) and name not in flags]:
-            found.append(f"{word}: a flag of {' and '.join(map(os.path.relpath, others))}; name one with -opt")
-        elif word.startswith("-") and (here := word_here(word)):
-            found.append(f"{word}: here it is " + (known.get(here, f"--set {here}=VALUE") if is_key(here) else here))
-        elif os.path.isfile(word):
-            found.append(f"{word}: an option file is named with -opt {word}")
-    return "; ".join(found or [f"unrecognized arguments: {' '.join(unknown)}; see --help"])
 
 
 def resume_command(argv: list[str], saved: bool) -> str:
@@ -167,20 +88,8 @@ def main(argv: list[str], hooks: Sequence[Hooks] = ()) -> int:
 
     Raises: OptionError, CheckpointError, NonFiniteLoss: one line for the user.
     """
-    first, _ = parser_for(options.FLAGS, add_help=False).parse_known_args(argv)
-    flags, tree = dict(options.FLAGS), None
-    first.opt = first.opt or options.find_option_file(argv, str(Path(__file__).parent / "options"))
-    if first.opt:
-        flags |= options.cli_table(first.opt)
-    elif first.resume:
-        tree = saved_options(first.resume)
-        flags |= options.check_cli(tree.get("cli", {}), first.resume)
-    args, unknown = parser_for(flags).parse_known_args(argv)
-    if unknown:
-        raise options.OptionError(unknown_arguments(unknown, flags, argv))
-    source = first.opt or args.resume
-    if not source:
-        raise options.OptionError("which run? give an option file: python main.py -opt options/train_vrt.json")
+    line = arguments.read(argv, __doc__, saved_options)
+    args, source, tree = line.args, line.source, line.tree
     if (args.dist or args.launcher) and not distributed.launched() and "WORLD_SIZE" not in os.environ:
         raise options.OptionError("--dist and --launcher: torchrun starts several processes: torchrun "
                                   "--nproc_per_node=2 main.py ..., or sbatch scripts/train.slurm ...")
@@ -191,7 +100,7 @@ def main(argv: list[str], hooks: Sequence[Hooks] = ()) -> int:
     stages = [] if tree else options.stage_names(source)
     if (args.stage or args.run_all_stages) and not stages:
         raise options.OptionError(f"{source}: has no stages; leave --stage and --run-all-stages out")
-    overrides = overrides_in(args, flags)
+    overrides = arguments.overrides_in(args, line.flags)
     if args.prove_resume is not None:
         if tree:
             raise options.OptionError("--prove-resume needs an option file: -opt FILE")
@@ -229,9 +138,7 @@ def program(argv: list[str], hooks: Sequence[Hooks] = ()) -> None:
     except (options.OptionError, CheckpointError, NonFiniteLoss) as error:
         code = 1 if isinstance(error, NonFiniteLoss) else 2
         if distributed.fail(f"error: {error}", code):
-            print(f"{status('error:', sys.stderr)} {error}", file=sys.stderr)
-            if drawing := getattr(error, "drawing", ""):
-                print(drawing, file=sys.stderr)
+            arguments.print_error(error)
     except Exception as error:
         code = 1
         distributed.wait_for_cause(error)

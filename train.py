@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from runtime.finite import FiniteCheck, NonFiniteLoss, compute_again
 from runtime.history import History, LossMeans
 from runtime.hooks import HookList, Hooks
 from runtime.records import record, show_progress
-from runtime.resume import find_source, open_folder, restore
+from runtime.resume import find_source, open_folder, place, report_finished, restore_model
 from runtime.saves import Saves, check_ranks
 from runtime.signals import StopRequest
 from runtime.watchdog import watch
@@ -63,24 +64,33 @@ class Run:
         self.names = names_digest(self.train_set)
         self.test_sets = {name: options.build(DATASETS, section, "dataset_type")
                           for name, section in opt["datasets"].items() if section["phase"] == "test"}
-        watch.begin("start", f"building the model {opt['model']}")
-        self.model = build_model(opt)
+        self.device = distributed.device_for(opt)
         for dataset in (self.train_set, *self.test_sets.values()):
             if hasattr(dataset, "encode_on"):  # before any sample is read
-                dataset.encode_on(self.model.device)
-        self.models = self.model.save_dir
-        self.losses, self.means = FiniteCheck(self.model.scaler, self.models), LossMeans()
-        self.folder = Path(options.run_folder(opt))
-        keep, (name, mode) = opt["checkpoint"], self.model.best_metric
+                dataset.encode_on(self.device)
+        self.means = LossMeans()
+        self.models, self.folder = Path(options.models_folder(opt)), Path(options.run_folder(opt))
+        keep, (name, mode) = opt["checkpoint"], options.resolve(MODELS, opt["model"], "model").best_metric
         if keep["best_metric"] not in (None, name) and keep["best_mode"] is None:
             raise options.OptionError(f"{opt['opt_path']}: checkpoint.best_mode: missing; whether a larger or a "
                                       f'smaller {keep["best_metric"]} is better: "max" or "min"')
         self.history = History(keep["best_metric"] or name, keep["best_mode"] or mode)
-        self.saves = Saves(opt, self.models, self.model.device.type, log)
+        self.saves = Saves(opt, self.models, self.device.type, log)
         self.launch_file = self.folder / ".launch"  # identifies the last launch in this folder
         self.lock: FolderLock | None = None
+        self.saved_config: Mapping[str, Any] = {}  # the options in the checkpoint that the run resumes from
         self.resumed_from: str | None = None  # the checkpoint of another run that --resume named
         self.remembered = False  # --resume names the checkpoint that this run already continued: use its own newest
+
+    @cached_property
+    def model(self) -> ModelBase:
+        """The model, built when it is first used: a finished run answers without it."""
+        watch.begin("start", f"building the model {self.opt['model']}")
+        return build_model(self.opt)
+
+    @cached_property
+    def losses(self) -> FiniteCheck:
+        return FiniteCheck(self.model.scaler, self.models)
 
     def claim(self) -> None:
         """Lock the run's folder if it exists."""
@@ -94,7 +104,7 @@ class Run:
             self.lock.close()
 
     def environment(self) -> dict[str, Any]:
-        return {**determinism.environment(), "device": self.model.device.type, "processes": distributed.world_size()}
+        return {**determinism.environment(), "device": self.device.type, "processes": distributed.world_size()}
 
     # ------------------------------------------------ during training
 
@@ -200,7 +210,7 @@ class Run:
         else:
             Progress(self.folder / "log", None).close()  # of another iteration, which may be trained again differently
         samples = endless(self.train_set, self.batches, self.opt["datasets"]["train"]["dataloader_num_workers"],
-                          pinned=self.model.device.type != "cpu")
+                          pinned=self.device.type != "cpu")
         with contextlib.closing(samples), fastest_kernels(True):
             self.steps(samples, stop)
 
@@ -265,18 +275,18 @@ def train(opt: options.Section, notices: list[str], *, resume: str | None = None
         run = stack.enter_context(contextlib.closing(Run(opt, log, hooks)))
         run.claim()
         source = distributed.from_main(lambda: find_source(run, resume, init_from, fresh))
-        restore(run, source, named=bool(resume))
+        place(run, source, named=bool(resume))
         if source and run.iteration >= opt["train"]["total_iter"] and (
                 not resume or run.remembered) and not (
                 source.committed and run.validation_missing()):
             if source.folder.resolve() in run.saves.places()[1:]:  # its own folder has lost what the mirror has
                 distributed.from_main(lambda: open_folder(run, source, fresh))
-            log.line(f"finished at iteration {run.iteration} of {opt['train']['total_iter']}: nothing left to do; "
-                     f"raise {run.length_key} to train longer")
+            report_finished(run, source)
             return 0
         if resume and run.iteration > opt["train"]["total_iter"]:
             raise options.OptionError(f"{resume}: is at iteration {run.iteration}, past the end of the run, "
                                       f"iteration {opt['train']['total_iter']}; raise {run.length_key}")
+        restore_model(run, source)
         run.hooks.before_training(run)
         stop.waits = True  # before this line there was nothing to save
         distributed.from_main(lambda: open_folder(run, source, fresh))

@@ -187,6 +187,7 @@ def checks(opt: options.Section, log: RunLog, resume: str | None, init_from: str
     """Yield the checks by name, in an order in which each can rely on the previous ones."""
     try:
         run = Run(opt, log, hooks)
+        assert run.model  # building it finds faults, too
     except (ValueError, OSError) as error:
         yield from each_part(opt, error)
         return

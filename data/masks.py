@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as T
 
 from data.folders import is_folder, list_folder, unsupported_files
 from data.frames import read_frame
@@ -104,6 +102,9 @@ class MaskDataset(Dataset):
 
     def read(self, index: int) -> tuple[Tensor, Tensor, str]:
         """Read and resize an image (3,S,S) and its mask (S,S) of class ids; return them with their stem."""
+        from torchvision.transforms.v2 import InterpolationMode  # slow to import
+        from torchvision.transforms.v2 import functional as T
+
         if self.drawn:
             image, mask, stem = self.drawn[index]
         else:
@@ -149,6 +150,8 @@ class MaskTrainDataset(MaskDataset):
                          num_classes=num_classes, ignore_index=ignore_index, mask_threshold=mask_threshold,
                          validation_split=validation_split, skip_unmatched=skip_unmatched, multitask=multitask,
                          seed=seed)
+        from torchvision.transforms.v2 import functional as T  # slow to import
+
         self.turns = [turn for turn, wanted in ((T.horizontal_flip, use_hflip), (T.vertical_flip, use_vflip),
                                                 (rotate90, use_rot90)) if wanted]
         self.lights = [(T.adjust_brightness, brightness), (T.adjust_contrast, contrast)]
@@ -295,6 +298,9 @@ def rotate90(x: Tensor) -> Tensor:
 
 def rotated(image: Tensor, mask: Tensor, rng: np.random.Generator, max_angle: float) -> tuple[Tensor, Tensor]:
     """Rotate and zoom image and mask about a random point, with reflected borders."""
+    from torchvision.transforms.v2 import InterpolationMode  # slow to import
+    from torchvision.transforms.v2 import functional as T
+
     size = image.shape[-1]
     angle, zoom = float(rng.uniform(-max_angle, max_angle)), float(1.25 ** rng.uniform(-1, 1))
     centre = [float(c) for c in rng.uniform(0.25, 0.75, 2) * size + size // 2]

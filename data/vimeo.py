@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import functional
 
 from data.folders import list_folder
 from data.frames import LMDB, FrameReader, check_backend, frame_path, lines_of, scan_clips, scan_root
@@ -306,6 +305,8 @@ def order_of(length: int, pad: bool, mirror: bool) -> list[int]:
 
 def jitter(frames: Tensor, rng: np.random.Generator) -> Tensor:
     """Change brightness, contrast, saturation and hue of (T,3,H,W) in [0,1] equally, in random order."""
+    from torchvision.transforms import functional  # slow to import
+
     for change in rng.permutation(4):
         amount = float(rng.uniform(-JITTER, JITTER))
         if change == 3:

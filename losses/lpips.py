@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import vgg16
 
 from checkpoint import extract_weights, load_file
 
@@ -38,6 +37,8 @@ class VGGFeatures(nn.Module):
     """Compute the features of VGG16 after relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, with torchvision's keys."""
 
     def __init__(self, state: dict[str, Tensor], path: str):
+        from torchvision.models import vgg16  # slow to import
+
         super().__init__()
         with torch.device("meta"):  # no random draws, and no memory for the classifier
             features = vgg16(weights=None).features

@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
-from torchvision.utils import make_grid
 
 from checkpoint import CheckpointError
 from data.frames import read_frame
@@ -327,6 +326,8 @@ class ModelLGT(ModelPlain):
 
         The sheet has a row for each source and a column for each style; the diagonal shows the decoded source.
         """
+        from torchvision.utils import make_grid  # slow to import
+
         sheet_rows, self.sheet_rows = self.sheet_rows, {}
         pair_metrics, self.pair_metrics = list(self.pair_metrics.values()), {}
         if not sheet_rows:

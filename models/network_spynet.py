@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torchvision.ops import deform_conv2d
 
 from storage.foreign import extract_weights
 from storage.sealed import CheckpointError, load_file
@@ -138,6 +137,8 @@ def deform_conv(x: Tensor, offset: Tensor, modulation: Tensor, weight: Tensor, b
     if needs_fixed_order(x):
         return deform_conv_by_gather(x, offset, modulation, weight, bias)
     if x.is_cuda:
+        from torchvision.ops import deform_conv2d  # slow to import
+
         return deform_conv2d(x, offset, weight, bias, padding=1, mask=modulation)
     n, c, h, w = x.shape
     groups, weight_groups = modulation.shape[1] // 9, c // weight.shape[1]

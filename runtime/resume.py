@@ -59,7 +59,7 @@ def find_source(run: Any, resume: str | None, init_from: str | None, fresh: bool
         raise CheckpointError(f"{run.models}: there are checkpoints, but none is usable"
                               f"{checkpoint.describe_faults(why)}; name another one with --resume, or start over "
                               "with --fresh, which archives them")
-    config = source.load().get("state", {}).get("config") if source and (init_from or named) else None
+    config = source.load_state().get("config") if source and (init_from or named) else None
     config = config if options.is_perdure_config(config or {}) else {}
     if source and init_from and config.get("path", {}).get("init_from") != init_from:
         raise CheckpointError(f"--init-from starts a new run, but {run.models} holds iteration "
@@ -102,7 +102,7 @@ def find_named(run: Any, resume: str) -> CheckpointSet:
 def resumed_before(run: Any, resume: str) -> CheckpointSet | None:
     """Find this run's newest set if the run was resumed from the same checkpoint before: the command is repeated."""
     own = find_own(run)
-    metadata = own.load().get("state", {}).get("metadata") if own else None
+    metadata = own.load_state().get("metadata") if own else None
     if not isinstance(metadata, Mapping) or metadata.get("resumed_from") != str(Path(resume).resolve()):
         return None
     run.log.line(f"note     this run was resumed from {resume} before and is at iteration {own.iteration}; it "
@@ -122,14 +122,19 @@ def check_owner(run: Any, config: Mapping[str, Any]) -> None:
 
 
 def restore(run: Any, source: CheckpointSet | None, named: bool = False) -> None:
-    """Restore model, data order and history from a set; None: start at iteration 0.
+    """Restore data order, history and model from a set; None: start at iteration 0.
 
     Args: named: the user named the set, which may then be of another run.
     """
+    place(run, source, named)
+    restore_model(run, source)
+
+
+def place(run: Any, source: CheckpointSet | None, named: bool = False) -> None:
+    """Restore data order and history, see `restore`: this is enough to tell whether the run is finished."""
     watch.begin("start", f"reading {source.path if source else 'the first weights'}")
     opt, train = run.opt, run.opt["train"]
-    parts = source.load() if source else None
-    state = (parts or {}).get("state", {})
+    state = source.load_state() if source else {}
     if source and not named and source.folder.resolve() == run.models.resolve():
         check_owner(run, state.get("config") or {})
     loader = opt["datasets"]["train"]
@@ -141,6 +146,7 @@ def restore(run: Any, source: CheckpointSet | None, named: bool = False) -> None
     run.started_at = run.iteration
     watch.inherit(source and source.record and source.record.get("longest"))
     run.history.rows = state["history"] if "history" in state else foreign.convert_validations(state, run.iteration)
+    run.saved_config = state.get("config") or {}
     run.resumed_from = run.resumed_from or (state.get("metadata") or {}).get("resumed_from")
     seed, rank = train["manual_seed"], distributed.rank()
     position = state.get("sampler_state") or {"epoch": run.iteration // per_epoch, "offset": 0}
@@ -162,6 +168,12 @@ def restore(run: Any, source: CheckpointSet | None, named: bool = False) -> None
         raise options.OptionError(f"{where}: datasets.train: {error}") from None
     if train["total_epochs"] is not None:
         train["total_iter"] = run.iteration + run.batches.batches_until(train["total_epochs"])
+
+
+def restore_model(run: Any, source: CheckpointSet | None) -> None:
+    """Restore the model, see `restore`, and print what was restored."""
+    parts = source.load() if source else None
+    state = (parts or {}).get("state", {})
     run.reports = run.model.init_train(parts, str(source.path) if source else "")
     if source and (fault := run.model.find_non_finite()):
         raise CheckpointError(f"{source.path}: {fault} is not finite, so training cannot continue; name another "
@@ -197,8 +209,7 @@ def banner(run: Any, source: CheckpointSet | None, parts: Mapping[str, Any]) -> 
     if source is None:
         say(f"start    at iteration 0 of {train['total_iter']}, learning rate {learning_rate(run, 0):.3g}")
         return
-    say(f"resume   from {source.path}: iteration {run.iteration} of {train['total_iter']}, "
-        f"epoch {run.epochs_done} finished"
+    say(resumed(run, source)
         + (f", next epoch {run.epochs_done + 1}, next learning rate {learning_rate(run, run.iteration):.3g}"
            if run.iteration < train["total_iter"] else ""))
     wanted = [*run.model.networks, *run.model.optimizers, "state"]
@@ -225,8 +236,22 @@ def banner(run: Any, source: CheckpointSet | None, parts: Mapping[str, Any]) -> 
     changed = [f"{key} {then[key]} -> {now[key]}" for key in now if key in then and then[key] != now[key]]
     if changed:
         say(f"machine  changed, so results may differ in the last bits: {', '.join(changed)}")
-    for line in differences(state.get("config", {}), opt):
-        say(f"options  {line}")
+    for line in differing_options(run):
+        say(line)
+
+
+def resumed(run: Any, source: CheckpointSet) -> str:
+    """Return the line that says where the run resumes."""
+    return f"resume   from {source.path}: iteration {run.iteration} of {run.opt['train']['total_iter']}, " \
+           f"epoch {run.epochs_done} finished"
+
+
+def report_finished(run: Any, source: CheckpointSet) -> None:
+    """Print that the run has no steps left, and which options differ from those it was trained with."""
+    for line in (resumed(run, source), *differing_options(run)):
+        run.log.line(line)
+    run.log.line(f"finished at iteration {run.iteration} of {run.opt['train']['total_iter']}: nothing left to do; "
+                 f"raise {run.length_key} to train longer")
 
 
 def banner_of_others(run: Any, state: Mapping[str, Any]) -> None:
@@ -253,14 +278,14 @@ def learning_rate(run: Any, finished: int) -> float:
     return run.model.schedules[label](optimizer.param_groups[0]["initial_lr"], finished)
 
 
-def differences(saved: Mapping, now: Mapping, most: int = 12) -> list[str]:
+def differing_options(run: Any, most: int = 12) -> list[str]:
     """List the options that differ from the checkpoint's, a line each. Paths are not compared."""
-    if not options.is_perdure_config(saved):
+    if not options.is_perdure_config(run.saved_config):
         return []
-    a, b = options.flatten(saved), options.flatten(plain(now))
+    a, b = options.flatten(run.saved_config), options.flatten(plain(run.opt))
     keys = [k for k in {**a, **b} if a.get(k) != b.get(k) and k != "opt_path" and not k.startswith(("path.", "log."))]
-    lines = [f"{k}: {json.dumps(a.get(k))} -> {json.dumps(b.get(k))}" for k in keys]
-    return lines if len(lines) <= most else [*lines[:most], f"... and {len(lines) - most} more"]
+    lines = [f"options  {k}: {json.dumps(a.get(k))} -> {json.dumps(b.get(k))}" for k in keys]
+    return lines if len(lines) <= most else [*lines[:most], f"options  ... and {len(lines) - most} more"]
 
 
 def open_folder(run: Any, resumed_from: CheckpointSet | None, fresh: bool) -> None:

@@ -247,13 +247,14 @@ def load_file(path: Path | str) -> Any:
     return safetensors.read(path) if safetensors.is_safetensors(path) else read_torch(path)
 
 
-def read_torch(path: Path) -> Any:
+def read_torch(path: Path, mapped: bool = False) -> Any:
     """Read the tensors and plain values of a torch file that was verified. Raises CheckpointError, one line.
 
+    Args: mapped: leave tensors in the file, unless it is in torch's old layout.
     Other objects in a file of another program become placeholders (see storage/inert.py).
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and has_checksums(path))
     except pickle.UnpicklingError as error:
         blamed = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class|operand)[: ]+(?:GLOBAL )?(\S+)", str(error))
         what = f"it asks for {blamed.group(1) or blamed.group(2)}" if blamed else "it is not a plain torch file"

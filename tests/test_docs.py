@@ -12,6 +12,7 @@ import pytest
 
 import main as door
 import options
+from commands import arguments
 from commands.reference import arguments_in, reference
 from data import DATASETS
 from models import NETWORKS
@@ -44,7 +45,7 @@ def test_links_lead_to_files_and_commands_are_taken(page):
         file = next((words[i + 1] for i, word in enumerate(words) if word == "-opt"), None) or \
             options.find_option_file(words, str(ROOT / "options"))
         flags = options.FLAGS | (options.cli_table(str(ROOT / file)) if file and (ROOT / file).exists() else {})
-        known = door.parser_for(flags, exit_on_error=False)
+        known = arguments.parser_for(flags, exit_on_error=False)
         known.parse_args(words)
         for key in re.findall(r"--set (\w[\w.]*)=", line):
             assert key.split(".")[0] in options.schema_of(options.Top), line

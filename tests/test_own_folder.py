@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import main as door
 import options
+from commands import arguments
 from data import DATASETS
 from data.image_files import encode
 from models import MODELS, NETWORKS
@@ -27,9 +27,9 @@ def sections(recipe, *words):
     """The data sections that a command line with short flags leads to."""
     file = str(ROOT / f"options/train_{recipe}.json")
     flags = options.FLAGS | options.cli_table(file)
-    args = door.parser_for(flags).parse_args(["-opt", file, *map(str, words)])
+    args = arguments.parser_for(flags).parse_args(["-opt", file, *map(str, words)])
     stage = next(iter(options.stage_names(file)), None)
-    opt, _ = options.parse(file, door.overrides_in(args, flags), MODELS, NETWORKS, DATASETS, stage)
+    opt, _ = options.parse(file, arguments.overrides_in(args, flags), MODELS, NETWORKS, DATASETS, stage)
     return opt["datasets"]
 
 
@@ -43,7 +43,7 @@ def test_two_flags_train_and_test_on_own_folders(tmp_path, recipe):
     for name, place in (("train", mine), ("test", other)):
         values = [value for value in found[name].values() if isinstance(value, str) and value.startswith("/")]
         assert values and all(value.startswith(str(place)) for value in values)
-    help_text = door.parser_for(options.cli_table(str(ROOT / f"options/train_{recipe}.json"))).format_help()
+    help_text = arguments.parser_for(options.cli_table(str(ROOT / f"options/train_{recipe}.json"))).format_help()
     assert "--train VALUE" in help_text and "--test_data VALUE" in help_text and "={}" not in help_text
 
 

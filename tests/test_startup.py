@@ -1,0 +1,54 @@
+"""What a start does not import: the time of a start is that of its imports. benchmarks/startup.py measures it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests import world
+from tests.conftest import ROOT
+from tests.runs import run
+
+SLOW = ("torchvision", "torch._dynamo", "sympy", "tensorboard", "PIL", "multiprocessing.pool")
+ANSWERS = """
+import sys, main, options
+*files, done = sys.argv[1:]
+for file in files:
+    try:
+        sys.exit(f"{file}: {main.main(['-opt', file, '--set', 'train.total=1'])}")
+    except options.OptionError as error:
+        assert "did you mean 'total_iter'" in str(error), error
+sys.modules["models.network_vrt"].VRT.__new__ = None  # building one fails
+assert main.main(["-opt", done]) == 0
+print("imported", *sys.modules)
+"""
+
+
+def fresh(*words, code=0):
+    """Run a new interpreter; what it printed."""
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("words, code, said", [
+    (["--help"], 0, "option file, e.g. options/train_vrt.json"),
+    (["-opt", "options/train_vrt.json", "--help"], 0, "--test_data"),
+    (["-opt", "options/train_vrt.json", "--epoch", "3"], 2, "unrecognized arguments: --epoch"),
+    (["-opt", "options/none.json"], 2, "no such option file"),
+    ([], 2, "which run?"),
+])
+def test_help_and_mistakes_in_arguments_are_answered_without_torch(words, code, said):
+    lines = fresh("-X", "importtime", "main.py", *words, code=code)
+    found = {line.split("|")[-1].strip() for line in lines.splitlines() if line.startswith("import time")}
+    assert said in lines and "commands.arguments" in found and not found & {"torch", "numpy"}, lines
+
+
+def test_option_errors_and_a_finished_run_are_answered_without_torchs_compiler(tmp_path):
+    """Nor torchvision, which imports it too: each takes as long to import as torch. The network is not built."""
+    path = world.recipe("vrt", tmp_path, "run", train={"total_iter": 1})
+    assert run("-opt", path) == 0
+    said = fresh("-c", ANSWERS, *sorted((ROOT / "options").glob("*.json")), path)
+    assert "finished at iteration 1 of 1: nothing left to do" in said
+    found = said[said.index("imported ") :].split()
+    assert "torch" in found and not {name for name in found if name in SLOW}
