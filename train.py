@@ -30,7 +30,7 @@ from runtime.history import History, LossMeans
 from runtime.hooks import HookList, Hooks
 from runtime.records import record, show_progress
 from runtime.resume import find_source, open_folder, place, report_finished, restore_model
-from runtime.saves import Saves, check_ranks
+from runtime.saves import Saves, check_ranks, saved_if_undone
 from runtime.signals import StopRequest
 from runtime.watchdog import watch
 from storage.files import FolderLock
@@ -229,7 +229,8 @@ class Run:
             self.iteration += 1
             model.update_learning_rate(self.iteration - 1)
             self.hooks.before_step(self)
-            model.optimize_parameters(self.iteration)
+            with saved_if_undone(self):
+                model.optimize_parameters(self.iteration)
 
             if train["on_nan"] == "stop":
                 self.losses.add(self.iteration, dict(model.log_dict), dict(model.gradient_norms))

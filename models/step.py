@@ -40,8 +40,9 @@ class TrainingStep:
         self.log_dict: dict[str, Tensor] = {}  # loss terms of the last step, on the device
         self.micro_terms: dict[int, dict[str, Tensor]] = {}  # loss terms of this rank's micro-batches by number
         self.gradient_norms: dict[str, Tensor] = {}  # of the last step by optimizer, on the device
+        self.failed_step: int | None = None  # the step that raised before it changed anything
         self.skipped = self.skipped_in_a_row = 0  # steps that train.on_nan skipped
-        self.moving: list[Tensor] | None = None  # cache of moving_tensors: walking through modules takes long
+        self.moving: tuple[list[Tensor], list[Tensor]] | None = None  # cache of moving_tensors, and their copies
         self.averaged: tuple | None = None  # cache of update_E: the networks, their parameters and buffers
 
     # ------------------------------------------------ what a recipe supplies
@@ -72,18 +73,28 @@ class TrainingStep:
         """Make one step: losses and gradients of each micro-batch by itself, their sum in a fixed tree, the optimizers.
 
         So the result does not depend on which rank computes a micro-batch. Buffers that a forward pass changes, as
-        those of batch norm, move by the mean of the changes. A step that is skipped changes nothing.
+        those of batch norm, move by the mean of the changes. A step that is skipped changes nothing, nor does one whose
+        losses or gradients raise: `failed_step` is its number then.
         """
         self.begin_step(current_step)
         num = distributed.num_micro_batches(self.opt_train["accumulate"])
         if self.moving is None:
-            self.moving = self.moving_tensors()
-        moving = self.moving if num > 1 or self.checks_each_step() else []
-        before = [tensor.clone() for tensor in moving]
+            moving = self.moving_tensors()
+            self.moving = moving, [torch.empty_like(tensor) for tensor in moving]
+        moving, before = self.moving
+        if moving:
+            torch._foreach_copy_(before, moving)  # one call where there may be hundreds
         batch, shape = {name: getattr(self, name) for name in self.batch}, Shape()
         self.micro_terms, self.gradient_norms = {}, {}
-        total = iter(distributed.sum_micro_batches(
-            lambda number: self.micro_batch(current_step, number, num, batch, moving, before, shape), num))
+        try:
+            total = iter(distributed.sum_micro_batches(
+                lambda number: self.micro_batch(current_step, number, num, batch, moving, before, shape), num))
+        except Exception:
+            self.undo(moving, before)
+            for optimizer in self.optimizers.values():
+                optimizer.zero_grad()
+            self.failed_step = current_step
+            raise
         for name, rows in batch.items():
             setattr(self, name, rows)
         for label in shape.labels:
@@ -96,14 +107,21 @@ class TrainingStep:
             losses, terms = next(total), next(total)
             self.log_dict = dict(zip(shape.terms, terms.unbind()))
             skipped = self.is_bad(losses) or not self.step_optimizers(shape.labels)
-            for tensor, old in zip(moving, before) if skipped else ():
-                tensor.copy_(old)
+            if skipped:
+                self.undo(moving, before)
         self.skipped += skipped and self.opt_train["on_nan"] == "skip"
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if not skipped:
             self.finish_step(current_step, list(total))
             if "E" in self.networks:
                 self.update_E(self.opt_train["E_decay"])
+
+    @staticmethod
+    @torch.no_grad()
+    def undo(moving: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+        """Put back what forward passes of a step that is not made have moved."""
+        for tensor, old in zip(moving, before):
+            tensor.copy_(old)
 
     def micro_batch(self, step: int, number: int, num: int, batch: Mapping[str, Tensor], moving: Sequence[Tensor],
                     before: Sequence[Tensor], shape: Shape) -> list[Tensor | None]:

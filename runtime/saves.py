@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import threading
 import time
+import traceback
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,27 @@ class Followers:
             if code:
                 self.problems.append(f"checkpoint.after_save failed for checkpoint {found.iteration} ({code}): see "
                                      f"{self.output}; training continues")
+
+
+@contextlib.contextmanager
+def saved_if_undone(run: Any) -> Iterator[None]:
+    """Save the last finished step when the next one raises before it changes anything, as for lack of memory.
+
+    Not with several ranks, which would all have to stop at it: there the others wait for this one in an exchange.
+    """
+    try:
+        yield
+    except Exception as error:
+        if run.model.failed_step != run.iteration or distributed.world_size() > 1:
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold the memory of the step
+        run.iteration -= 1
+        run.model.update_learning_rate(max(run.iteration - 1, 0))
+        try:
+            run.save_surely("interrupted")
+        except Exception as second:  # of a broken device, say: the first one is the cause
+            run.log.warn(f"iteration {run.iteration} could not be saved: {second}")
+        raise
 
 
 class Saves:

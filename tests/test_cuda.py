@@ -33,7 +33,7 @@ from options import OptionError
 from runtime import determinism, distributed, resume
 from tests import tiny, world
 from tests.conftest import OLD_TORCH, ROOT, write_json
-from tests.runs import assert_equal_runs, rows, run
+from tests.runs import assert_equal_runs, differing, final, rows, run
 from tests.vrt import vrt_file
 
 pytestmark = pytest.mark.usefixtures("tiny_tables")
@@ -145,7 +145,7 @@ def test_the_cards_are_hidden_from_tests_unless_asked_for(monkeypatch):
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
                                    RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"),
                                    RuntimeError("CUDNN_STATUS_ALLOC_FAILED"), RuntimeError("can't allocate memory")])
-def test_out_of_memory_in_a_step_is_one_line_and_the_last_checkpoint_is_resumed(tmp_path, monkeypatch, error):
+def test_out_of_memory_in_a_step_is_one_line_and_costs_no_step(tmp_path, monkeypatch, error):
     def full(self, step):
         raise error
 
@@ -154,10 +154,36 @@ def test_out_of_memory_in_a_step_is_one_line_and_the_last_checkpoint_is_resumed(
         run("-opt", one, hooks=[tiny.At("before_step", 1, lambda run: patch.setattr(ModelPlain, "losses", full))])
     told = pytest.raises(OptionError, match="^out of memory: .*train.accumulate.* the last checkpoint is intact")
     with monkeypatch.context() as patch, told as line:
-        run("-opt", one, hooks=[tiny.At("before_step", 5, lambda run: patch.setattr(ModelPlain, "losses", full))])
-    assert "\n" not in str(line.value) and checkpoint.find_newest(tmp_path / "one/models").iteration == 4
+        run("-opt", one, hooks=[tiny.At("before_step", 6, lambda run: patch.setattr(ModelPlain, "losses", full))])
+    assert "\n" not in str(line.value) and checkpoint.find_newest(tmp_path / "one/models").iteration == 5
     assert run("-opt", one) == 0 and run("-opt", two) == 0
     assert_equal_runs(tmp_path / "one", tmp_path / "two", 6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_whose_backward_pass_fails_leaves_no_trace(tmp_path, monkeypatch, accumulate):
+    """Batch norm's statistics have moved by then, those of the first micro-batch as well."""
+    def broken(self, loss, parameters=None):
+        self.left -= 1
+        if not self.left:
+            raise RuntimeError("out of order")
+        real(self, loss, parameters)
+
+    def arm(run):
+        run.model.left = accumulate
+        monkeypatch.setattr(ModelPlain, "backward", broken)
+
+    real = ModelPlain.backward
+    train = {"total_iter": 5, "checkpoint_test": 5, "accumulate": accumulate}
+    one, two = (tiny.write(tmp_path, name, train=train) for name in ("one", "two"))
+    with pytest.raises(RuntimeError, match="^out of order"):
+        run("-opt", one, hooks=[tiny.At("before_step", 4, arm)])
+    monkeypatch.setattr(ModelPlain, "backward", real)
+    assert run("-opt", two, hooks=[tiny.stop_after(3)]) == 143
+    assert differing(*(final(tmp_path / name, 3) for name in ("one", "two"))) == []
+    assert run("-opt", two) == 0
+    assert run("-opt", one) == 0
+    assert_equal_runs(tmp_path / "one", tmp_path / "two", 5)
 
 
 def test_another_error_in_a_step_is_no_lack_of_memory(tmp_path, monkeypatch):
