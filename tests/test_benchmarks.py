@@ -14,6 +14,7 @@ import torch
 
 import main as door
 from benchmarks.scaling import KEY
+from models.network_resuneta import ResUNetA
 from tests import world
 from tests.conftest import OLD_TORCH, ROOT
 from tests.programs import print_to
@@ -74,6 +75,22 @@ def test_the_benchmark_against_ddp(tmp_path):
     assert ranks.finish() == [0, 0], ranks.report()
     found = json.loads(ranks.said(0).splitlines()[-1])
     assert found["ours"] > 0 and found["usual"] > 0 and found["micro_batches"] == 4
+
+
+def test_the_u_net_trains_in_the_place_of_the_recipes_network(script, tmp_path, monkeypatch):
+    """The loop is the recipe's, and the file's netG is replaced; a later argument sets a key of the new one."""
+    monkeypatch.setattr(door, "program", door.main)  # which would end this process
+    said = script("unet", "-opt", world.recipe("segmentation", tmp_path, "run"), "--set", "netG.width=4",
+                  "--set", "train.total_iter=2")
+    assert "G UNet, 30,854 parameters" in said and (tmp_path / "run/models/2_G.pth").exists()
+
+
+def test_the_u_net_is_as_large_as_its_page_says():
+    from benchmarks import unet
+
+    for network in (unet.UNet(), ResUNetA(depth=4, width=8, image_size=96)):
+        assert f"{sum(p.numel() for p in network.parameters()):,}" in unet.__doc__
+    assert unet.UNet(num_classes=3)(torch.zeros(2, 3, 16, 24)).shape == (2, 3, 16, 24)
 
 
 @pytest.mark.slow
