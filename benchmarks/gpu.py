@@ -7,8 +7,8 @@
 Sections, in order: prove (every recipe resumes exactly, saving in the background), optimizer (the optimizer state of
 another program steps), snapshot (a background save holds the state of its step, and how long it blocks training),
 attention (kernels, time, memory), fit (VRT 001: time and memory of a step), step (the same against the straightforward
-implementation), world (NCCL with a world size of 1), amp (half precision in every recipe), saves (a run that saves all
-the time), compile (on and off).
+implementation), waits (no step waits for the device), world (NCCL with a world size of 1), amp (half precision in every
+recipe), saves (a run that saves all the time), compile (on and off).
 
 Every finding is printed at once and again in a table at the end. It is required, or an aim, or for information. The
 exit code is 0 if all that is required holds, 1 if not, 2 without a CUDA device.
@@ -43,7 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import train
-from benchmarks.common import ROOT, read_options
+from benchmarks.common import ROOT, WARM_UP, batches_of, build_run, read_options, values_in
 from models import network_vrt as vrt
 from models.model_base import ModelBase
 from runtime import determinism, distributed
@@ -406,6 +406,32 @@ def collect_garbage() -> None:
         torch.cuda.empty_cache()
 
 
+def waits(machine: Machine) -> Iterator[Finding]:
+    """Take steps in which torch raises wherever Python waits for the device."""
+    for name in machine.recipes:
+        file, *more = RECIPES[name]
+        stage = more[more.index("--stage") + 1] if "--stage" in more else None
+        changes = {**NO_EPOCHS, "device": machine.device, "train.total_iter": 100}
+        run = build_run(read_options(file, changes | values_in([word for word in more if "=" in word]), stage))
+        waited = ""
+        with batches_of(run) as samples:
+            for number in range(1, WARM_UP + 3):  # a discriminator starts within the first steps
+                run.model.feed_data(next(samples))
+                if machine.cuda and number > WARM_UP:
+                    torch.cuda.set_sync_debug_mode("error")
+                try:
+                    run.model.optimize_parameters(number)
+                except RuntimeError as error:
+                    waited = first_line(error)
+                finally:
+                    if machine.cuda:
+                        torch.cuda.set_sync_debug_mode("default")
+        yield Finding("waits", name, waited or "no step waits" if machine.cuda else "steps; a CPU never waits",
+                      not waited, aim=True)
+        del run
+        collect_garbage()
+
+
 def world(machine: Machine) -> Iterator[Finding]:
     """Exchange a tensor through each kind of collective that a step uses, with a world size of 1."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -425,7 +451,7 @@ def world(machine: Machine) -> Iterator[Finding]:
 # ---------------------------------------------------------------- the program
 
 SECTIONS = {"prove": prove, "optimizer": optimizer, "snapshot": snapshot, "attention": attention, "fit": fit,
-            "step": step, "world": world, "amp": amp, "saves": saves, "compile": compiled}
+            "step": step, "waits": waits, "world": world, "amp": amp, "saves": saves, "compile": compiled}
 
 
 def mark(finding: Finding) -> str:

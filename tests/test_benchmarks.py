@@ -141,7 +141,7 @@ def test_every_section_that_has_a_cpu_form_runs(gpu, tmp_path, monkeypatch, caps
     code = gpu.main(["--cpu", *sections, "--recipes", "vqvae"])
     said = capsys.readouterr().out
     assert code == 0 and "everything required holds" in said, said
-    for name in ("optimizer", "snapshot", "attention", "fit", "amp", "saves"):
+    for name in ("optimizer", "snapshot", "attention", "fit", "waits", "amp", "saves"):
         assert f"\n{name} " in said
 
 
