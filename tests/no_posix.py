@@ -76,7 +76,8 @@ if __name__ == "__main__":
     tiny.write(folder, "two", workers=1)  # spawned
     assert run("-opt", two) == 0
     assert_equal_runs(folder / "one", folder / "two", 9)
-    assert run("-opt", two, "--set", "train.total_iter=12", "--dry-run") == 0
+    assert run("-opt", two, "--set", "train.total_iter=12", "--set", "datasets.train.dataloader_num_workers=0",
+               "--dry-run") == 0
     for words in (["verify", folder / "two"], ["inspect", folder / "two"]):
         assert checkpoints.main([str(word) for word in words]) == 0
     assert report([str(folder / "one"), str(folder / "two"), "--out", str(folder / "page.html")]) == 0

@@ -106,10 +106,17 @@ def test_the_comparison_of_restarts(script, tmp_path):
 # ---------------------------------------------------------------- gpu.py
 
 
-def test_the_device_check_says_that_there_is_no_device():
-    done = subprocess.run(["bash", ROOT / "benchmarks/gpu.sh"], capture_output=True, text=True,
-                          env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 2 and done.stdout.startswith("no CUDA device here"), done.stderr
+def test_the_device_check_says_that_there_is_no_device(capsys, monkeypatch, tmp_path):
+    """The script starts the program in the checkout; the program ends with 2."""
+    from benchmarks import gpu
+
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$PWD $PYTHONUNBUFFERED $*"\nexit 3\n')
+    (tmp_path / "python").chmod(0o755)
+    done = subprocess.run(["bash", ROOT / "benchmarks/gpu.sh", "fit", "--cpu"], capture_output=True, text=True,
+                          cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "PYTHON": str(tmp_path / "python")})
+    assert (done.returncode, done.stdout) == (3, f"{ROOT} 1 benchmarks/gpu.py fit --cpu\n"), done.stderr
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2 and capsys.readouterr().out.startswith("no CUDA device here")
 
 
 @pytest.fixture

@@ -434,8 +434,9 @@ def test_act_norm_asks_the_device_until_the_first_step_of_the_discriminator(tmp_
 
 
 @pytest.mark.parametrize("kind, changes", [
-    ("vqgan", {"netG.net_type": "emavq"}), ("vqvae", {"netG.net_type": "vqvae2"}), ("lgt", {}), ("segmentation", {}),
-    *(pytest.param(kind, {}, marks=pytest.mark.slow) for kind in ("vrt", "inktrace", "inktrace dense"))])
+    ("vqvae", {"netG.net_type": "vqvae2"}), ("segmentation", {}),
+    *(pytest.param(kind, changes, marks=pytest.mark.slow) for kind, changes in (
+        ("vqgan", {"netG.net_type": "emavq"}), ("lgt", {}), ("vrt", {}), ("inktrace", {}), ("inktrace dense", {})))])
 def test_a_forward_pass_is_one_graph(tmp_path, monkeypatch, kind, changes):
     """Each break lets Python run between two graphs, and costs what compilation wins."""
     real = torch.compile

@@ -1,7 +1,6 @@
 """Frames in an lmdb are those of the folder; what `data.prepare` writes is whole, or not there."""
 
 import os
-import subprocess
 import sys
 
 import pytest
@@ -181,12 +180,6 @@ def test_what_fails_leaves_nothing(roots, tmp_path, command, out):
         with told(*words, kind=(ValueError, FileNotFoundError)):
             prepare.main([command, *arguments])
     assert os.listdir(place) == [out]
-
-
-def test_the_command_ends_with_2_and_one_line(tmp_path):
-    command = [sys.executable, "-W", "ignore", "-m", "data.prepare", "meta", "/nowhere", str(tmp_path / "out.txt")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stderr == "error: FOLDER: folder /nowhere does not exist\n"
 
 
 def test_a_list_of_names_ends_after_three():

@@ -46,8 +46,8 @@ def resumed(folder, size, make, stops):
 
 def test_killed_and_stopped_runs_end_equal(tmp_path):
     over = {"workers": 1, "netG": {"net_type": "tiny", "width": 64}}
-    stops = [(3, 3, "SIGKILL"), (2, 3, "SIGTERM")]
-    assert_equal_runs(*resumed(tmp_path, 4, lambda name: tiny_file(tmp_path, name, **over), stops))
+    stops = [(1, 3, "SIGKILL"), (0, 3, "SIGTERM")]
+    assert_equal_runs(*resumed(tmp_path, 2, lambda name: tiny_file(tmp_path, name, **over), stops))
 
 
 @pytest.mark.slow
@@ -86,9 +86,9 @@ def on_sizes(folder, write, straight, stops, last):
 def test_any_number_of_processes_ends_with_the_same_bits(tmp_path):
     """Batch norm, dropout and clipping among them."""
     def write(name):
-        return tiny_file(tmp_path, name, train={"accumulate": 2}, netG={"net_type": "tiny", "width": 64})
+        return tiny_file(tmp_path, name, train={"accumulate": 4}, netG={"net_type": "tiny", "width": 64})
 
-    stops = [(2, 1, 3, "SIGKILL"), (1, 0, 4, "SIGTERM")]
+    stops = [(4, 3, 3, "SIGKILL"), (1, 0, 4, "SIGTERM")]
     assert_equal_runs(*on_sizes(tmp_path, write, 1, stops, 2))
 
 

@@ -32,8 +32,9 @@ pytestmark = pytest.mark.usefixtures("tiny_tables")
 @pytest.mark.parametrize("background", [False, True], ids=["waiting", "in background"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_stopped_at_each_place_in_an_epoch(tmp_path, layout, background):
+    """In the middle and at the end of one; where nothing, a validation, a save or both were due."""
     keep = {**LAYOUTS[layout], "async": background}
-    one, two = straight_and_stopped(lambda name, _: tiny.write(tmp_path, name, checkpoint=keep), [1, 2, 3, 4, 8])
+    one, two = straight_and_stopped(lambda name, _: tiny.write(tmp_path, name, checkpoint=keep), [1, 3, 6, 8])
     assert_equal_runs(one, two, TOTAL)
     assert sorted(os.listdir(one / "models")) == sorted(os.listdir(two / "models"))  # also what is kept is the same
 
@@ -42,7 +43,7 @@ def test_every_layout_stopped_at_each_place_in_an_epoch(tmp_path, layout, backgr
     *((kind, "split") for kind in STEPS), ("fp16", "bundle"), ("epochs", "bundle")])
 def test_every_kind_of_step(tmp_path, kind, layout):
     over = {"train": STEPS[kind], "checkpoint": LAYOUTS[layout]}
-    one, two = straight_and_stopped(lambda name, _: tiny.write(tmp_path, name, **over), [3, 6])
+    one, two = straight_and_stopped(lambda name, _: tiny.write(tmp_path, name, **over), [3])
     assert_equal_runs(one, two, TOTAL)
     state = final(one)["state"]
     assert bool(state["scaler_state_dict"]) == (kind == "fp16") and state["history"] and state["best"]

@@ -266,21 +266,26 @@ def test_a_kill_between_a_commit_and_its_links_is_put_right_at_the_next_start(tm
 # ---------------------------------------------------------------- --prove-resume
 
 
-def prove_child(task, output):
-    """Be the process of a run of prove.py, forked."""
+def prove_child(program, task, output):
+    """Be the process of a run of prove.py, forked: `python -c program task`."""
     print_to(output)
-    sys.argv = ["", task]
-    prove.child()
+    sys.argv = ["-c", task]
+    exec(program, {})
 
 
-def test_prove_resume_says_exact_on_the_users_own_options(tmp_path, monkeypatch, capsys):
-    def forked(command, **_):
-        assert command[:3] == [sys.executable, "-c", prove.CHILD]
-        process = fork(prove_child, command[3], str(tmp_path / "said"))
+@pytest.fixture
+def forked(tmp_path, monkeypatch):
+    """Lets prove.py's processes be forked."""
+    def run(command, **_):
+        assert command[:2] == [sys.executable, "-c"]
+        process = fork(prove_child, *command[2:], str(tmp_path / "said"))
         process.join(60)
         return subprocess.CompletedProcess(command, process.exitcode, (tmp_path / "said").read_text(), "")
 
-    monkeypatch.setattr(subprocess, "run", forked)
+    monkeypatch.setattr(subprocess, "run", run)
+
+
+def test_prove_resume_says_exact_on_the_users_own_options(tmp_path, forked, capsys):
     path = world.recipe("vqvae", tmp_path, "run")
     assert run("-opt", path, "--prove-resume", "4") == 0
     said = capsys.readouterr().out
@@ -288,8 +293,7 @@ def test_prove_resume_says_exact_on_the_users_own_options(tmp_path, monkeypatch,
     assert sorted(os.listdir(tmp_path)) == ["run.json", "said"]  # nothing of it stays
 
 
-def test_a_run_that_cannot_be_proved_ends_with_its_own_complaint(tmp_path):
-    """This one starts a process of its own, as the command does."""
+def test_a_run_that_cannot_be_proved_ends_with_its_own_complaint(tmp_path, forked):
     path = world.recipe("vqvae", tmp_path, "run", netG={"net_type": "vqvae2", "n_embed": "many"})
     with pytest.raises(options.OptionError, match='^.*netG.n_embed: "many" is not'):
         run("-opt", path, "--prove-resume")

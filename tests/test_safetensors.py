@@ -2,7 +2,10 @@
 
 import importlib
 import json
+import os
+import runpy
 import struct
+import subprocess
 import sys
 
 import pytest
@@ -14,6 +17,7 @@ from commands.checkpoints import main as command
 from storage import safetensors
 from tests import tiny
 from tests.conftest import write_json
+from tests.programs import fork, print_to
 from tests.runs import run
 
 pytestmark = pytest.mark.usefixtures("tiny_tables")
@@ -144,6 +148,14 @@ class Told:
 """
 
 
+def trusted_here(words, output):
+    """Be the process that `convert --trust` starts, forked."""
+    print_to(f"{output}.out", f"{output}.err")
+    os.chdir(os.path.dirname(words[1]))
+    sys.argv, sys.path[0] = words, os.path.dirname(words[0])  # as python FILE ... sets them
+    runpy.run_path(words[0], run_name="__main__")
+
+
 def test_only_trust_runs_the_code_in_a_file_and_only_in_its_own_process(tmp_path, monkeypatch, capsys):
     (tmp_path / "theirs.py").write_text(PROGRAM)
     with monkeypatch.context() as patch:
@@ -159,6 +171,14 @@ def test_only_trust_runs_the_code_in_a_file_and_only_in_its_own_process(tmp_path
     assert command(["convert", source, "--to", "weights", str(out), "--trust"]) == 0
     assert {name: value.shape for name, value in checkpoint.load_file(out).items()} == {"weight": (3, 2), "bias": (3,)}
     assert "theirs" not in sys.modules
+
+    def forked(words, cwd, **_):
+        assert words[0] == sys.executable and cwd == tmp_path
+        process = fork(trusted_here, words[1:], str(tmp_path / "said"))
+        process.join(60)
+        return subprocess.CompletedProcess(words, process.exitcode, "", (tmp_path / "said.err").read_text())
+
+    monkeypatch.setattr(subprocess, "run", forked)  # the others quicker
     for trust in ([], ["--trust"]):
         words = ["convert", str(tmp_path / "told.pth"), "--to", "weights", str(tmp_path / "t.pth"), *trust]
         assert command(words) == 2 and (tmp_path / "ran").exists() == bool(trust) and not (tmp_path / "t.pth").exists()

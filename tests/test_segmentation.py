@@ -85,7 +85,8 @@ def test_stopped_and_resumed_by_the_same_command_or_by_flag(tmp_path, straight, 
 
 @pytest.mark.parametrize("kind", list(KINDS)[1:])
 def test_every_kind_of_step_stopped_and_resumed(tmp_path, kind):
-    assert_equal_runs(*straight_and_stopped(lambda name, _: options_in(tmp_path, name, **KINDS[kind]), [5]))
+    over = {**KINDS[kind], "train": {"save_interval": EPOCHS, **KINDS[kind].get("train", {})}}
+    assert_equal_runs(*straight_and_stopped(lambda name, _: options_in(tmp_path, name, **over), [5]))
 
 
 def test_what_a_checkpoint_holds(straight):

@@ -64,7 +64,7 @@ def test_ctrl_c_is_answered_at_once_and_two_within_two_seconds_are_one(tmp_path)
 
 def test_a_later_ctrl_c_leaves_at_once(tmp_path):
     path = tiny_file(tmp_path)
-    codes, (said,) = world.run(tmp_path / "out", 1, "-opt", path, acts=[(0, 3, "press 2.2")])
+    codes, (said,) = world.run(tmp_path / "out", 1, "-opt", path, acts=[(0, 0, "hasty"), (0, 3, "press 0.7")])
     assert codes == [130] and "stopped  by" not in said, said
     assert saved(tmp_path) == 2
 
@@ -72,15 +72,15 @@ def test_a_later_ctrl_c_leaves_at_once(tmp_path):
 def test_a_later_ctrl_c_leaves_at_once_also_when_this_process_is_in_c(tmp_path):
     """The main process is waiting for the other one, which is stopped: no handler in Python is ever called there."""
     path = tiny_file(tmp_path, train={"total_iter": 1000, "checkpoint_test": 5000})
-    run = world.World(tmp_path / "out", 2, "-opt", path, acts=[(1, 3, "SIGSTOP")])
+    run = world.World(tmp_path / "out", 2, "-opt", path, acts=[(0, 0, "hasty"), (1, 3, "SIGSTOP")])
     run.wait_for("iter       2")
     while "(python) T" not in Path(f"/proc/{run.processes[1].pid}/stat").read_text():
         time.sleep(0.05)
     time.sleep(0.5)  # until rank 0 waits
-    for _ in range(2):
-        run.signal(signal.SIGINT, rank=0)
-        run.wait_for("stopping after this step")
-        time.sleep(2.2)
+    run.signal(signal.SIGINT, rank=0)
+    run.wait_for("stopping after this step")
+    time.sleep(0.7)
+    run.signal(signal.SIGINT, rank=0)
     run.processes[0].join(20)
     assert run.processes[0].exitcode == 130, run.report()
     run.signal(signal.SIGCONT, rank=1)
@@ -135,7 +135,7 @@ def test_a_suspended_process_is_named_and_may_continue(tmp_path):
 
 
 def test_a_process_suspended_for_too_long_ends_the_run(tmp_path):
-    path = tiny_file(tmp_path, train={"watchdog": 5})
+    path = tiny_file(tmp_path, train={"watchdog": 3})
     run = world.World(tmp_path / "out", 2, "-opt", path, acts=[(0, 0, "impatient"), (1, 3, "SIGSTOP")])
     run.processes[0].join(40)
     assert run.processes[0].exitcode == HUNG, run.report()

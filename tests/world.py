@@ -12,7 +12,7 @@ import torch
 
 import checkpoint
 import options
-from runtime import distributed
+from runtime import distributed, signals
 from runtime.hooks import Hooks
 from runtime.watchdog import watch
 from tests import tiny
@@ -44,7 +44,7 @@ class Acts(Hooks):
     now and N seconds later), "raise", "sleep", "time is over" (train.stop_after), "watched" (train.watchdog),
     "other weights", "full disk"; "nan": in the next loss; "worker dies in save": in the next save; "dies at file
     operation N" of those to come. In the data of a step: "sample" and what `Troubled` does. In step 0: "nohup",
-    "impatient", "listens late", "SIGTERM at start".
+    "impatient", "hasty" (two presses of Ctrl+C are one within half a second), "listens late", "SIGTERM at start".
     """
 
     def __init__(self, acts):
@@ -55,6 +55,8 @@ class Acts(Hooks):
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)
             elif what == "impatient":
                 distributed.SAY_AFTER, distributed.BEAT_EVERY = 1.0, 1
+            elif what == "hasty":
+                signals.SAME_PRESS /= 4
             elif what == "listens late":  # the main thread may see a broken connection before the watch does
                 distributed.dist.recv = late(distributed.dist.recv)
 
@@ -117,6 +119,11 @@ class Acts(Hooks):
         return self.commit(*args, **kwargs)
 
 
+def read(path):
+    with open(path) as file:
+        return file.read()
+
+
 def late(receive):
     def call(*args, **kwargs):
         try:
@@ -151,8 +158,10 @@ class Troubled:
             os.kill(os.getpid(), signal.Signals[what])
         elif what == "hangs":
             time.sleep(60)
-        elif what == "is late":
-            time.sleep(4)
+        elif what == "is late":  # until the first rank says so
+            theirs, end = os.readlink("/proc/self/fd/1").replace("_1.txt", "_0.txt"), time.monotonic() + 30
+            while "waiting  for rank 1" not in read(theirs).partition("2.json in")[2] and time.monotonic() < end:
+                time.sleep(0.05)
         elif what == "is local":
             class Local(Exception):
                 def __reduce__(self):
