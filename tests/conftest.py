@@ -5,23 +5,20 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 # Before torch looks, for this process and those that it starts: one thread each, as two test processes share the
-# machine; and the CPU, unless a card is asked for.
+# machine; and the CPU, unless a card is asked for. Torch is imported later: the process that only starts the other two
+# needs none, and they start two seconds earlier.
 os.environ["OMP_NUM_THREADS"] = "1"
 if not os.environ.get("PERDURE_TEST_CUDA"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-import torch  # noqa: E402
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-from storage import files  # noqa: E402
-
 SHARED = Path(os.environ.get("PERDURE_SHARED", ROOT.parent / "shared"))
 
 
@@ -33,12 +30,16 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True)
 def same_start():
     """Let no test inherit another's number of threads, random numbers or missing features of a disk."""
+    import torch
+
+    from storage import files
+
     torch.set_num_threads(1)
     torch.manual_seed(0)
     files.notices.clear()
 
 
-OLD_TORCH = pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 rounds or fakes CUDA otherwise")
+OLD_TORCH = pytest.mark.skipif(version("torch").startswith("2.6."), reason="torch 2.6 rounds or fakes CUDA otherwise")
 
 
 @pytest.fixture

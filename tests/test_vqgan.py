@@ -68,9 +68,9 @@ CASES = {"before disc_start, at it, between two steps of D": ("emavq", [2, 3, 5]
 @pytest.mark.parametrize("case", CASES)
 def test_stopped_and_resumed_everything_is_equal(tmp_path, case):
     net, stops, train = CASES[case]
+    train = {"checkpoint_save": 0, **train}  # saved where it is stopped and at its end
     one, two = straight_and_stopped(
-        lambda name, _: write_json(tmp_path / f"{name}.json", tree(tmp_path, name, net, {"checkpoint_save": 0, **train})),
-        stops)
+        lambda name, _: write_json(tmp_path / f"{name}.json", tree(tmp_path, name, net, train)), stops)
     assert_equal_runs(one, two, TOTAL)
     assert set(final(one)) == {"G", "E", "D", "optimizerG", "optimizerD", "state"}
 
