@@ -38,7 +38,8 @@ def assert_resumes_equal(folder, path, size=1):
     tree["datasets"]["train"]["dataloader_num_workers"] = 0
     key = json.dumps({**tree, "path": None}), size
     if key not in STRAIGHT:
-        codes, said = world.run(folder / "out", size, "-opt", write_json(folder / "s.json", {**tree, "task": "straight"}))
+        straight = write_json(folder / "straight.json", {**tree, "task": "straight"})
+        codes, said = world.run(folder / "out", size, "-opt", straight)
         assert codes == [0] * size, said
         STRAIGHT[key] = folder / "straight"
     assert_equal_runs(folder / "run", STRAIGHT[key], TOTAL)
