@@ -121,6 +121,7 @@ def test_infinity_in_a_buffer_is_a_mask_and_is_saved():
     net = tiny.Net()
     net.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
     model.__dict__ |= {"networks": {"G": net}, "optimizers": {}, "device": torch.device("cpu")}
+    net.body[0].weight.data.fill_(3e38)  # finite, though their sum is not
     assert model.find_non_finite() is None
     net.mask[0] = float("nan")
     assert model.find_non_finite() == "G.mask"
