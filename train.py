@@ -84,7 +84,7 @@ class Run:
 
     @cached_property
     def model(self) -> ModelBase:
-        """The model, built when it is first used: a finished run answers without it."""
+        """Build the model when it is first used: a finished run answers without it."""
         watch.begin("start", f"building the model {self.opt['model']}")
         return build_model(self.opt)
 

@@ -32,9 +32,30 @@ def script(monkeypatch, capsys):
     return run
 
 
-def test_the_checkpoint_benchmark(script, tmp_path):
-    said = script("checkpoint", "--megabytes", 3, "--rounds", 1, "--folder", tmp_path)
-    assert "verified bundle" in said and "of torch.load" in said
+def test_the_page_of_all_benchmarks(monkeypatch, tmp_path, capsys):
+    from benchmarks import performance
+
+    monkeypatch.setattr(performance, "launch", lambda words: call(words)[1])
+    monkeypatch.setitem(performance.SECTIONS, "Step", ("", [("step_time", [world.recipe("vqvae", tmp_path, "run")], [
+        "--steps", "1"])]))
+    monkeypatch.setattr(sys, "argv", ["performance.py", "--quick", "--output", str(tmp_path / "page.md")])
+    performance.main()
+    page = (tmp_path / "page.md").read_text()
+    for found in (r"\n    help +[\d.]+ s +[\d.]+ s +0\.\d\d ", r"optimizer +[\d.]+ s",
+                  r"bundle +[\d.]+ s +[\d.]+ of torch.save", r"verified bundle .* of torch.load",
+                  r"middle +500 samples .* of start", r"metrics +[\d.]+% of the validation"):
+        assert re.search(found, page), page
+    assert [line for line in page.splitlines() if line.startswith("## ")] == [f"## {name}" for name in
+                                                                             performance.SECTIONS]
+
+
+def test_a_run_whose_start_is_measured_ends_before_its_first_step(tmp_path):
+    from benchmarks.startup import EndAtFirstStep
+
+    path = world.recipe("vqvae", tmp_path, "run")
+    with pytest.raises(SystemExit):
+        door.main(["-opt", str(path)], hooks=[EndAtFirstStep()])
+    assert (tmp_path / "run/options").exists() and not list((tmp_path / "run/models").iterdir())
 
 
 @OLD_TORCH
