@@ -20,16 +20,20 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = "vrt", "vqgan", "vqvae", "segmentation", "inktrace", "lgt"
 SECTIONS = {  # title: what it shows, and the commands: a script, its arguments, those for --quick
-    "Start": ("From the command to the answer. The first step is where the run would begin to compute it.",
-              [("startup", [], ["--quick"])]),
+    "Start": (
+        "`torch` is `python -c 'import torch'`; `optimizer` also builds an Adam, for which torch imports its compiler,\n"
+        "as any script that trains does. `mistake` is an option that does not exist; `first step` ends where the first\n"
+        "step would be computed, and `finished` is the same command after the last step.",
+        [("startup", [], ["--quick"])]),
     "Step": ("The shipped default of each recipe, and the share of each part.",
              [("step_time", [f"options/train_{name}.json"], ["--steps", "1"]) for name in RECIPES]),
-    "Save and load": ("The same state in every row, written to the same disk.",
+    "Save and load": ("The same state in every row. `torch.save` forces its file to the disk (fsync), as ours do.",
                       [("checkpoint", [], ["--megabytes", "3", "--rounds", "1"])]),
     "Seek": ("A run that resumes in the middle of an epoch reads no sample before its own.",
              [("seek", [], ["--samples", "1000", "--rounds", "1"])]),
-    "Validation": ("PSNR and SSIM of each frame, in RGB and luma, of the network, of its moving average and of the "
-                   "baseline.", [("validation", [], ["--frames", "1", "--rounds", "1", "--size", "64", "64"])]),
+    "Validation": ("PSNR and SSIM of each frame in RGB and luma, of all that is compared: the network, its moving\n"
+                   "average, the baseline.",
+                   [("validation", [], ["--frames", "1", "--rounds", "1", "--size", "64", "64"])]),
 }
 
 
@@ -57,12 +61,12 @@ def main() -> None:
     commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
     began, lines = time.monotonic(), [
         "# Performance", "", "Ratios are within one run, in which the things compared take turns; seconds are of this "
-        "machine. GPUs: [gpu.md](gpu.md); several processes: [distributed.md](distributed.md).", "",
+        "machine.", "GPUs: [gpu.md](gpu.md); several processes: [distributed.md](distributed.md).", "",
         f"{machine()}; {time.strftime('%Y-%m-%d')}; Python {platform.python_version()}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads; commit {commit.stdout.strip() or 'unknown'}; "
+        f"{torch.get_num_threads()} threads;", f"commit {commit.stdout.strip() or 'unknown'}; "
         "`python benchmarks/performance.py`"]
     for title, (text, commands) in SECTIONS.items():
-        lines += ["", f"## {title}", "", f"{text} `benchmarks/{commands[0][0]}.py`", ""]
+        lines += ["", f"## {title}", "", f"{text}", f"`benchmarks/{commands[0][0]}.py`:", ""]
         for script, words, quick in commands:
             said = launch([f"benchmarks/{script}.py", *words, *(quick if args.quick else [])])
             lines += [f"    {line}".rstrip() for line in said.splitlines()]

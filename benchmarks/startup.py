@@ -88,7 +88,7 @@ def main() -> None:
     clock, processor = ({name: statistics.median(pair[i] for pair in pairs) for name, pairs in seconds.items()}
                         for i in (0, 1))
     bases = [base for base in ("torch", "optimizer") if base in runs]
-    print(f"{'':<24}{'clock':>9}{'processor':>12}   {'clock and processor of ' + ' and of '.join(bases)}")
+    print(f"{'':<24}{'clock':>9}{'processor':>12}   " + "  ".join(f"{'of ' + base:>9}  processor" for base in bases))
     for name in runs:
         ratios = (f"{times[name] / times[base]:9.2f}" for base in bases for times in (clock, processor))
         print(f"{name:<24}{clock[name]:7.2f} s {processor[name]:9.2f} s   {'  '.join(ratios)}")
