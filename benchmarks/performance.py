@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = "vrt", "vqgan", "vqvae", "segmentation", "inktrace", "lgt"
 SECTIONS = {  # title: what it shows, and the commands: a script, its arguments, those for --quick
     "Start": (
-        "`torch` is `python -c 'import torch'`; `optimizer` also builds an Adam, for which torch imports its compiler,\n"
-        "as any script that trains does. `mistake` is an option that does not exist; `first step` ends where the first\n"
-        "step would be computed, and `finished` is the same command after the last step.",
+        "`torch` is `python -c 'import torch'`; `optimizer` also builds an Adam, for which torch imports its\n"
+        "compiler, as any script that trains does. `mistake` is an option that does not exist; `first step` ends\n"
+        "where the first step would be computed, and `finished` is the same command after the last step.",
         [("startup", [], ["--quick"])]),
     "Step": ("The shipped default of each recipe, and the share of each part.",
              [("step_time", [f"options/train_{name}.json"], ["--steps", "1"]) for name in RECIPES]),
