@@ -150,14 +150,14 @@ class MaskTrainDataset(MaskDataset):
                          num_classes=num_classes, ignore_index=ignore_index, mask_threshold=mask_threshold,
                          validation_split=validation_split, skip_unmatched=skip_unmatched, multitask=multitask,
                          seed=seed)
-        from torchvision.transforms.v2 import functional as T  # slow to import
-
-        self.turns = [turn for turn, wanted in ((T.horizontal_flip, use_hflip), (T.vertical_flip, use_vflip),
-                                                (rotate90, use_rot90)) if wanted]
-        self.lights = [(T.adjust_brightness, brightness), (T.adjust_contrast, contrast)]
+        turns = (mirror, use_hflip), (flip, use_vflip), (rotate90, use_rot90)
+        self.turns = [turn for turn, wanted in turns if wanted]
+        self.lights = [("adjust_brightness", brightness), ("adjust_contrast", contrast)]
         self.max_angle = max_angle
 
     def __getitem__(self, key: Key | int) -> dict[str, Tensor | str | int]:
+        from torchvision.transforms.v2 import functional as T  # slow to import
+
         epoch, index = split_key(key, len(self))
         rng = sample_rng(self.seed, epoch, index)
         image, mask, stem = self.read(index)
@@ -168,7 +168,7 @@ class MaskTrainDataset(MaskDataset):
             image, mask = rotated(image, mask, rng, self.max_angle)
         for light, most in self.lights:
             if rng.random() < 0.2:
-                image = light(image, 1 + float(rng.uniform(-most, most)))
+                image = getattr(T, light)(image, 1 + float(rng.uniform(-most, most)))
         return {**self.item(image, mask, stem), "epoch": epoch, "num_samples": len(self)}
 
 
@@ -289,6 +289,16 @@ def read_mask(path: Path, num_classes: int, ignore_index: int | None = None, thr
 
 
 # ---------------------------------------------------------------- augmentation
+
+
+def mirror(x: Tensor) -> Tensor:
+    """Mirror left-right."""
+    return x.flip(-1)
+
+
+def flip(x: Tensor) -> Tensor:
+    """Mirror upside down."""
+    return x.flip(-2)
 
 
 def rotate90(x: Tensor) -> Tensor:
