@@ -28,7 +28,8 @@ class LossCalculator:
 
     def discriminator_due(self, step: int) -> bool:
         """Tell whether an iteration steps the discriminator."""
-        return step % self.disc_every == 0 and self.loss.has_discriminator(step)
+        early = "early_discriminator" in self.loss.legacy
+        return step % self.disc_every == 0 and (early or self.loss.has_discriminator(step))
 
     def compute_total_loss(self, images: Tensor, images_recon: Tensor, vq_loss: Tensor, step: int,
                            optimizer_idx: int = 0) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from models.network_discriminator import NLayerDiscriminator
 from runtime.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, checked
 
 LEGACY = {
-    "early_discriminator": "discriminator and adaptive weight are computed, times 0, before disc_start",
+    "early_discriminator": "discriminator (which steps) and adaptive weight are computed, times 0, before disc_start",
     "shared_generator_pass": "the generator's pass adds gradients to the discriminator and updates its statistics",
     "ignored_pixelloss_weight": "pixelloss_weight has no effect",
     "perceptual_dropout": "LPIPS drops half of its features in training mode",

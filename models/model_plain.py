@@ -51,6 +51,8 @@ class ModelPlain(ModelBase):
         G_scheduler_periods: PositiveInt | None = None  # iterations of the first cosine; null: total_iter
         G_scheduler_restart_weights: PositiveInt = 1  # length of a cosine divided by that of the previous one
         G_scheduler_eta_min: NonNegativeFloat = 0.0  # lowest learning rate of a cosine
+        # Give each iteration the learning rate that follows it, as KAIR's loop does, which moves its scheduler first.
+        G_scheduler_ahead: bool = False
         G_param_strict: bool = True  # require that path.pretrained_netG, or shapes in path.init_from, fit G
         E_param_strict: bool = True  # require that path.pretrained_netE fits E
 
@@ -304,6 +306,9 @@ def build_schedule(t: Mapping[str, Any], periods: int | None = None) -> schedule
         t: the `train` section.
         periods: equal parts of the run at whose ends CosineAnnealingLR moves; None: each iteration.
     """
+    if t.get("G_scheduler_ahead"):
+        schedule = build_schedule({**t, "G_scheduler_ahead": False}, periods)
+        return lambda base, step: schedule(base, step + 1)
     total, kind, lowest = t["total_iter"], t["G_scheduler_type"], t["G_scheduler_eta_min"]
     if kind == "MultiStepLR":
         return schedules.multi_step(t["G_scheduler_milestones"], t["G_scheduler_gamma"])

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import main as door
+from benchmarks import against_originals
 from benchmarks.scaling import KEY
 from models import NETWORKS
 from models.network_resuneta import ResUNetA
@@ -125,6 +127,61 @@ def test_the_comparison_of_restarts(script, tmp_path):
     row = r"\| plain \| [01] of 1 \| [\d.e+-]+ \| [01] \| \d+ \| [\d.]+ \| \d+ \| [\d.]+ s \| \d+ ms \|"
     assert re.fullmatch(row, plain)
     assert composer.startswith("| composer | not run: ")
+
+
+# ---------------------------------------------------------------- against_originals.py
+
+
+@pytest.mark.parametrize("kind", ["kair", "taming"])
+def test_the_original_and_ours_part_by_rounding_only(kind, monkeypatch, capsys):
+    """Where a checkout of the original is named: a few steps in float64, and one in float32."""
+    path = os.environ.get(f"PERDURE_{kind.upper()}")
+    if not path:
+        pytest.skip(f"set PERDURE_{kind.upper()} to a checkout of the original program to run this test")
+    monkeypatch.setattr(sys, "argv", ["against_originals.py", f"--{kind}", path, "--steps", "1", "--double", "6"])
+    assert against_originals.main() == 0, capsys.readouterr().out
+    assert "float64, 6 steps: losses differ by" in capsys.readouterr().out
+
+
+def checkout(folder, source):
+    """A folder that passes for KAIR, whose file of the model is this."""
+    for name in against_originals.FILES["kair"]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+    (folder / "models/model_vrt.py").write_text(source)
+    return folder
+
+
+def test_the_originals_modules_hide_ours_only_while_they_are_imported(tmp_path):
+    from models import model_vrt
+
+    root = checkout(tmp_path, "import cv2, models.network_vrt\nname = cv2.INTER, models.network_vrt.__file__")
+    with against_originals.original("kair", root):
+        theirs = importlib.import_module("models.model_vrt")
+    assert theirs.name[1] == str(root / "models/network_vrt.py") and sys.modules["models.model_vrt"] is model_vrt
+    assert "cv2" not in sys.modules and "utils" not in sys.modules and str(root) not in sys.path
+
+
+@pytest.mark.parametrize("source, message", [
+    (None, "is not a checkout of kair: it has no models/model_vrt.py"),
+    ("import no_such_package.of_any", "needs the package no_such_package: pip install no_such_package")])
+def test_a_folder_without_the_original_is_refused_in_one_line(source, message, tmp_path, monkeypatch, capsys):
+    if source:
+        checkout(tmp_path, source)
+    monkeypatch.setattr(sys, "argv", ["against_originals.py", "--kair", str(tmp_path)])
+    monkeypatch.setattr(against_originals, "importlib", SimpleNamespace(
+        import_module=lambda name: importlib.import_module("models.model_vrt")))
+    assert against_originals.main() == 2
+    assert capsys.readouterr().err == f"--kair {tmp_path}: {message}\n"
+
+
+def test_the_differences_of_two_curves_and_of_two_states():
+    assert against_originals.relative(0.0, 0.0) == 0 and against_originals.relative(1.0, 2.0) == 0.5
+    assert against_originals.largest_within([1e-7, 3e-7, 2e-7], [1, 2, 3, 9]) == [1e-7, 3e-7, 3e-7]
+    a = {"G.small": torch.tensor([1e-3, 0]), "G.large": torch.tensor([100.0, 1])}
+    b = {"G.small": torch.tensor([1e-3, 1e-4]), "G.large": torch.tensor([100.0, 2])}
+    far, name = against_originals.worst_tensor(a, b)
+    assert name == "G.small" and far == pytest.approx(0.1)  # of the tensor's largest value, not of each number
 
 
 # ---------------------------------------------------------------- gpu.py

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models.model_plain import build_schedule
 from runtime import schedules
 
 BASE, STEPS = 3e-4, 400
@@ -63,6 +64,17 @@ def test_one_cycle_is_torchs_in_rate_and_momentum(kind, steps, over):
 def test_one_cycle_may_begin_at_the_top():
     """Where torch divides by zero: a single step to warm up in."""
     assert schedules.one_cycle(4, 0.25)(BASE, 0) == BASE
+
+
+@pytest.mark.parametrize("options", [
+    {"G_scheduler_type": "MultiStepLR", "G_scheduler_milestones": [2, 5], "G_scheduler_gamma": 0.5},
+    {"G_scheduler_type": "CosineAnnealingWarmRestarts", "G_scheduler_periods": None, "G_scheduler_restart_weights": 1}])
+def test_ahead_an_iteration_has_the_rate_that_follows_it(options):
+    """As in KAIR, whose loop calls scheduler.step(n) before step n: the last step of a period restarts it."""
+    options = {"total_iter": 8, "G_scheduler_eta_min": 0.0, **options}
+    usual, ahead = (build_schedule({**options, "G_scheduler_ahead": value}) for value in (False, True))
+    assert [ahead(BASE, n) for n in range(8)] == [usual(BASE, n + 1) for n in range(8)] != [usual(BASE, n)
+                                                                                          for n in range(8)]
 
 
 def test_last_step_of_one_period_does_not_restart():

@@ -138,6 +138,17 @@ def test_one_forward_pass_a_step_and_no_discriminator_before_disc_start(tmp_path
     assert passes == ["G", 1, "G", 2, "G", "D", 3, "G", "D", "D", "D", 4, "G", "D", 5, "G", "D", "D", "D", 6]
 
 
+def test_an_early_discriminator_is_stepped_before_disc_start_as_tamings(tmp_path):
+    """Its loss is 0 there, so its weights stay, but Adam counts the steps, on which its first real ones depend."""
+    model = built(tmp_path, loss={"legacy": ["early_discriminator"]})
+    before = [p.clone() for p in model.netD.parameters()]
+    for step in (1, 2):
+        model.feed_data({"H": torch.rand(2, 3, 16, 16)})
+        model.optimize_parameters(step)
+    assert int(model.optimizers["optimizerD"].state_dict()["state"][0]["step"]) == 1  # disc_every is 2
+    assert all(map(torch.equal, before, model.netD.parameters()))
+
+
 def test_codebooks_of_averages_are_in_no_optimizer_and_move_once_an_iteration(tmp_path):
     model = built(tmp_path, train={"accumulate": 2, "E_decay": 0.5})
     inside = {id(p) for o in model.optimizers.values() for group in o.param_groups for p in group["params"]}
