@@ -18,7 +18,7 @@ from benchmarks import against_originals
 from benchmarks.scaling import KEY
 from models import NETWORKS
 from models.network_resuneta import ResUNetA
-from tests import world
+from tests import originals, world
 from tests.conftest import OLD_TORCH, ROOT
 from tests.programs import print_to
 
@@ -145,7 +145,7 @@ def test_the_original_and_ours_part_by_rounding_only(kind, monkeypatch, capsys):
 
 def checkout(folder, source):
     """A folder that passes for KAIR, whose file of the model is this."""
-    for name in against_originals.FILES["kair"]:
+    for name in originals.KNOWN["kair"]["files"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("")
     (folder / "models/model_vrt.py").write_text(source)
@@ -156,7 +156,7 @@ def test_the_originals_modules_hide_ours_only_while_they_are_imported(tmp_path):
     from models import model_vrt
 
     root = checkout(tmp_path, "import cv2, models.network_vrt\nname = cv2.INTER, models.network_vrt.__file__")
-    with against_originals.original("kair", root):
+    with originals.original("kair", root):
         theirs = importlib.import_module("models.model_vrt")
     assert theirs.name[1] == str(root / "models/network_vrt.py") and sys.modules["models.model_vrt"] is model_vrt
     assert "cv2" not in sys.modules and "utils" not in sys.modules and str(root) not in sys.path
@@ -169,7 +169,7 @@ def test_a_folder_without_the_original_is_refused_in_one_line(source, message, t
     if source:
         checkout(tmp_path, source)
     monkeypatch.setattr(sys, "argv", ["against_originals.py", "--kair", str(tmp_path)])
-    monkeypatch.setattr(against_originals, "importlib", SimpleNamespace(
+    monkeypatch.setattr(originals, "importlib", SimpleNamespace(
         import_module=lambda name: importlib.import_module("models.model_vrt")))
     assert against_originals.main() == 2
     assert capsys.readouterr().err == f"--kair {tmp_path}: {message}\n"
@@ -177,7 +177,6 @@ def test_a_folder_without_the_original_is_refused_in_one_line(source, message, t
 
 def test_the_differences_of_two_curves_and_of_two_states():
     assert against_originals.relative(0.0, 0.0) == 0 and against_originals.relative(1.0, 2.0) == 0.5
-    assert against_originals.largest_within([1e-7, 3e-7, 2e-7], [1, 2, 3, 9]) == [1e-7, 3e-7, 3e-7]
     a = {"G.small": torch.tensor([1e-3, 0]), "G.large": torch.tensor([100.0, 1])}
     b = {"G.small": torch.tensor([1e-3, 1e-4]), "G.large": torch.tensor([100.0, 2])}
     far, name = against_originals.worst_tensor(a, b)
