@@ -120,7 +120,7 @@ def test_a_stop_before_the_first_step_is_one_line(tmp_path, size):
 
 
 def test_a_stop_during_the_imports_is_one_line(tmp_path):
-    program = ("import os, signal, sys; sys.argv = ['main.py']; real = __import__\n"
+    program = ("import os, signal, sys; sys.argv = ['main.py', '-opt', 'options/train_vrt.json']; real = __import__\n"
                "class Finder:\n"
                "    def find_spec(self, name, *_):\n"
                "        if name == 'torch': os.kill(os.getpid(), signal.SIGTERM)\n"
