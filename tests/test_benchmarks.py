@@ -175,6 +175,16 @@ def test_a_folder_without_the_original_is_refused_in_one_line(source, message, t
     assert capsys.readouterr().err == f"--kair {tmp_path}: {message}\n"
 
 
+@pytest.mark.parametrize("size", ["tiny", "small", "middle"])
+@pytest.mark.parametrize("kind", ["kair", "taming"])
+def test_every_size_beside_the_originals_fits_the_option_files(kind, size):
+    args = SimpleNamespace(kind=kind, speed=size, steps=1, double=1, changes={})
+    sides = against_originals.Sides(args, [])
+    assert sides.batch(1)["H"].shape[0] == sides.opt["datasets"]["train"]["dataloader_batch_size"]
+    for changes in (originals.KNOWN[kind]["switches"], *originals.KNOWN[kind]["phases"].values()):
+        against_originals.options_of(args, changes)
+
+
 def test_the_differences_of_two_curves_and_of_two_states():
     assert against_originals.relative(0.0, 0.0) == 0 and against_originals.relative(1.0, 2.0) == 0.5
     a = {"G.small": torch.tensor([1e-3, 0]), "G.large": torch.tensor([100.0, 1])}
