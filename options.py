@@ -209,6 +209,10 @@ def read_file(path: str) -> dict:
         raise OptionError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise OptionError(f"{path}: no such option file; the shipped ones are in options/") from None
+    except IsADirectoryError:
+        found = sorted(name for name in os.listdir(path) if name.endswith((".json", ".yaml", ".yml")))
+        example = os.path.join(path, found[0]) if found else "options/train_vrt.json"
+        raise OptionError(f"{path}: is a folder; name an option file, e.g. {example}") from None
     except json.JSONDecodeError as error:
         raise OptionError(f"{path}:{error.lineno}:{error.colno}: not valid {kind}: {error.msg}") from None
     except (OSError, ValueError, RecursionError) as error:  # e.g. a number of 5000 digits
@@ -253,7 +257,7 @@ def cli_table(path: str) -> dict[str, Any]:
 def check_cli(table: Any, path: str) -> dict[str, Any]:
     """Check a `cli` table: each flag has a key path, a list of them, or an object {word: {key path: value}}.
 
-    Raises: OptionError.
+    A name that another flag has is found by `commands.arguments`. Raises: OptionError.
     """
     targets = table.values() if isinstance(table, dict) else [None]
     if not all(isinstance(part, dict if isinstance(target, dict) else str) for target in targets
@@ -261,6 +265,9 @@ def check_cli(table: Any, path: str) -> dict[str, Any]:
                             target if isinstance(target, list) else [target])):
         raise OptionError(f'{path}: cli: must be an object of {{"flag": "section.key"}}, of lists of keys, or of '
                           '{"flag": {"word": {"section.key": value}}}')
+    for flag in table:
+        if not re.fullmatch(r"\w[\w-]*", flag):
+            raise OptionError(f"{path}: cli: {json.dumps(flag)} must be the name of a flag, of letters, digits, _ -")
     return table
 
 

@@ -1,8 +1,10 @@
 """Run every benchmark of a CPU and write docs/performance.md from what they print.
 
-    python benchmarks/performance.py [--output docs/performance.md] [--quick]
+    python benchmarks/performance.py [--output docs/performance.md]
+    python benchmarks/performance.py --quick --output FILE
 
-It takes about five minutes on two cores that do nothing else. --quick tries each script once with the least work.
+It takes about five minutes on two cores that do nothing else. --quick tries each script once with the least work; its
+numbers are worth nothing, so it needs another file.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -55,24 +58,27 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs/performance.md")
+    parser.add_argument("--output", type=Path, help="default: docs/performance.md")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
+    if args.quick and not args.output:
+        parser.exit(2, "error: --quick is not for docs/performance.md; name another file with --output\n")
+    output = args.output or ROOT / "docs/performance.md"
     commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
     began, lines = time.monotonic(), [
         "# Performance", "", "Ratios are within one run, in which the things compared take turns; seconds are of this "
         "machine.", "GPUs: [gpu.md](gpu.md); several processes: [distributed.md](distributed.md).", "",
         f"{machine()}; {time.strftime('%Y-%m-%d')}; Python {platform.python_version()}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads;", f"commit {commit.stdout.strip() or 'unknown'}; "
-        "`python benchmarks/performance.py`"]
+        f"`{shlex.join(['python', 'benchmarks/performance.py', *sys.argv[1:]])}`"]
     for title, (text, commands) in SECTIONS.items():
         lines += ["", f"## {title}", "", f"{text}", f"`benchmarks/{commands[0][0]}.py`:", ""]
         for script, words, quick in commands:
             said = launch([f"benchmarks/{script}.py", *words, *(quick if args.quick else [])])
             lines += [f"    {line}".rstrip() for line in said.splitlines()]
             print(said, flush=True)
-    args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"{args.output} in {time.monotonic() - began:.0f} s")
+    output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{output} in {time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import main as door
+import options
+from commands import arguments
 from models import NETWORKS
 from runtime.ranges import PositiveInt, checked
 
@@ -64,7 +66,17 @@ def double(c_in: int, c_out: int) -> nn.Sequential:
 
 
 def main() -> None:
-    """Run main.py with a U-Net as `netG`; later arguments override it."""
+    """Run main.py with a U-Net as `netG`; later arguments override it. Another recipe is an error, before any work."""
+    try:
+        args, _ = arguments.parser_for(options.FLAGS, description=__doc__).parse_known_args()
+        opt = args.opt or options.find_option_file(sys.argv, arguments.OPTION_FILES)
+        tree = options.load(opt)[0] if opt else door.saved_options(args.resume) if args.resume else {}
+        if tree.get("model") != "segmentation":
+            raise options.OptionError(f"{opt or args.resume or sys.argv[0]}: is for the segmentation recipe: "
+                                      "-opt options/train_segmentation.json")
+    except ValueError as error:  # OptionError or CheckpointError
+        arguments.print_error(error)
+        sys.exit(2)
     NETWORKS["unet"] = "benchmarks.unet:UNet"
     door.program(["--set", "netG=" + json.dumps({"net_type": "unet"}), *sys.argv[1:]])
 

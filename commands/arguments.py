@@ -43,11 +43,23 @@ def read(argv: Sequence[str], about: str, options_in: Callable[[str], dict] | No
     elif first.resume:
         tree = options_in(first.resume)
         flags |= options.check_cli(tree.get("cli", {}), first.resume)
-    args, unknown = parser_for(flags, description=about).parse_known_args(argv)
+    try:
+        parser = parser_for(flags, description=about)
+    except argparse.ArgumentError as error:  # the name of a flag that is here already
+        raise options.OptionError(f"{first.opt or first.resume}: cli: {error}; name the flag otherwise") from None
+    args, unknown = parser.parse_known_args(argv)
     if unknown:
         raise options.OptionError(unknown_arguments(unknown, flags, argv))
     if not (source := first.opt or args.resume):
         raise options.OptionError("which run? give an option file: python main.py -opt options/train_vrt.json")
+    if (args.dist or args.launcher) and not {"WORLD_SIZE", "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE"} & set(os.environ):
+        raise options.OptionError("--dist and --launcher: torchrun starts several processes: torchrun "
+                                  "--nproc_per_node=2 main.py ..., or sbatch scripts/train.slurm ...")
+    if args.prove_resume is not None and not first.opt:
+        raise options.OptionError("--prove-resume needs an option file: -opt FILE")
+    if not args.test and args.prove_resume is None and (args.input or args.output or args.truth):
+        raise options.OptionError("--input, --output and --truth go with --test")
+    overrides_in(args, flags)  # what is wrong with one of them
     return CommandLine(args, flags, source, tree)
 
 
@@ -110,7 +122,7 @@ def parser_for(flags: dict[str, str], **settings) -> argparse.ArgumentParser:
         parser.add_argument(name, nargs="?", const=True, help=argparse.SUPPRESS)
     for flag, keys in flags.items():
         names = dict.fromkeys([f"--{flag}", f"--{flag.replace('_', '-')}"])
-        text = f"set {', '.join(options.keys_of(keys))}"
+        text = f"set {', '.join(options.keys_of(keys))}".replace("%", "%%")
         parser.add_argument(*names, dest=f"flag_{flag}", metavar="VALUE", help=text)
     return parser
 

@@ -176,7 +176,7 @@ def verify(path: Path) -> int:
         print(f"bad   {line}")
     for leftover in sorted(folder.glob("*.tmp")):
         print(f"note  {leftover.name}: left by an interrupted save; the next start of the run removes it")
-    print(f"{num_good + len(problems)} sets, {len(problems)} bad")
+    print(f"{num_good + len(problems)} set{'s' * (num_good + len(problems) > 1)}, {len(problems)} bad")
     return 1 if problems else 0
 
 
@@ -198,6 +198,9 @@ def compare(a: Path, b: Path) -> int:
     configs = []
     for state in (parts.get("state", {}) for parts in (one, two)):
         configs.append(state.pop("config", {}))
+        metadata = state.get("metadata")
+        origin = metadata.pop("resumed_from", None) if isinstance(metadata, dict) else None
+        configs[-1] |= {"resumed_from": origin} if configs[-1] else {}
         for key in UNCOMPARED:
             state.pop(key, None)
     lines = [f"{label}: only in {a if label in one else b}" for label in one.keys() ^ two.keys()]
@@ -209,7 +212,7 @@ def compare(a: Path, b: Path) -> int:
         print(f"option   {path}: {words}")
     left, right = ({path for path, value in flat(parts) if torch.is_tensor(value)} for parts in (one, two))
     print(f"{len(left & right)} tensors compared, "
-          + (f"{len(lines)} differences" if lines else "all equal, bit for bit"))
+          + (f"{len(lines)} difference{'s' * (len(lines) > 1)}" if lines else "all equal, bit for bit"))
     return 1 if lines else 0
 
 

@@ -26,6 +26,8 @@ def append(file: BinaryIO, text: bytes) -> None:
 class CsvTable:
     """A CSV file (RFC 4180) with an `iteration` column, which gains columns as rows need them.
 
+    Epochs are counted from 1; a table that counts them from 0 is raised by one when it is opened.
+
     Args: path: the file. iteration: rows of later iterations are removed.
     """
 
@@ -34,7 +36,10 @@ class CsvTable:
         if path.exists():
             self.columns, rows = self._read()
             if "iteration" in self.columns:
-                write_table(path, self.columns, [row for row in rows if int(row["iteration"]) <= iteration])
+                rows = [row for row in rows if int(row["iteration"]) <= iteration]
+                if any(row.get("epoch") == "0" for row in rows):  # of an earlier version, which counted epochs from 0
+                    rows = [row | {"epoch": int(row["epoch"]) + 1} if row["epoch"].isdecimal() else row for row in rows]
+                write_table(path, self.columns, rows)
             else:  # not ours, or saved by another program in its own format: kept under another name
                 self.columns = []
                 os.replace(path, path.with_suffix(".csv.old"))

@@ -156,6 +156,8 @@ def main(argv: list[str]) -> int:
     out = args.out or (folders[0] / "log/report.html" if len(folders) == 1 else
                        Path(os.path.relpath(shared), "comparison.html"))
     try:
+        if out.is_dir() and args.out:
+            raise ValueError(f"--out {out}: is a folder; name a file, e.g. {out / 'report.html'}")
         write_page(out, [read(folder) for folder in folders])
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -16,9 +17,11 @@ import torch
 import checkpoint
 import options
 from checkpoint import CheckpointError, CheckpointSet
+from data import DATASETS
 from data.sampler import EndlessBatches
 from log.run_log import warn_on_write_error
 from log.terminal import number
+from models import MODELS, NETWORKS
 from runtime import distributed
 from runtime.evaluate import Progress
 from runtime.watchdog import watch
@@ -283,8 +286,11 @@ def differing_options(run: Any, most: int = 12) -> list[str]:
     if not options.is_perdure_config(run.saved_config):
         return []
     a, b = options.flatten(run.saved_config), options.flatten(plain(run.opt))
+    with contextlib.suppress(options.OptionError):  # an option that is newer than the checkpoint had its default
+        path = run.opt["opt_path"]
+        a = options.flatten(options.parse(path, [], MODELS, NETWORKS, DATASETS, tree=run.saved_config)[0]) | a
     keys = [k for k in {**a, **b} if a.get(k) != b.get(k) and k != "opt_path" and not k.startswith(("path.", "log."))]
-    lines = [f"options  {k}: {json.dumps(a.get(k))} -> {json.dumps(b.get(k))}" for k in keys]
+    lines = [f"options  {k}: {' -> '.join(json.dumps(c[k]) if k in c else 'default' for c in (a, b))}" for k in keys]
     return lines if len(lines) <= most else [*lines[:most], f"options  ... and {len(lines) - most} more"]
 
 

@@ -50,8 +50,20 @@ def test_the_page_of_all_benchmarks(monkeypatch, tmp_path, capsys):
                   r"bundle +[\d.]+ s +[\d.]+ of torch.save", r"verified bundle .* of torch.load",
                   r"middle +500 samples .* of start", r"metrics +[\d.]+% of the validation"):
         assert re.search(found, page), page
+    assert f"`python benchmarks/performance.py --quick --output {tmp_path}/page.md`" in page
     assert [line for line in page.splitlines() if line.startswith("## ")] == [f"## {name}" for name in
                                                                              performance.SECTIONS]
+
+
+def test_a_quick_try_of_all_benchmarks_does_not_overwrite_the_page(monkeypatch, capsys):
+    from benchmarks import performance
+
+    monkeypatch.setattr(performance, "launch", None)
+    monkeypatch.setattr(sys, "argv", ["performance.py", "--quick"])
+    with pytest.raises(SystemExit) as caught:
+        performance.main()
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.count("\n") == 1 and "name another file with --output" in said
 
 
 def test_a_run_whose_start_is_measured_ends_before_its_first_step(tmp_path):
@@ -109,6 +121,19 @@ def test_the_u_net_trains_in_the_place_of_the_recipes_network(script, tmp_path, 
     said = script("unet", "-opt", world.recipe("segmentation", tmp_path, "run"), "--set", "netG.width=4",
                   "--set", "train.total_iter=2")
     assert "G UNet, 30,854 parameters" in said and (tmp_path / "run/models/2_G.pth").exists()
+
+
+@pytest.mark.parametrize("words, said", [
+    (["-opt", "{vqvae}"], "{vqvae}: is for"), (["--seed", "1"], "unet.py: is for"), (["-opt", "none"], "none: no such"),
+    (["--stage"], "expected one argument"), (["--resume", "none.pth"], "none.pth")])
+def test_the_u_net_of_another_recipe_is_one_line(script, tmp_path, capsys, monkeypatch, words, said):
+    monkeypatch.setattr(door, "program", None)
+    vqvae = world.recipe("vqvae", tmp_path, "run")
+    with pytest.raises(SystemExit) as caught:
+        script("unet", *(word.format(vqvae=vqvae) for word in words))
+    line = capsys.readouterr().err
+    assert caught.value.code == 2 and said.format(vqvae=vqvae) in line and line.count("\n") == 1
+    assert "segmentation recipe: -opt options/train_segmentation.json" in line or "is for" not in said
 
 
 def test_the_u_net_is_as_large_as_its_page_says():

@@ -81,6 +81,15 @@ def test_compare_names_tensors_and_options_that_differ(runs, capsys):
     assert ask(capsys, "compare", runs / "split/models/9_G.pth", runs / "bundle/models/none.pt")[0] == 2
 
 
+def test_where_a_run_was_resumed_from_is_listed_and_not_counted(runs, tmp_path, capsys):
+    path, source = tiny.write(tmp_path, "moved"), runs / "split/models/6.json"
+    assert run("-opt", path, "--resume", source) == 0
+    capsys.readouterr()
+    code, lines = ask(capsys, "compare", runs / "split", tmp_path / "moved")
+    assert code == 0 and lines[-1].endswith("all equal, bit for bit"), lines
+    assert f"option   resumed_from: None and {str(source)!r}" in lines
+
+
 def test_compare_sees_a_single_bit(runs, tmp_path, capsys):
     weights = checkpoint.load_file(runs / "split/models/9_G.pth")
     torch.save(weights, tmp_path / "a.pth")
@@ -88,6 +97,7 @@ def test_compare_sees_a_single_bit(runs, tmp_path, capsys):
     torch.save(weights, tmp_path / "b.pth")
     code, lines = ask(capsys, "compare", tmp_path / "a.pth", tmp_path / "b.pth")
     assert code == 1 and lines[0].startswith("differs  G.body.0.bias: 1 of 8 values")
+    assert lines[-1].endswith("tensors compared, 1 difference")
     assert ask(capsys, "compare", tmp_path / "a.pth", tmp_path / "a.pth")[0] == 0
 
 

@@ -237,6 +237,14 @@ def test_new_columns_leave_earlier_rows_empty_there(tmp_path):
     assert path.read_bytes() == b"iteration,a,b\r\n1,1,\r\n2,,2.5\r\n"
 
 
+def test_epochs_that_an_earlier_version_counted_from_0_are_raised_once(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_bytes(b"iteration,epoch,epoch_loss\r\n1,0,\r\n2,0,0\r\n3,,0\r\n4,1,1\r\n5,2,2\r\n")
+    for _ in range(2):
+        CsvTable(path, 4)
+        assert path.read_bytes() == b"iteration,epoch,epoch_loss\r\n1,1,\r\n2,1,0\r\n3,,0\r\n4,2,1\r\n"
+
+
 def test_a_table_that_another_program_wrote_in_its_own_way_is_kept(tmp_path):
     path = tmp_path / "train.csv"
     path.write_text("iteration;loss\n1;0,5\n")

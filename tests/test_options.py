@@ -156,6 +156,12 @@ def test_cli_table_and_built_in_flags_reach_the_options(option_file, tmp_path):
             (own, ["--clips", "3"], "--clips: datasets.train.num_clipz: unknown key"),
             (plain, ["--lr", "fast"], '--lr: train.G_optimizer_lr: "fast" is not a number'),
             (option_file("bad.json", cli=["x"]), [], "cli: must be an object"),
+            *((option_file(f"{number}.json", cli=dict.fromkeys(names, "task")), [], f"{number}.json: cli: {words}")
+              for number, (names, words) in enumerate([
+                  (["help"], "argument --help: conflicting option string"), (["opt"], "argument --opt: conflicting"),
+                  (["quiet"], "argument --quiet: conflicting"), (["x-y", "x_y"], "argument --x_y/--x-y: conflicting"),
+                  (["local_rank"], "argument --local_rank/--local-rank: conflicting"), (["batch-size"], "argument --"),
+                  (["a b"], '"a b" must be the name of a flag'), ([""], '"" must be'), (["a=b"], '"a=b" must be')])),
             (plain, ["--set", "train"], "write it as section.key=value"),
             (plain, ["--input", "x"], "--input, --output and --truth go with --test")):
         with pytest.raises(options.OptionError) as caught:
@@ -167,6 +173,12 @@ def test_cli_table_and_built_in_flags_reach_the_options(option_file, tmp_path):
 def test_no_option_file_is_one_line_and_2(tmp_path):
     done = run_program(tmp_path)
     assert done.returncode == 2 and "which run?" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_key_with_a_percent_sign_does_not_break_the_help(option_file):
+    with pytest.raises(SystemExit) as caught:
+        door.main(["-opt", str(option_file(cli={"clips": "datasets.train.100%"})), "--help"])
+    assert caught.value.code == 0
 
 
 def test_home_is_expanded_in_any_path(option_file, monkeypatch):

@@ -146,6 +146,12 @@ def test_pictures_stay_within_their_bounds(tmp_path):
     assert found[-1]["when"] == "iteration 28" and len(found) == 8  # 3 pictures and 7 times one
 
 
+def test_a_page_is_not_written_to_a_folder(tmp_path, capsys):
+    folder = written_run(tmp_path / "old", 100)
+    assert report.main([str(folder), "--out", str(tmp_path)]) == 2
+    assert f"--out {tmp_path}: is a folder; name a file, e.g. {tmp_path}/report.html\n" in capsys.readouterr().err
+
+
 def test_a_folder_without_its_status_still_has_its_curves(tmp_path):
     folder = written_run(tmp_path / "old", 100)
     (folder / "log/status.json").unlink()

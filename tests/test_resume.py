@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,10 @@ from torchvision.io import write_png
 
 import checkpoint
 import options
+from data import DATASETS
+from models import MODELS, NETWORKS
+from runtime.resume import differing_options
+from storage.tree import plain
 from tests import tiny
 from tests.conftest import run_main
 from tests.programs import run_program
@@ -129,6 +134,26 @@ def test_epochs_are_counted_from_1_in_the_table_the_log_and_the_line_of_a_resume
     assert "3.json: iteration 3 of 5, epoch 1 finished, next epoch 2, " in said
     assert re.findall(r"^iter +(\d) \| epoch (\d) ", said, re.M) == list(zip("12345", "11223"))
     assert [row["epoch"] for row in rows(tmp_path / "run")] == list("11223")
+    table = tmp_path / "run/log/train.csv"  # as versions until d595e12 wrote it
+    table.write_text(re.sub(r"(?m)^(\d),(\d)", lambda found: f"{found[1]},{int(found[2]) - 1}", table.read_text()))
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == list("00112")
+    assert run("-opt", path, "--set", "train.total_iter=7") == 0
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == list("1122334")
+
+
+def test_an_option_newer_than_the_checkpoint_had_its_default(tmp_path):
+    def lines(forgotten, *changes):
+        opt, _ = options.parse(str(tiny.write(tmp_path, netG={"net_type": "tiny", "width": 4})), [
+            (key, value, "--set") for key, value in changes], MODELS, NETWORKS, DATASETS)
+        saved = plain(options.parse(str(tmp_path / "run.json"), [], MODELS, NETWORKS, DATASETS)[0])
+        section, _, key = forgotten.partition(".")
+        del saved[section][key]
+        return differing_options(SimpleNamespace(opt=opt, saved_config=saved))
+
+    assert lines("train.G_scheduler_ahead") == lines("checkpoint.every_minutes") == []
+    assert lines("train.G_scheduler_ahead", ("train.G_scheduler_ahead", True)) == [
+        "options  train.G_scheduler_ahead: false -> true"]
+    assert lines("netG.width") == ["options  netG.width: default -> 4"]
 
 
 def test_fresh_and_a_resume_from_the_folder_that_it_moves_away_contradict_each_other(straight, tmp_path, capsys):

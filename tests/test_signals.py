@@ -119,15 +119,17 @@ def test_a_stop_before_the_first_step_is_one_line(tmp_path, size):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_stop_during_the_imports_is_one_line(tmp_path):
+@pytest.mark.parametrize("module, number", [("torch", signal.SIGTERM), ("shlex", signal.SIGINT),
+                                            ("commands.arguments", signal.SIGINT), ("runtime.signals", signal.SIGTERM)])
+def test_a_stop_during_the_imports_is_one_line(tmp_path, module, number):
     program = ("import os, signal, sys; sys.argv = ['main.py', '-opt', 'options/train_vrt.json']; real = __import__\n"
                "class Finder:\n"
                "    def find_spec(self, name, *_):\n"
-               "        if name == 'torch': os.kill(os.getpid(), signal.SIGTERM)\n"
+               f"        if name == '{module}': os.kill(os.getpid(), {int(number)})\n"
                "sys.meta_path.insert(0, Finder())\n"
                "import runpy; runpy.run_path('main.py', run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (-signal.SIGTERM, "stopped  by SIGTERM before the first step\n")
+    assert (done.returncode, done.stderr) == (-number, f"stopped  by {number.name} before the first step\n")
 
 
 # ---------------------------------------------------------------- a process that is stuck

@@ -37,6 +37,10 @@ def fresh(*words, code=0):
     (["-opt", "options/train_vrt.json", "--epoch", "3"], 2, "unrecognized arguments: --epoch"),
     (["-opt", "options/none.json"], 2, "no such option file"),
     ([], 2, "which run?"),
+    (["-opt", "options"], 2, "options: is a folder; name an option file, e.g. options/train_inktrace.json"),
+    (["-opt", "options/train_vrt.json", "--set", "a"], 2, "--set a: write it as section.key=value"),
+    (["-opt", "options/train_vrt.json", "--dist", "True", "--launcher", "pytorch"], 2, "torchrun starts several"),
+    (["-opt", "options/train_vrt.json", "--output", "x"], 2, "--input, --output and --truth go with --test"),
 ])
 def test_help_and_mistakes_in_arguments_are_answered_without_torch(words, code, said):
     lines = fresh("-X", "importtime", "main.py", *words, code=code)
