@@ -26,6 +26,7 @@ LEFT_OUT = {  # commands that this test can't run, and what tests them
     r"^sbatch": "tests/test_distributed.py has a Slurm of its own",
     r"-m pytest|ruff check|^bash benchmarks/gpu.sh|tests\.mutate|checkpoints/write": "tests, and what tests run",
     r"their-program": "tests/test_safetensors.py",
+    r"--kair|--taming": "the original programs are not here; tests/test_benchmarks.py",
 }
 SHORT = ["train.total_epochs=null", "train.total_iter=2", "train.save_interval=null", "train.eval_interval=null",
          "train.checkpoint_save=1", "train.checkpoint_test=2", "train.checkpoint_print=1"]
@@ -35,12 +36,19 @@ FAILS = {  # commands that must end with one line about data that is not here
 
 
 def commands():
-    """(page, command) of every indented line that begins like a command; comments after three spaces are cut off."""
+    """(page, command) of every indented line that begins like a command; comments after three spaces are cut off.
+
+    A paragraph that makes files for the commands below, or is a loop, is one command.
+    """
     for page in PAGES:
         if page.name == "CONTRIBUTING.md":
             continue
         text = page.read_text().replace("\\\n", " ")
-        for line in re.findall(r"^    ( *\S.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE):
+        text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        made = r"    (?:[A-Z]=|cat >|ls|mkdir|for )[^\n]*\n(?:    .*\n)*"
+        for makes, line in re.findall(rf"^({made})|^    ( *\S.*)$", text, re.MULTILINE):
+            if makes:
+                yield page.name, re.sub("^    ", "", makes, flags=re.MULTILINE)
             line = re.sub(r"(?<=\S)\s{3,}.*$|\s+# .*$", "", re.sub(r"  +(?=--)", " ", line.strip()))
             if re.match(r"(\.venv/bin/|python|torchrun|sbatch|bash|git|pip|source|[A-Z_]+=\S* python)", line):
                 yield page.name, line
@@ -48,19 +56,21 @@ def commands():
 
 def shortened(command):
     """The command with a run of two steps; a replayed step is the second; `kill -9` is left out."""
-    if "main.py" not in command:
+    if not re.search(r"main\.py|unet\.py", command):
         for shown, here in (("experiments/one experiments/two", "experiments/train_vrt experiments/my_video"),
                             ("a/models/300.json b/models/300.json", "a/train_vrt b/train_vrt"),
                             (".json --processes 1 2", ".json --steps 1 --processes 1 2"),
-                            ("step_time.py options/train_vrt.json", "step_time.py options/train_vrt.json --steps 1")):
+                            ("step_time.py options/train_vrt.json", "step_time.py options/train_vrt.json --steps 1"),
+                            ("performance.py", "performance.py --quick --output PAGE")):
             command = command.replace(shown, here)
         return command
     command = re.sub(r" & sleep.*", "", re.sub(r"--replay \d+", "--replay 2", command))
-    more = SHORT if "prove-resume" not in command and "--resume" not in command else []
+    more = SHORT if not re.search("prove-resume|--resume", command) else []
     for placeholder, path in (("--image_path DIR", "--image_path DIR/images"), ("--gt_path DIR", "--gt_path DIR/masks"),
-                              ("--image_size 256", "--image_size 32"), ("$lr", "1e-3")):
+                              ("--image_size 256", "--image_size 32"), (" 24 60 120;", " 24;")):
         command = command.replace(placeholder, path)
-    return " ".join([command, *(f"--set {word}" for word in more)])
+    return re.sub(r"(?:main|unet)\.py .*", lambda found: " ".join([found[0], *(f"--set {word}" for word in more)]),
+                  command)
 
 
 def draw(path, number, size=64):
