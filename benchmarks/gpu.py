@@ -57,7 +57,7 @@ RECIPES = {  # option file, then more words of main.py
     "lgt": ["options/train_lgt.json"],
     "segmentation": ["options/train_segmentation.json"],
     "inktrace": ["options/train_inktrace.json", "--stage", "structural"],
-    "inktrace_dense": ["options/train_inktrace.json", "--stage", "dense"],
+    "inktrace_dense": ["options/train_inktrace.json", "--stage", "dense", "--set", "path.init_from=none"],
 }
 NO_DATA = {f"datasets.{part}.dataroot_{kind}": None for part in ("train", "test") for kind in ("gt", "lq")}
 NO_EPOCHS = {"path.models": None, "train.total_epochs": None, "train.save_interval": None, "train.eval_interval": None,

@@ -267,6 +267,15 @@ def test_every_section_that_has_a_cpu_form_runs(gpu, tmp_path, monkeypatch, caps
         assert f"\n{name} " in said
 
 
+@pytest.mark.slow
+def test_every_recipe_trains_alone(gpu, tmp_path):
+    """A later stage does not wait for the weights of an earlier one."""
+    machine = gpu.Machine(False, list(gpu.RECIPES), 0)
+    for name in gpu.RECIPES:
+        code, said = gpu.run_main(name, gpu.short_run(machine, str(tmp_path), name, 4))
+        assert code == 0, said
+
+
 def test_a_finding_that_does_not_hold_fails_and_an_aim_that_is_missed_does_not(gpu, monkeypatch, capsys):
     def section(machine):
         yield gpu.Finding("one", "holds", "1", True)
