@@ -13,14 +13,8 @@ from __future__ import annotations
 import os
 import signal
 
-if __name__ == "__main__":  # the next imports take a tenth of a second, in which Ctrl+C would print their stack
-    def end_early(number: int, frame) -> None:
-        os.write(2, f"stopped  by {signal.Signals(number).name} before the first step\n".encode())
-        signal.signal(number, signal.SIG_DFL)
-        signal.raise_signal(number)
-
-    signal.signal(signal.SIGINT, end_early)
-    signal.signal(signal.SIGTERM, end_early)
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next imports take a tenth of a second: no traceback of them
 
 import shlex
 import sys
@@ -116,11 +110,10 @@ def main(argv: list[str], hooks: Sequence[Hooks] = ()) -> int:
         partial(train, hooks=[dry_run.FirstLook(), *hooks])
     if args.replay is not None:
         launch = partial(replay, args.replay)
-    if not args.test:
-        if stages:
-            only = args.stage or (stages[-1] if args.replay is not None else None)
-            return train_stages(source, overrides, only, resume=args.resume, init_from=args.init_from,
-                                fresh=args.fresh, command=command, launch=launch)
+    if stages and not args.test:
+        only = args.stage or (stages[-1] if args.replay is not None else None)
+        return train_stages(source, overrides, only, resume=args.resume, init_from=args.init_from,
+                            fresh=args.fresh, command=command, launch=launch)
     if args.init_from:
         overrides.append(("path.init_from", args.init_from, "--init-from"))
     stage = args.stage or (stages[-1] if stages else None)

@@ -210,9 +210,9 @@ def read_file(path: str) -> dict:
     except FileNotFoundError:
         raise OptionError(f"{path}: no such option file; the shipped ones are in options/") from None
     except IsADirectoryError:
-        found = sorted(name for name in os.listdir(path) if name.endswith((".json", ".yaml", ".yml")))
-        example = os.path.join(path, found[0]) if found else "options/train_vrt.json"
-        raise OptionError(f"{path}: is a folder; name an option file, e.g. {example}") from None
+        found = sorted(os.path.join(path, name) for name in os.listdir(path) if re.search("json$|ya?ml$", name))
+        found.append("options/train_vrt.json")
+        raise OptionError(f"{path}: is a folder; name an option file, e.g. {found[0]}") from None
     except json.JSONDecodeError as error:
         raise OptionError(f"{path}:{error.lineno}:{error.colno}: not valid {kind}: {error.msg}") from None
     except (OSError, ValueError, RecursionError) as error:  # e.g. a number of 5000 digits

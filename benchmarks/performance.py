@@ -58,12 +58,11 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="default: docs/performance.md")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/performance.md")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
-    if args.quick and not args.output:
+    if args.quick and args.output == parser.get_default("output"):
         parser.exit(2, "error: --quick is not for docs/performance.md; name another file with --output\n")
-    output = args.output or ROOT / "docs/performance.md"
     commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
     began, lines = time.monotonic(), [
         "# Performance", "", "Ratios are within one run, in which the things compared take turns; seconds are of this "
@@ -77,8 +76,8 @@ def main() -> None:
             said = launch([f"benchmarks/{script}.py", *words, *(quick if args.quick else [])])
             lines += [f"    {line}".rstrip() for line in said.splitlines()]
             print(said, flush=True)
-    output.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"{output} in {time.monotonic() - began:.0f} s")
+    args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{args.output} in {time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Legend: B batch, C channels, K classes, H W pixels, h w those of a level.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -67,16 +68,13 @@ def double(c_in: int, c_out: int) -> nn.Sequential:
 
 def main() -> None:
     """Run main.py with a U-Net as `netG`; later arguments override it. Another recipe is an error, before any work."""
-    try:
+    with contextlib.suppress(ValueError):  # main.py prints it
         args, _ = arguments.parser_for(options.FLAGS, description=__doc__).parse_known_args()
-        opt = args.opt or options.find_option_file(sys.argv, arguments.OPTION_FILES)
-        tree = options.load(opt)[0] if opt else door.saved_options(args.resume) if args.resume else {}
+        tree = options.load(args.opt)[0] if args.opt else door.saved_options(args.resume) if args.resume else {}
         if tree.get("model") != "segmentation":
-            raise options.OptionError(f"{opt or args.resume or sys.argv[0]}: is for the segmentation recipe: "
-                                      "-opt options/train_segmentation.json")
-    except ValueError as error:  # OptionError or CheckpointError
-        arguments.print_error(error)
-        sys.exit(2)
+            arguments.print_error(f"{args.opt or args.resume or sys.argv[0]}: is for the segmentation recipe: "
+                                  "-opt options/train_segmentation.json")
+            sys.exit(2)
     NETWORKS["unet"] = "benchmarks.unet:UNet"
     door.program(["--set", "netG=" + json.dumps({"net_type": "unet"}), *sys.argv[1:]])
 

@@ -76,7 +76,7 @@ def answer(argv: Sequence[str], about: str) -> None:
         sys.exit(2)
 
 
-def print_error(error: Exception) -> None:
+def print_error(error: Exception | str) -> None:
     """Print a user's mistake, and the folders that were expected."""
     print(f"{status('error:', sys.stderr)} {error}", file=sys.stderr)
     if drawing := getattr(error, "drawing", ""):

@@ -32,7 +32,7 @@ from runtime import distributed
 from runtime.determinism import prepare_machine
 from runtime.evaluate import describe_losses, evaluate
 from runtime.signals import StopRequest
-from storage.files import sync_folder
+from storage.files import FolderLock, sync_folder
 from train import build_model
 
 MADE_BY = "made_by.json"
@@ -82,7 +82,32 @@ def infer(opt: options.Section, notices: list[str], *, resume: str | None = None
             origin = whole | origin_of(clip, truth if clip == source else truth and beside(clip, truth))
             if code := write_video(model, origin, path, log, stop, command):
                 return code
-        return 0 if videos else write_results(model, whole | origin_of(source, truth), Path(output), log, stop, command)
+        if videos:
+            return 0
+        if Path(source).resolve() == Path(output).resolve():
+            raise options.OptionError(f"--output {output}: is the input; name another folder")
+        with as_option_error(), owned(Path(output)):
+            return write_results(model, whole | origin_of(source, truth), Path(output), log, stop, command)
+
+
+@contextlib.contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Make a folder for results if there is none, and lock it for this process; it goes again if it stays empty.
+
+    Raises: OSError: it can't be made. CheckpointError: it can't be written, or another process is writing there.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows keeps a file that is open
+            (folder / ".lock").unlink()
+        lock.close()
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
 def load_weights(model: ModelBase, opt: Mapping[str, Any], resume: str | None, log: RunLog) -> str:
@@ -113,10 +138,10 @@ def beside(clip: str, folder: str) -> str:
 
 @contextlib.contextmanager
 def as_option_error() -> Iterator[None]:
-    """Raise errors of a user's files as OptionError."""
+    """Raise errors of a user's files and disk as OptionError."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise options.OptionError(str(error)) from error
@@ -139,17 +164,18 @@ def write_video(model: ModelBase, origin: Mapping[str, Any], path: Path, log: Ru
                                           "and input; name another file, or remove it")
             log.line(f"done     {path} was there")
             return 0
-        movie.try_writing(path, source)
-        names = [model.shown_output.format(name) for name in movie.frame_paths(source)]
-        if code := write_results(model, origin, kept, log, stop, command, names):
-            return code
-        partial = kept / f"{os.getpid()}{path.suffix}"  # a killed command's ffmpeg may live for a moment
-        movie.write_video(partial, ((kept / name).read_bytes() for name in names), source, mark)
-    os.replace(partial, path)
-    if (kept / "metrics.csv").exists():
-        os.replace(kept / "metrics.csv", path.with_suffix(".csv"))
-    sync_folder(path.parent)
-    shutil.rmtree(kept)
+        with owned(kept):
+            movie.try_writing(path, source)
+            names = [model.shown_output.format(name) for name in movie.frame_paths(source)]
+            if code := write_results(model, origin, kept, log, stop, command, names):
+                return code
+            partial = kept / f"{os.getpid()}{path.suffix}"  # a killed command's ffmpeg may live for a moment
+            movie.write_video(partial, ((kept / name).read_bytes() for name in names), source, mark)
+            os.replace(partial, path)
+            if (kept / "metrics.csv").exists():
+                os.replace(kept / "metrics.csv", path.with_suffix(".csv"))
+            sync_folder(path.parent)
+            shutil.rmtree(kept, ignore_errors=True)  # Windows keeps the lock's file, which is open
     log.line(f"video    {path}: {len(names)} frames")
     return 0
 
@@ -162,8 +188,6 @@ def write_results(model: ModelBase, origin: Mapping[str, Any], output: Path, log
     Returns: the exit code.
     """
     source, truth = origin["source"], origin["truth"]
-    if Path(source) == output.resolve():
-        raise options.OptionError(f"--output {output}: is the input; name another folder")
     rows, chosen = Rows(output / "metrics.csv"), set(names or ())
     with as_option_error():
         results = model.infer(source, truth, lambda name: (not names or name in chosen) and (
@@ -212,13 +236,9 @@ def claim(output: Path, origin: Mapping[str, Any]) -> None:
             raise options.OptionError(f"--output {output}: holds results of another {', '.join(differing)} "
                                       f"({MADE_BY}); name another folder, or remove it")
         return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if any(file.name != ".lock" for file in output.iterdir()):
         raise options.OptionError(f"--output {output}: is not empty and has no {MADE_BY}; name a new folder")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise options.OptionError(f"--output {output}: can't be made: {error.strerror}") from None
+    path.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
 
 
 class Rows:

@@ -287,8 +287,7 @@ def differing_options(run: Any, most: int = 12) -> list[str]:
         return []
     a, b = options.flatten(run.saved_config), options.flatten(plain(run.opt))
     with contextlib.suppress(options.OptionError):  # an option that is newer than the checkpoint had its default
-        path = run.opt["opt_path"]
-        a = options.flatten(options.parse(path, [], MODELS, NETWORKS, DATASETS, tree=run.saved_config)[0]) | a
+        a = options.flatten(options.parse("", [], MODELS, NETWORKS, DATASETS, tree=run.saved_config)[0]) | a
     keys = [k for k in {**a, **b} if a.get(k) != b.get(k) and k != "opt_path" and not k.startswith(("path.", "log."))]
     lines = [f"options  {k}: {' -> '.join(json.dumps(c[k]) if k in c else 'default' for c in (a, b))}" for k in keys]
     return lines if len(lines) <= most else [*lines[:most], f"options  ... and {len(lines) - most} more"]

@@ -54,6 +54,32 @@ def stopped_after_file(monkeypatch, name):
         yield
 
 
+def second_writer(monkeypatch, command):
+    """Call `command` in a second process when `--test --input` has written its first output; [what it was told]."""
+    real, told = infer.write_result, []
+
+    def written(target, picture):
+        real(target, picture)
+        if told:
+            return
+        end, start = os.pipe()
+        if not (child := os.fork()):
+            signal.alarm(60)
+            told.append("")
+            try:
+                os.write(start, f"ended with {command()}".encode())
+            except checkpoint.CheckpointError as error:
+                os.write(start, str(error).encode())
+            finally:
+                os._exit(0)
+        os.close(start)
+        told.append(os.read(end, 10_000).decode())
+        os.waitpid(child, 0)
+
+    monkeypatch.setattr(infer, "write_result", written)
+    return told
+
+
 def run_until(stop, *arguments, sig=signal.SIGTERM):
     """Run until a signal stops it: after the step of this number, or where a hook sends it. None: to the end."""
     hooks = [] if stop is None else [stop if isinstance(stop, Hooks) else tiny.stop_after(stop, sig)]

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import checkpoint
 import main as door
 from benchmarks import against_originals
 from benchmarks.scaling import KEY
@@ -124,16 +125,17 @@ def test_the_u_net_trains_in_the_place_of_the_recipes_network(script, tmp_path, 
 
 
 @pytest.mark.parametrize("words, said", [
-    (["-opt", "{vqvae}"], "{vqvae}: is for"), (["--seed", "1"], "unet.py: is for"), (["-opt", "none"], "none: no such"),
-    (["--stage"], "expected one argument"), (["--resume", "none.pth"], "none.pth")])
+    (["-opt", "{vqvae}"], "{vqvae}"), (["--seed", "1"], "unet.py"), (["--resume", "{lgt}"], "{lgt}")])
 def test_the_u_net_of_another_recipe_is_one_line(script, tmp_path, capsys, monkeypatch, words, said):
     monkeypatch.setattr(door, "program", None)
-    vqvae = world.recipe("vqvae", tmp_path, "run")
+    places = {"vqvae": world.recipe("vqvae", tmp_path, "run"), "lgt": tmp_path / "lgt.pt"}
+    lgt = dict.fromkeys(["task", "datasets", "netG", "train"]) | {"model": "lgt", "path": {"models": str(tmp_path)}}
+    state = {"G": {"w": torch.zeros(1)}, "state": {"iteration": 1, "config": lgt}}
+    checkpoint.save_bundle(places["lgt"], state, {"iteration": 1})
     with pytest.raises(SystemExit) as caught:
-        script("unet", *(word.format(vqvae=vqvae) for word in words))
-    line = capsys.readouterr().err
-    assert caught.value.code == 2 and said.format(vqvae=vqvae) in line and line.count("\n") == 1
-    assert "segmentation recipe: -opt options/train_segmentation.json" in line or "is for" not in said
+        script("unet", *(word.format(**places) for word in words))
+    assert caught.value.code == 2 and capsys.readouterr().err == (
+        f"error: {said.format(**places)}: is for the segmentation recipe: -opt options/train_segmentation.json\n")
 
 
 def test_the_u_net_is_as_large_as_its_page_says():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import weakref
@@ -16,7 +17,7 @@ from data.image_files import encode, read_picture
 from models import MODELS, NETWORKS
 from tests import test_lgt, test_segmentation, test_vqgan
 from tests.conftest import write_json
-from tests.runs import run, stopped_after_file
+from tests.runs import run, second_writer, stopped_after_file
 from tests.test_vrt import trained, use  # noqa: F401  the fixture
 from train import build_model
 
@@ -176,6 +177,16 @@ def test_a_clip_is_restored_killed_and_resumed_to_an_equal_clip(trained, tmp_pat
     assert use(path, "--input", source, "--output", half) == 0 and "half.mp4 was there" in capsys.readouterr().out
     with pytest.raises(options.OptionError, match="half.mp4: exists, and is not the result of these weights, options"):
         use(path, "--input", source, "--output", half, "--set", "val.flip_seq=true")
+
+
+@needs_ffmpeg
+def test_a_second_process_does_not_write_the_same_clip(trained, tmp_path, monkeypatch):  # noqa: F811
+    path, _ = trained
+    source, out = film(tmp_path / "a.mp4", size="16x16", seconds=0.12), tmp_path / "b.mp4"
+    told = second_writer(monkeypatch, lambda: use(path, "--input", source, "--output", out))
+    assert use(path, "--input", source, "--output", out) == 0
+    assert re.match(rf"{out}.frames: process {os.getpid()} on .* is writing here; wait for it or stop it", told[0])
+    assert sorted(os.listdir(tmp_path)) == ["a.mp4", "b.mp4"]
 
 
 @needs_ffmpeg

@@ -15,7 +15,7 @@ from data.video import FrameFolder
 from models import model_vrt
 from models.model_vrt import ModelVRT
 from tests.conftest import ROOT, SHARED, write_json
-from tests.runs import differing, final, run, run_until, stopped_after_file, straight_and_stopped
+from tests.runs import differing, final, run, run_until, second_writer, stopped_after_file, straight_and_stopped
 from tests.test_options import parse
 from tests.vrt import vrt_file
 
@@ -285,6 +285,19 @@ def test_partial_output_is_resumed_and_ends_the_same(trained, tmp_path, monkeypa
     for name in os.listdir(tmp_path / "whole"):
         if name != "made_by.json":
             assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "half" / name).read_bytes(), name
+
+
+def test_a_second_process_does_not_write_into_the_same_folder(trained, tmp_path, monkeypatch):
+    path, folder = trained
+    words = ("--input", folder / "lq", "--truth", folder / "gt", "--output", tmp_path / "a/b")
+    told = second_writer(monkeypatch, lambda: use(path, *words))
+    assert use(path, *words) == 0
+    assert re.match(rf"{tmp_path}/a/b: process {os.getpid()} on .* is writing here; wait for it or stop it", told[0])
+    assert "\n" not in told[0]
+    monkeypatch.undo()
+    assert sorted(os.listdir(tmp_path / "a/b")) == [*(f"{n:03d}.png" for n in range(7)), "made_by.json", "metrics.csv"]
+    (tmp_path / "a/b/.lock").write_text("left by a kill")
+    assert use(path, *words) == 0 and not (tmp_path / "a/b/.lock").exists()
 
 
 def test_truth_is_averaged_over_clips_as_a_test_set_is(trained, tmp_path, capsys):
