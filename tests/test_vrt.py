@@ -222,8 +222,8 @@ def test_a_published_recipe_trains_and_resumes_exactly(path, tmp_path, monkeypat
     sets = small(path, tmp_path)
     real = options.parse
 
-    def without_tests(*args):  # their data is not here
-        opt, notices = real(*args)
+    def without_tests(*args, **kwargs):  # their data is not here
+        opt, notices = real(*args, **kwargs)
         opt["datasets"] = {"train": opt["datasets"]["train"]}
         return opt, notices
 
