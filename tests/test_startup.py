@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests import world
 from tests.conftest import ROOT
@@ -55,4 +56,5 @@ def test_option_errors_and_a_finished_run_are_answered_without_torchs_compiler(t
     said = fresh("-c", ANSWERS, *done, *sorted((ROOT / "options").glob("*.json")))
     assert said.count("finished at iteration 2 of 2: nothing left to do") == 2
     found = said[said.index("imported ") :].split()
-    assert "torch" in found and not {name for name in found if name in SLOW}
+    theirs = {"sympy"} if torch.__version__.startswith("2.6.") else set()  # torch.utils.checkpoint's there
+    assert "torch" in found and not {name for name in found if name in SLOW} - theirs
