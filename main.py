@@ -71,7 +71,7 @@ def saved_options(path: str) -> dict:
     Raises: OptionError if the file stores no options of this program.
     """
     found = checkpoint.locate(path)
-    config = found.load().get("state", {}).get("config") or {}
+    config = found.load_state().get("config") or {}
     if not options.is_perdure_config(config):
         raise options.OptionError(f"{path}: stores no options of this program; give an option file with -opt")
     folder = found.folder.resolve()

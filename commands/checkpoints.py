@@ -223,7 +223,7 @@ def rank(paths: list[Path]) -> int:
     """Print the runs below some folders by their best metric, in a table for each stage and metric."""
     tables: dict[tuple, list[tuple]] = {}
     for folder in dict.fromkeys(folder for path in paths for folder in runs_below(path)):
-        state = checkpoint.find_newest(folder, print).load().get("state", {})
+        state = checkpoint.find_newest(folder, print).load_state()
         name, mode = state.get("metadata", {}).get("best_metric", (None, None))
         history = History(name, mode, state.get("history", []))
         if history.best is None:

@@ -68,7 +68,7 @@ def prove(option_file: str, overrides: Iterable[Override], steps: int, stage: st
 
 def _reasons(run, folder: str, one: dict[str, Any], steps: int) -> Iterable[str]:
     """Find why the states differ: something this machine does not repeat, or something missing in the checkpoint."""
-    threads = {name: checkpoint.find_newest(_models(folder, name)).load()["state"]["environment"]["num_threads"]
+    threads = {name: checkpoint.find_newest(_models(folder, name)).load_state()["environment"]["num_threads"]
                for name in ("straight", "killed")}
     if len(set(threads.values())) > 1:
         yield f"the thread count was {threads['straight']}, then {threads['killed']}; set num_threads"

@@ -87,7 +87,7 @@ def stage_of(path: str, chain: list[str], only: str | None) -> str:
 
     Raises: CheckpointError where that is ambiguous, with the options that would be valid.
     """
-    name = (checkpoint.locate(path).load().get("state", {}).get("metadata") or {}).get("stage")
+    name = (checkpoint.locate(path).load_state().get("metadata") or {}).get("stage")
     if only is None and name not in chain:
         raise CheckpointError(f"{path}: is of {f'stage {name!r}' if name else 'no stage'}; choose the stage to "
                               f"resume: {' or '.join(f'--stage {one}' for one in chain)}")

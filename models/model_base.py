@@ -198,8 +198,8 @@ class ModelBase(TrainingStep):
         if self.scaler and state.get("scaler_state_dict"):
             self.scaler.load_state_dict(state["scaler_state_dict"])
 
-    # A run commits checkpoints by `Run.save`. These are KAIR's verbs, for programs of one's own: rank 0 writes bare
-    # files without a record.
+    # A run commits checkpoints by `Run.save`. These are KAIR's verbs, for other programs that use a model: rank 0
+    # writes bare files without a record.
 
     def save(self, iter_label: int | str) -> None:
         """Write all networks and optimizers to the folder of checkpoints, each by the verb below of its kind."""

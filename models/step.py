@@ -119,7 +119,7 @@ class TrainingStep:
     @staticmethod
     @torch.no_grad()
     def undo(moving: Sequence[Tensor], before: Sequence[Tensor]) -> None:
-        """Put back what forward passes of a step that is not made have moved."""
+        """Put back what forward passes have moved since the step began."""
         for tensor, old in zip(moving, before):
             tensor.copy_(old)
 
@@ -129,9 +129,7 @@ class TrainingStep:
         determinism.seed_micro_batch(self.opt_train["manual_seed"], step, number)
         share = num // distributed.world_size()
         if num > 1:
-            with torch.no_grad():
-                for tensor, old in zip(moving, before):
-                    tensor.copy_(old)
+            self.undo(moving, before)
             for name, rows in batch.items():  # a tensor of its own: memory alignment can change the last bits
                 place, size = number % share, len(rows) // share
                 assert size * share == len(rows), f"{len(rows)} rows are not {share} equal micro-batches"
