@@ -152,6 +152,10 @@ class Batches:
 
     def close(self) -> None:
         """Kill the workers, which hold only data, even if they hang."""
+        if thread := getattr(self.loader, "_pin_memory_thread", None):  # it reads from workers, and would raise
+            self.loader._pin_memory_thread_done_event.set()
+            self.loader._worker_result_queue.put((None, None))  # wakes it
+            thread.join(1)
         for worker in self.workers:
             worker.kill()
         if self.workers:  # in a thread, since the loader may wait for a partial message

@@ -94,6 +94,7 @@ class StyleLatents:
         self.codec.to(device)
         all_of_them = [(style, number) for style, files in self.files.items() for number in range(len(files))]
         first = len(all_of_them) * distributed.rank() // distributed.world_size()  # ranks find each other's on the disk
+        first = first if self.on_disk else 0  # else what is encoded here, not by workers, would depend on the rank
         for key in all_of_them[first:] + all_of_them[:first]:
             self(*key)
             if key not in self.kept and not self.on_disk:

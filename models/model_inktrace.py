@@ -123,8 +123,7 @@ class ModelInkTrace(ModelPlain):
             self.degraded = self.image
         else:
             t = self.opt_train
-            mask = hidden_blocks(len(self.image), t["mask_ratio"], generator, t["mask_block"])
-            self.mask = mask.to(self.device, non_blocking=True)
+            self.mask = self.move(hidden_blocks(len(self.image), t["mask_ratio"], generator, t["mask_block"]))
             self.degraded = self.image * (1 - self.mask)
 
     def netG_forward(self) -> None:

@@ -165,7 +165,7 @@ class ModelLGT(ModelPlain):
             if epoch != self.epoch:
                 self.begin_epoch(epoch)
             self.target_style = data["target_style"]  # stays on the CPU, where groups are formed
-            self.source, self.reference = (data[k].to(self.device, non_blocking=True) for k in ("source", "reference"))
+            self.source, self.reference = (self.move(data[k]) for k in ("source", "reference"))
             return
         there = [name for (name,) in data["styles"]]
         (self.source_name,), self.source = data["style"], data["source"].to(self.device)  # (1,c,h,w)
@@ -174,11 +174,11 @@ class ModelLGT(ModelPlain):
     def losses(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Compute the energy of the ends of trajectories that begin at random times, and the velocity penalty."""
         t, count = self.opt_train, len(self.source)
-        x0 = torch.randn(self.source.shape).to(self.device, non_blocking=True)
+        x0 = self.move(torch.randn(self.source.shape))
         least = t["epsilon"] * min(self.epoch / max(t["epsilon_warmup_epochs"], 1), 1)
-        start = (torch.rand(count) * (1 - least) + least).to(self.device, non_blocking=True)
+        start = self.move(torch.rand(count) * (1 - least) + least)
         dropped = bool(torch.rand(()) < t["label_drop_prob"])
-        style = self.target_style.to(self.device, non_blocking=True)
+        style = self.move(self.target_style)
         x_t = torch.lerp(x0, self.source, start[:, None, None, None])
         groups = self.target_style.tolist() if t["swd_groups"] == "style" and not dropped else None
         terms = self.G_lossfn(self.integrate(x_t, start, style, dropped), self.reference, self.source, None, groups)

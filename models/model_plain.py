@@ -24,7 +24,7 @@ from losses import LOSSES
 from metrics.vrt import Eight, frame_metrics, in_8_bits
 from models.model_base import ModelBase, mean_of
 from options import Section, build
-from runtime import distributed, schedules
+from runtime import determinism, distributed, schedules
 from runtime.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ProperFraction
 from storage.foreign import extract_weights, unpack
 
@@ -162,8 +162,8 @@ class ModelPlain(ModelBase):
 
     def feed_data(self, data: Mapping[str, Any], need_H: bool = True) -> None:
         """Move a batch to the device: `L` degraded, `H` target, (B, ..., C, H, W) in [0, 1]."""
-        self.degraded = data["L"].to(self.device, non_blocking=True)
-        self.target = data["H"].to(self.device, non_blocking=True) if need_H and "H" in data else None
+        self.degraded = self.move(data["L"])
+        self.target = self.move(data["H"]) if need_H and "H" in data else None
 
     def netG_forward(self) -> None:
         """Run G on `degraded`, into `restored`."""
@@ -174,6 +174,7 @@ class ModelPlain(ModelBase):
         with self.autocast():
             self.netG_forward()
         loss = self.opt_train["G_lossfn_weight"] * self.G_lossfn(self.restored.to(self.target.dtype), self.target)
+        self.restored = self.restored.detach()  # else a step without a backward pass would keep its activations
         return {"optimizerG": loss}, {"G_loss": loss}
 
     # ------------------------------------------------ testing
@@ -226,7 +227,8 @@ class ModelPlain(ModelBase):
         degraded = self.degraded[0, ..., : self.target.shape[-3], :, :]  # without a noise map
         if degraded.shape == self.target.shape[1:]:
             return "input", degraded
-        return "bicubic", imresize(degraded, self.opt["scale"])
+        with determinism.full_float32():
+            return "bicubic", imresize(degraded, self.opt["scale"])
 
     def metrics(self) -> dict[str, float]:
         """Return PSNR and SSIM of `restored`, and as `<name>_<baseline>` of the baseline, averaged over frames."""

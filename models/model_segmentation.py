@@ -124,7 +124,7 @@ class ModelSegmentation(ModelPlain):
         if self.target is not None:
             self.target = self.target.float()  # the loss converts logits to the type of the target
         if self.multitask and self.target is not None:
-            maps = [data[name].to(self.device, non_blocking=True) for name in ("boundary", "distance")]
+            maps = [self.move(data[name]) for name in ("boundary", "distance")]
             self.target = torch.cat([self.target[:, None], *maps, hsv(self.degraded)], dim=1)
         if "epoch" in data:
             place = int(data["epoch"][0]), int(data["num_samples"][0])
@@ -139,7 +139,7 @@ class ModelSegmentation(ModelPlain):
 
     def counts(self) -> list[Tensor]:
         """Return true positives, false positives and false negatives of the micro-batch."""
-        return [self.confusion(self.restored.detach(), self.target)]
+        return [self.confusion(self.restored, self.target)]
 
     def optimize_parameters(self, current_step: int) -> None:
         """Train on the batch, and count its samples."""

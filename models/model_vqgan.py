@@ -135,6 +135,8 @@ class ModelVQGAN(ModelPlain):
         """Prepare both networks for training, and LPIPS for validation."""
         reports = super().init_train(parts, source)
         self.loss.train()
+        if self.opt_train["compile"]:  # the adaptive weight takes three gradients of one forward pass
+            torch._functorch.config.donated_buffer = False
         config = schema_of(VQLPIPSWithDiscriminator)
         files = [self.opt_train["lossconfig"].get(key, config[key][1]) for key in ("vgg_path", "lpips_path")]
         if self.lpips is None and self.opt["n_channels"] == 3 and all(Path(f).expanduser().is_file() for f in files):
@@ -187,7 +189,7 @@ class ModelVQGAN(ModelPlain):
 
     def feed_data(self, data: Mapping[str, Any], need_H: bool = True) -> None:
         """Move a batch to the device: pictures (B,[D,]H,W,C) uint8, or (B,[D,]C,H,W) in [0,1]."""
-        pictures = data["H" if "H" in data else "L"].to(self.device, non_blocking=True)
+        pictures = self.move(data["H" if "H" in data else "L"])
         pictures = pictures.flatten(0, -4)  # (B,D,...) -> (B*D,...)
         if pictures.dtype == torch.uint8:
             pictures = pictures.permute(0, 3, 1, 2).float() / 255

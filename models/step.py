@@ -79,7 +79,7 @@ class TrainingStep:
         self.begin_step(current_step)
         num = distributed.num_micro_batches(self.opt_train["accumulate"])
         if self.moving is None:
-            moving = self.moving_tensors()
+            moving = [tensor.detach() for tensor in self.moving_tensors()]  # some are parameters
             self.moving = moving, [torch.empty_like(tensor) for tensor in moving]
         moving, before = self.moving
         if moving:
@@ -221,6 +221,10 @@ class TrainingStep:
         losses = {number: {name: float(term) for name, term in terms.items()}
                   for number, terms in self.micro_terms.items()}
         return losses, {name: float(norm) for name, norm in self.gradient_norms.items()}
+
+    def move(self, x: Tensor) -> Tensor:
+        """Move a tensor from the CPU to the device; from pinned memory, as the copy would wait for a card otherwise."""
+        return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
 
     def autocast(self) -> torch.autocast:
         """Return the context of forward passes, in the precision of `train.amp`."""

@@ -140,7 +140,7 @@ def use_device(device: torch.device) -> None:
     """Set up the process group for tensors on this device."""
     global _data
     if dist.is_initialized() and device.type == "cuda" and _data is None:
-        _data = dist.new_group(backend="nccl")
+        _data = dist.new_group(backend="nccl", timeout=PATIENCE)
 
 
 def finish() -> None:

@@ -6,15 +6,20 @@ import multiprocessing
 import os
 import runpy
 import sys
+import threading
+import time
 import traceback
+import types
 import weakref
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
+import torch._functorch.config
 import torch.utils._pytree as pytree
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data._utils import pin_memory
 
 import checkpoint
 import main as door
@@ -230,7 +235,10 @@ def test_what_compares_close_values_computes_in_full_float32(monkeypatch):
         before = precision()
         nearest(torch.randn(5, 4), torch.randn(7, 4))
         PatchSlicedWassersteinLoss()(*torch.randn(2, 2, 4, 8, 8))
-        assert seen == [("highest", False)] * 3 and precision() == before
+        monkeypatch.setattr(model_plain, "imresize", lambda *args: seen.append(precision()))
+        model = types.SimpleNamespace(degraded=torch.rand(1, 3, 4, 4), target=torch.rand(1, 3, 8, 8), opt={"scale": 2})
+        ModelPlain.baseline(model)
+        assert seen == [("highest", False)] * 4 and precision() == before
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -317,6 +325,20 @@ def test_pictures_are_encoded_on_the_device_before_workers_start(tmp_path, monke
     data = styles.StyleDataset(image_size=16, generated={"num_images": 3})
     data.encode_on(torch.device("meta"))
     assert len(codec.seen) == 3 * len(data.styles) + 1
+
+
+def test_every_process_encodes_the_same_pictures_on_its_card(monkeypatch):
+    """Latents from a card differ in the last bits from those that workers encode where not all can be kept."""
+    monkeypatch.setattr(styles, "shared_codec", lambda section: Codec())
+    monkeypatch.setattr(styles, "MOST_KEPT", 200)  # one latent
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    kept = []
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        data = styles.StyleDataset(image_size=16, generated={"num_images": 3})
+        data.encode_on(torch.device("meta"))
+        kept.append(list(data.latents.kept))
+    assert kept[0] == kept[1] and len(kept[0]) == 1
 
 
 def test_a_run_encodes_its_pictures_where_it_trains(tmp_path, monkeypatch):
@@ -430,7 +452,80 @@ def test_act_norm_asks_the_device_until_the_first_step_of_the_discriminator(tmp_
     assert seen == [[False], [True], [True]]
 
 
+@pytest.mark.parametrize("kind", world.RECIPES)
+def test_what_a_step_computed_is_not_held_by_the_model(tmp_path, kind):
+    """A step that is skipped, or that raises, has no backward pass, which would let go of the activations."""
+    run = common.build_run(common.read_options(str(world.recipe(kind, tmp_path, "run")), {}))
+    with common.batches_of(run) as batches:
+        run.model.feed_data(next(batches))
+    run.model.update_learning_rate(0)
+    run.model.begin_step(1)
+    run.model.losses(1)
+    held = [name for name, value in vars(run.model).items() if isinstance(value, torch.Tensor) and value.grad_fn]
+    assert not held
+
+
+def test_copies_of_what_the_first_batch_sets_grow_no_graph(tmp_path):
+    steps = {"total_iter": 2, "lossconfig": {"use_actnorm": True}}
+    seen, path = [], world.recipe("vqgan", tmp_path, "run", train=steps)
+    looks = [tiny.At("after_step", step, lambda run: seen.extend(run.model.moving[1])) for step in (1, 2)]
+    assert run("-opt", path, hooks=looks) == 0
+    assert any(copy.shape == (1, 64, 1, 1) or copy.ndim == 4 for copy in seen)  # those of ActNorm are among them
+    assert not any(copy.requires_grad for copy in seen)
+
+
+def test_a_recipe_sends_from_pinned_memory_to_a_card():
+    """Copies of pageable memory above 64 KB wait for the card, which no debugging mode of torch reports."""
+    calls, card = [], types.SimpleNamespace(type="cuda")
+    tensor = types.SimpleNamespace(pin_memory=lambda: (calls.append("pin"), tensor)[1],
+                                   to=lambda device, non_blocking: calls.append((device, non_blocking)))
+    ModelPlain.move(types.SimpleNamespace(device=card), tensor)
+    assert calls == ["pin", (card, True)]
+    for path in (ROOT / "models").glob("model_*.py"):
+        assert "non_blocking" not in path.read_text(), f"{path.name}: use move()"
+
+
+class Spin(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, key):
+        end = time.perf_counter() + 0.003
+        while time.perf_counter() < end:
+            pass
+        return {"L": torch.rand(3, 64, 64), "H": torch.rand(3, 64, 64)}
+
+
+def test_the_thread_that_pins_batches_ends_before_the_workers_that_it_reads_from(monkeypatch):
+    """It exists only for a card. When it reads from a killed worker, it dies with a traceback."""
+    for name, value in {"is_available": True, "current_accelerator": torch.device("cuda"), "current_device_index": 0,
+                        "set_device_index": None}.items():
+        monkeypatch.setattr(torch.accelerator, name, lambda *args, value=value: value)
+    monkeypatch.setattr(pin_memory, "pin_memory", lambda data, device=None: data)
+    failures = []
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+    for number in range(1, 9):
+        batches = loader.endless(Spin(), [[(0, j), (0, j + 1)] for j in range(300)], 2, True)
+        assert batches.loader._pin_memory_thread.is_alive()
+        for _ in range(number):
+            next(batches)
+        batches.close()
+        assert not batches.loader._pin_memory_thread.is_alive()
+    assert not failures
+
+
 # ---------------------------------------------------------------- compilation
+
+
+@OLD_TORCH
+def test_a_compiled_network_trains_on_when_the_discriminator_starts(tmp_path, monkeypatch):
+    """Until then its backward pass reuses activations; the adaptive weight needs them three times."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda net, real=torch.compile: real(net, backend="aot_eager"))
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
+    path = world.recipe("vqgan", tmp_path, "run", train={"total_iter": 3, "compile": True,
+                                                         "lossconfig": {"disc_start": 2}})
+    assert run("-opt", path) == 0
 
 
 @pytest.mark.parametrize("kind, changes", [
