@@ -342,10 +342,17 @@ class ModelBase(TrainingStep):
             named = {name: value for (name, value), finite in zip(named.items(), sums) if not finite}
         if not named:
             return None
-        norms = torch._foreach_norm(list(named.values()), float("inf"))
-        largest = torch.stack([norm.to(self.device, torch.float32) for norm in norms]).cpu()
+
+        def largest(device: torch.device | str) -> list[float]:
+            norms = torch._foreach_norm([value.to(device) for value in named.values()], float("inf"))
+            return torch.stack([norm.float() for norm in norms]).tolist()
+
+        try:
+            norms = largest(self.device)
+        except torch.OutOfMemoryError:  # a step that raised left the card full
+            norms = largest("cpu")
         buffers = {f"{label}.{name}" for label, network in self.networks.items() for name, _ in network.named_buffers()}
-        return next((name for name, value in zip(named, largest.tolist())
+        return next((name for name, value in zip(named, norms)
                      if value != value or value == float("inf") and name not in buffers), None)
 
     def checksum(self) -> int:

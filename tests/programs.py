@@ -18,7 +18,10 @@ from tests import tiny
 from tests.conftest import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.world", "tests.runs"])
+if os.environ.get("PERDURE_TEST_CUDA"):  # a card does not work in a forked process
+    CONTEXT = multiprocessing.get_context("spawn")
+else:
+    CONTEXT.set_forkserver_preload(["tests.world", "tests.runs"])
 COUNTER = itertools.count()
 
 
