@@ -7,16 +7,20 @@ Legend: N pairs of frames, B batch, D frames, C channels, H W pixels. A flow is 
 (right), channel 1 is dy (down).
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from storage.foreign import extract_weights
 from storage.sealed import CheckpointError, load_file
 
+# In the backward pass, where the values read at each point would otherwise be stored: up to 36 times x. Nothing is drawn.
+computed_again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 NUM_LEVELS = 6  # basic_module[0] works at 1/32 of the size, basic_module[5] at full size
 STRIDE = 2 ** (NUM_LEVELS - 1)
 REMEDY = (
@@ -60,7 +64,7 @@ def sample(x: Tensor, columns: Tensor, rows: Tensor, mode: str = "bilinear", pad
     """Sample x (N, C, H, W) at points (N, h, w) in pixels, as (N, C, h, w)."""
     height, width = x.shape[-2:]
     if needs_fixed_order(x) and align_corners and padding_mode != "reflection":
-        return sample_by_gather(x, columns, rows, mode, padding_mode)
+        return computed_again(sample_by_gather, x, columns, rows, mode, padding_mode)
     grid = (2 * columns / max(width - 1, 1) - 1, 2 * rows / max(height - 1, 1) - 1)  # pixels to [-1, 1]
     return F.grid_sample(x, torch.stack(grid, dim=-1), mode, padding_mode, align_corners)
 
@@ -135,7 +139,7 @@ def deform_conv(x: Tensor, offset: Tensor, modulation: Tensor, weight: Tensor, b
     Returns: (N, C_out, H, W).
     """
     if needs_fixed_order(x):
-        return deform_conv_by_gather(x, offset, modulation, weight, bias)
+        return computed_again(deform_conv_by_gather, x, offset, modulation, weight, bias)
     if x.is_cuda:
         from torchvision.ops import deform_conv2d  # slow to import
 

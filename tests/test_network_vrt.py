@@ -556,6 +556,26 @@ def test_the_gradient_of_sampling_by_gather_sorts_points_not_single_values():
     assert seen == [2 * 3 * 6] * 4  # of each corner, for all 16 channels at once
 
 
+@pytest.mark.parametrize("act, arguments", [
+    (spynet.sample, lambda: [torch.randn(2, 16, 8, 9), 8 * torch.rand(2, 8, 9), 7 * torch.rand(2, 8, 9)]),
+    (deform_conv, lambda: [torch.randn(2, 8, 8, 9), torch.randn(2, 36, 8, 9), torch.rand(2, 18, 8, 9),
+                           torch.randn(8, 8, 3, 3), torch.randn(8)])])
+def test_exact_mode_stores_nothing_of_what_it_reads_at_points(monkeypatch, act, arguments):
+    """Deterministic training needs no more memory than training; each point is read again for the gradient."""
+    monkeypatch.setattr(spynet, "needs_fixed_order", lambda x: True)
+    inputs, saved, gradients = [value.requires_grad_() for value in arguments()], [], []
+    for again in (spynet.computed_again, lambda function, *args: function(*args)):
+        monkeypatch.setattr(spynet, "computed_again", again)
+        saved.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: (saved.append(saved.pop() + t.nbytes), t)[1], lambda t: t):
+            out = act(*inputs)
+        gradients.append(torch.autograd.grad(out.square().sum(), inputs))
+    given = sum(value.nbytes for value in inputs)
+    assert saved[0] <= given < 3 * given < saved[1]
+    assert all(torch.equal(*pair) for pair in zip(*gradients))
+
+
 def test_flows_are_estimated_in_float32_under_autocast():
     net, frames = SpyNet(), torch.rand(2, 1, 3, 32, 32)
     for level in net.basic_module:
