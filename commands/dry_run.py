@@ -287,6 +287,8 @@ class Trial:
     def validate(self, name: str) -> Finding:
         """Validate one sample."""
         dataset, began, model = self.run.test_sets[name], time.monotonic(), self.run.model
+        if self.cuda:
+            torch.cuda.empty_cache()  # else what the steps need, which is kept for more, would count as well
         metrics = model.validate(next(clips_of(dataset)))
         took = time.monotonic() - began
         watch.measure("sample", took)

@@ -24,6 +24,7 @@ from torch.utils.data._utils import pin_memory
 import checkpoint
 import main as door
 from benchmarks import common
+from commands import dry_run
 from data import loader, styles
 from data.loader import num_workers
 from losses.energy import PatchSlicedWassersteinLoss
@@ -376,6 +377,15 @@ def test_the_metrics_of_the_baseline_are_computed_once_in_a_run(tmp_path, monkey
     assert len(calls) == 2 + 2 + 2  # of 2 samples or frames: the baseline, and two validations
     name = "psnr_bicubic" if lazy else "psnr_input"
     assert first[f"test.{name}"] == second[f"test.{name}"] and first["test.psnr"] != second["test.psnr"]
+
+
+def test_a_dry_run_does_not_add_the_memory_of_steps_to_that_of_a_validation(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty the cache"))
+    monkeypatch.setattr(dry_run, "clips_of", lambda dataset: iter(dataset))
+    model = types.SimpleNamespace(device=torch.device("cuda"), validate=lambda sample: calls.append(sample) or {})
+    dry_run.Trial(types.SimpleNamespace(opt={}, model=model, test_sets={"test": ["sample"]})).validate("test")
+    assert calls == ["empty the cache", "sample"]
 
 
 # ---------------------------------------------------------------- waiting for the device
