@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from storage.foreign import extract_weights
 from storage.sealed import CheckpointError, load_file
 
-# In the backward pass, where the values read at each point would otherwise be stored: up to 36 times x. Nothing is drawn.
+# In the backward pass; the values read at each point would otherwise be stored, up to 36 times x. Nothing is drawn.
 computed_again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 NUM_LEVELS = 6  # basic_module[0] works at 1/32 of the size, basic_module[5] at full size
 STRIDE = 2 ** (NUM_LEVELS - 1)
