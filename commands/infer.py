@@ -11,7 +11,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from log.tables import write_table
 from models import MODELS
 from models.model_base import ModelBase
 from runtime import distributed
-from runtime.determinism import prepare_machine
-from runtime.evaluate import describe_losses, evaluate
+from runtime.determinism import lacks_memory, prepare_machine
+from runtime.evaluate import describe_losses, evaluate, explain
 from runtime.signals import StopRequest
 from storage.files import FolderLock, sync_folder
 from train import build_model
@@ -137,14 +137,15 @@ def beside(clip: str, folder: str) -> str:
 
 
 @contextlib.contextmanager
-def as_option_error() -> Iterator[None]:
-    """Raise errors of a user's files and disk as OptionError."""
+def as_option_error(val: Container[str] = ()) -> Iterator[None]:
+    """Raise errors of a user's files and disk, and lack of memory, as OptionError. Args: val: keys of that section."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        if isinstance(error, CheckpointError):
+    except Exception as error:
+        if isinstance(error, (CheckpointError, options.OptionError)) or not (
+                isinstance(error, (ValueError, OSError)) or lacks_memory(error)):
             raise
-        raise options.OptionError(str(error)) from error
+        raise options.OptionError(explain(error, val) if lacks_memory(error) else str(error)) from error
 
 
 def write_video(model: ModelBase, origin: Mapping[str, Any], path: Path, log: RunLog, stop: StopRequest,
@@ -189,7 +190,7 @@ def write_results(model: ModelBase, origin: Mapping[str, Any], output: Path, log
     """
     source, truth = origin["source"], origin["truth"]
     rows, chosen = Rows(output / "metrics.csv"), set(names or ())
-    with as_option_error():
+    with as_option_error(model.opt["val"]):
         results = model.infer(source, truth, lambda name: (not names or name in chosen) and (
             not (output / name).exists() or bool(truth and name not in rows.rows)))
         total = next(results)

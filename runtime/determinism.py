@@ -47,8 +47,8 @@ def prepare_machine(opt: dict) -> None:
         if not torch.cuda.is_available():
             raise options.OptionError(f"device: {device}: torch sees no CUDA device here; use --device cpu")
         if device.index >= torch.cuda.device_count():
-            raise options.OptionError(f"device: {device}: there are {torch.cuda.device_count()} CUDA devices here, and "
-                                      "each process needs its own; lower --nproc_per_node")
+            raise options.OptionError(f"device: {device}: there is no such CUDA device among the "
+                                      f"{torch.cuda.device_count()} here; each process needs its own")
         torch.cuda.set_device(device)
     distributed.use_device(device)
     if opt["deterministic"]:
@@ -96,7 +96,13 @@ def missing_kernel(error: BaseException) -> str | None:
 def lacks_memory(error: BaseException) -> bool:
     """Tell whether an error says that the memory of this machine or of its card is full."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(
-        re.search("can't allocate memory|CUDA error: out of memory|_STATUS_ALLOC_FAILED", str(error)))
+        re.search("can't allocate memory|CUDA (error: )?out of memory|_STATUS_ALLOC_FAILED", str(error)))
+
+
+def no_memory(error: BaseException) -> str:
+    """Describe an error about memory in one line, without torch's account of its allocator."""
+    text = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return f"out of memory: {text.partition('. Of the')[0][:200]}"
 
 
 @contextlib.contextmanager
@@ -109,8 +115,7 @@ def failures_named(device: torch.device, kept: Callable[[], str] = str) -> Itera
         yield
     except (RuntimeError, MemoryError) as error:
         if lacks_memory(error):
-            text = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise options.OptionError(f"out of memory: {text[:160]}; {LESS_MEMORY}{kept()}") from None
+            raise options.OptionError(f"{no_memory(error)}; {LESS_MEMORY}{kept()}") from None
         if operation := missing_kernel(error):
             raise options.OptionError(f"deterministic: {operation} has no deterministic kernel on {device}; set "
                                       "deterministic to false, or use --device cpu") from None

@@ -8,7 +8,7 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from log.terminal import duration, number
 from models.model_base import ModelBase
 from options import OptionError
 from runtime import distributed
-from runtime.determinism import fastest_kernels, lacks_memory
+from runtime.determinism import fastest_kernels, lacks_memory, no_memory
 from runtime.signals import Interrupted, StopRequest
 from runtime.watchdog import watch
 from storage.files import save_file
@@ -153,7 +153,7 @@ def evaluate(model: ModelBase, test_sets: Mapping[str, Any], log: RunLog, iterat
             traceback.clear_frames(error.__traceback__)  # what they hold may fill a card, and the save needs room
         watch.begin("wait", f"the other ranks' samples of {name}")
         where = f"test set {name}" if sample is None else f"test set {name}, {clip_name(sample)}"
-        gathered = distributed.gather((rows, failure and f"{where}: {explain(failure)}"))
+        gathered = distributed.gather((rows, failure and f"{where}: {explain(failure, model.opt['val'])}"))
         watch.begin("rest", f"the metrics of {name}")
         if progress and (failure or None in [part for part, _ in gathered]):
             progress.flush()
@@ -224,12 +224,13 @@ def validate(run: Any, stop: StopRequest) -> None:
         run.save(reason="best")
 
 
-def explain(error: BaseException) -> str:
-    """Describe an error in one line, with a remedy if it is about memory."""
+def explain(error: BaseException, val: Container[str]) -> str:
+    """Describe an error in one line, with a remedy by options of this `val` section if it is about memory."""
     text = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
     if lacks_memory(error):
-        return f"out of memory ({text[:160]}); test on smaller pieces (val.num_frame_testing, val.size_patch_testing," \
-               " val.tile) or smaller pictures"
+        keys = [f"val.{key}" for key in ("num_frame_testing", "size_patch_testing", "tile") if key in val]
+        pieces = f"pieces ({', '.join(keys)}) or smaller " if keys else ""
+        return f"{no_memory(error)}; test on smaller {pieces}pictures"
     return text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
 
 

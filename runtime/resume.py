@@ -202,8 +202,8 @@ def banner(run: Any, source: CheckpointSet | None, parts: Mapping[str, Any]) -> 
     loader = opt["datasets"]["train"]
     say(f"data     {loader['dataset_type']}, {len(run.train_set)} samples, "
         f"{run.batches.batches_per_epoch} batches of {loader['dataloader_batch_size']} an epoch; {tests}")
+    worlds = [2**k for k in range(run.micro_batches.bit_length()) if run.micro_batches % 2**k == 0]
     if run.micro_batches > 1:
-        worlds = [2**k for k in range(run.micro_batches.bit_length()) if run.micro_batches % 2**k == 0]
         say(f"step     {run.micro_batches} micro-batches; equal bits on {', '.join(map(str, worlds))} processes"
             if world in worlds else
             f"step     {run.micro_batches} micro-batches; equal bits only on {world} processes")
@@ -236,7 +236,8 @@ def banner(run: Any, source: CheckpointSet | None, parts: Mapping[str, Any]) -> 
         say(f"note     torch {torch.__version__} has a vulnerability in reading such files; before 2.10, read only "
             "files that you trust")
     then, now = state.get("environment", {}), run.environment()
-    changed = [f"{key} {then[key]} -> {now[key]}" for key in now if key in then and then[key] != now[key]]
+    changed = [f"{key} {then[key]} -> {now[key]}" for key in now if key in then and then[key] != now[key]
+               and not (key == "processes" and {then[key], now[key]} <= set(worlds))]  # which gives equal bits
     if changed:
         say(f"machine  changed, so results may differ in the last bits: {', '.join(changed)}")
     for line in differing_options(run):

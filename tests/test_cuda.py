@@ -150,6 +150,7 @@ def test_the_cards_are_hidden_from_tests_unless_asked_for(monkeypatch):
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
                                    RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"),
+                                   RuntimeError("CUDA out of memory. Tried to allocate 2 MiB"),  # torchvision 0.29
                                    RuntimeError("CUDNN_STATUS_ALLOC_FAILED"), RuntimeError("can't allocate memory")])
 def test_out_of_memory_in_a_step_is_one_line_and_costs_no_step(tmp_path, monkeypatch, error):
     def full(self, step):

@@ -79,6 +79,7 @@ def on_sizes(folder, write, straight, stops, last):
         size, *act = stop or (straight if words[1].stem == "one" else last,)
         codes, said = world.run(folder / "out", size, *words, acts=[tuple(act)] if act else [], seconds=200)
         assert all(codes) if act else codes == [0] * size, said
+        assert size & (size - 1) or "machine  changed" not in said[0]  # since bits are equal
 
     return straight_and_stopped(lambda name, _: write(name), stops, launch)
 

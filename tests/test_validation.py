@@ -80,7 +80,7 @@ def test_a_validation_that_fails_saves_the_steps_so_far_and_names_the_sample(tmp
 
 
 @pytest.mark.parametrize("error, words", [(MemoryError("cannot allocate"), "out of memory"),
-                                          (torch.OutOfMemoryError("CUDA: out of memory"), "val.num_frame_testing"),
+                                          (torch.OutOfMemoryError("CUDA: out of memory"), "; test on smaller pictures"),
                                           (KeyError("nothing"), "KeyError")], ids=["host", "device", "fault"])
 def test_out_of_memory_in_a_validation_is_one_line_with_the_remedy(tmp_path, monkeypatch, capsys, error, words):
     def broken(self, sample):

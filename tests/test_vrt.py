@@ -14,6 +14,7 @@ import options
 from data.video import FrameFolder
 from models import model_vrt
 from models.model_vrt import ModelVRT
+from models.network_vrt import VRT
 from tests.conftest import ROOT, SHARED, write_json
 from tests.runs import differing, final, run, run_until, second_writer, stopped_after_file, straight_and_stopped
 from tests.test_options import parse
@@ -343,6 +344,21 @@ def test_bad_use_is_one_line_and_makes_nothing(trained, tmp_path, words, complai
     with pytest.raises((options.OptionError, checkpoint.CheckpointError)) as caught:
         use(path, *(word.format(**places) for word in words))
     assert complaint in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [("--input", "lq", "--output", "out"), ()], ids=["files", "test sets"])
+def test_use_that_lacks_memory_is_one_line_with_this_models_options(trained, tmp_path, monkeypatch, words):
+    def full(self, x):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. Of the allocated memory")
+
+    path, folder = trained
+    places = {"lq": folder / "lq", "out": tmp_path / "out"}
+    with monkeypatch.context() as patch, pytest.raises(options.OptionError) as caught:
+        patch.setattr(VRT, "forward", full)
+        use(path, *(places.get(word, word) for word in words))
+    assert re.search(r"out of memory: CUDA out of memory. Tried to allocate 2 GiB; test on smaller pieces "
+                     r"\(val.num_frame_testing, val.size_patch_testing\) or smaller pictures$", str(caught.value))
+    assert use(path, *(places.get(word, word) for word in words)) == 0
 
 
 def test_results_of_other_weights_are_kept_apart(trained, tmp_path):

@@ -75,4 +75,9 @@ def run(words: list[str], **cards) -> int:
         if reason := build(Path(folder)):
             print(f"error: no stand-in for a card here: {reason}")
             return 2
-        return subprocess.run(words, env={**os.environ, **environment(Path(folder), **cards)}).returncode
+        process = subprocess.Popen(words, env={**os.environ, **environment(Path(folder), **cards)})
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # is also the command's, which ends when it has saved
+                continue
