@@ -1,6 +1,6 @@
 """Check on a CUDA device what only a CUDA device can show, and measure what depends on it.
 
-    bash benchmarks/gpu.sh                        # everything, about eight minutes on an H100
+    bash benchmarks/gpu.sh                        # everything, by estimate ten minutes on an H100
     bash benchmarks/gpu.sh attention fit          # only these sections
     bash benchmarks/gpu.sh --cpu                  # what has a CPU form, on small networks
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from runtime import determinism, distributed
 
+PINNED = 1 << 26  # most bytes that are pinned to be sent
+
 
 @dataclass
 class Shape:
@@ -223,8 +225,12 @@ class TrainingStep:
         return losses, {name: float(norm) for name, norm in self.gradient_norms.items()}
 
     def move(self, x: Tensor) -> Tensor:
-        """Move a tensor from the CPU to the device; from pinned memory, as the copy would wait for a card otherwise."""
-        return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
+        """Move a tensor from the CPU to the device; from pinned memory, as the copy would wait for a card otherwise.
+
+        Training batches are pinned already. Large clips of a validation are not: torch keeps pinned memory for good.
+        """
+        pinned = self.device.type == "cuda" and x.nbytes <= PINNED
+        return (x.pin_memory() if pinned else x).to(self.device, non_blocking=True)
 
     def autocast(self) -> torch.autocast:
         """Return the context of forward passes, in the precision of `train.amp`."""

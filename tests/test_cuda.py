@@ -488,10 +488,12 @@ def test_copies_of_what_the_first_batch_sets_grow_no_graph(tmp_path):
 def test_a_recipe_sends_from_pinned_memory_to_a_card():
     """Copies of pageable memory above 64 KB wait for the card, which no debugging mode of torch reports."""
     calls, card = [], types.SimpleNamespace(type="cuda")
-    tensor = types.SimpleNamespace(pin_memory=lambda: (calls.append("pin"), tensor)[1],
+    tensor = types.SimpleNamespace(nbytes=100, pin_memory=lambda: (calls.append("pin"), tensor)[1],
                                    to=lambda device, non_blocking: calls.append((device, non_blocking)))
     ModelPlain.move(types.SimpleNamespace(device=card), tensor)
-    assert calls == ["pin", (card, True)]
+    tensor.nbytes = 1 << 30  # a clip of a validation: the memory would stay pinned
+    ModelPlain.move(types.SimpleNamespace(device=card), tensor)
+    assert calls == ["pin", (card, True), (card, True)]
     for path in (ROOT / "models").glob("model_*.py"):
         assert "non_blocking" not in path.read_text(), f"{path.name}: use move()"
 
