@@ -137,7 +137,7 @@ def last_lines(text: str, pattern: str, count: int = 1) -> str:
 
 
 def run_all(section: str, tasks: Mapping[str, tuple], pattern: str, count: int = 1,
-            together: int = 16) -> Iterator[Finding]:
+            together: int = min(16, os.cpu_count() or 1)) -> Iterator[Finding]:
     """Run `main.py` for each task, title -> arguments of `run_main`, some together. Yields the last matching lines."""
     def one(title: str) -> Finding:
         code, text = run_main(*tasks[title])
