@@ -138,7 +138,7 @@ def deform_conv(x: Tensor, offset: Tensor, modulation: Tensor, weight: Tensor, b
 
     Returns: (N, C_out, H, W).
     """
-    if needs_fixed_order(x):
+    if needs_fixed_order(x) or not x.is_cuda and 1 in x.shape[-2:]:  # such an axis is one place to grid_sample
         return computed_again(deform_conv_by_gather, x, offset, modulation, weight, bias)
     if x.is_cuda:
         from torchvision.ops import deform_conv2d  # slow to import
@@ -155,7 +155,7 @@ def deform_conv_by_gather(x: Tensor, offset: Tensor, modulation: Tensor, weight:
     """Compute `deform_conv` by operations whose gradients add in a fixed order in deterministic mode."""
     n, c, h, w = x.shape
     groups, weight_groups = modulation.shape[1] // 9, c // weight.shape[1]
-    x, offset, weight, bias = (tensor.float() for tensor in (x, offset, weight, bias))
+    x, offset, weight, bias = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, offset, weight, bias))
     tap, row, column = (torch.arange(size, device=x.device) for size in (9, h, w))
     dy, dx = offset.view(n * groups, 9, 2, h, w).unbind(2)
     rows = dy + (tap[:, None, None] // 3 - 1 + row[:, None])

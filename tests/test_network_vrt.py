@@ -176,10 +176,11 @@ def test_flow_warp_refuses_a_flow_of_another_size():
 @pytest.mark.parametrize("function, dtype, gate", [
     (deform_conv, torch.float64, 1e-9), (spynet.deform_conv_by_gather, torch.float32, 1e-4)])
 @pytest.mark.parametrize("groups, weight_groups", [(1, 1), (4, 1), (6, 2), (6, 3)])
-def test_deform_conv_is_torchvisions(function, dtype, gate, groups, weight_groups):
+@pytest.mark.parametrize("size", [(7, 9), (1, 1), (1, 4), (3, 1)])
+def test_deform_conv_is_torchvisions(function, dtype, gate, size, groups, weight_groups):
     torch.manual_seed(0)
     kernel = (6, 12 // weight_groups, 3, 3)
-    shapes = ((2, 12, 7, 9), (2, 18 * groups, 7, 9), (2, 9 * groups, 7, 9), kernel, (6,))
+    shapes = ((2, 12, *size), (2, 18 * groups, *size), (2, 9 * groups, *size), kernel, (6,))
     tensors = [torch.randn(shape, dtype=dtype) for shape in shapes]
     tensors[1] *= 3  # some taps lie outside
     x, offset, modulation, weight, bias = tensors = [t.requires_grad_() for t in tensors]
