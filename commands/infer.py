@@ -141,11 +141,14 @@ def as_option_error(val: Container[str] = ()) -> Iterator[None]:
     """Raise errors of a user's files and disk, and lack of memory, as OptionError. Args: val: keys of that section."""
     try:
         yield
+    except (CheckpointError, options.OptionError):
+        raise
     except Exception as error:
-        if isinstance(error, (CheckpointError, options.OptionError)) or not (
-                isinstance(error, (ValueError, OSError)) or lacks_memory(error)):
-            raise
-        raise options.OptionError(explain(error, val) if lacks_memory(error) else str(error)) from error
+        if lacks_memory(error):
+            raise options.OptionError(explain(error, val)) from error
+        if isinstance(error, (ValueError, OSError)):
+            raise options.OptionError(str(error)) from error
+        raise
 
 
 def write_video(model: ModelBase, origin: Mapping[str, Any], path: Path, log: RunLog, stop: StopRequest,

@@ -93,8 +93,9 @@ class StyleLatents:
         self.device = device
         self.codec.to(device)
         all_of_them = [(style, number) for style, files in self.files.items() for number in range(len(files))]
-        first = len(all_of_them) * distributed.rank() // distributed.world_size()  # ranks find each other's on the disk
-        first = first if self.on_disk else 0  # else what is encoded here, not by workers, would depend on the rank
+        first = 0  # where not all can be kept, what is encoded here, not by workers, may not depend on the rank
+        if self.on_disk:  # ranks find each other's there
+            first = len(all_of_them) * distributed.rank() // distributed.world_size()
         for key in all_of_them[first:] + all_of_them[:first]:
             self(*key)
             if key not in self.kept and not self.on_disk:

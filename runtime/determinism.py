@@ -47,8 +47,8 @@ def prepare_machine(opt: dict) -> None:
         if not torch.cuda.is_available():
             raise options.OptionError(f"device: {device}: torch sees no CUDA device here; use --device cpu")
         if device.index >= torch.cuda.device_count():
-            raise options.OptionError(f"device: {device}: there is no such CUDA device among the "
-                                      f"{torch.cuda.device_count()} here; each process needs its own")
+            raise options.OptionError(f"device: {device}: torch sees {torch.cuda.device_count()} CUDA devices here, "
+                                      "numbered from 0; each process needs its own")
         torch.cuda.set_device(device)
     distributed.use_device(device)
     if opt["deterministic"]:

@@ -43,27 +43,27 @@ def build(folder: Path) -> str | None:
     headers = [f"-I{path}" for path in (HERE / "include", *sorted((torch.parent / "nvidia").glob("*/include")))]
     compiler = ["gcc", "-shared", "-fPIC", "-O1", "-w", *headers]
     try:
-        subprocess.run([*compiler, HERE / "card.c", HERE / "nccl.c", "-o", folder / "some.so", "-lpthread", "-ldl"],
-                       check=True, capture_output=True, text=True)
+        subprocess.run([*compiler, HERE / "card.c", HERE / "nccl.c", "-o", folder / "card.so"], check=True,
+                       capture_output=True, text=True)
     except subprocess.CalledProcessError as error:
         return error.stderr.splitlines()[0]
     wanted = set().union(*(symbols(torch / "lib" / name, "-D", "--undefined-only") for name in USED))
     wanted = {name for name in wanted if name.startswith(("cuda", "cublas", "cusolver", "nvrtc", "nccl"))} - GENUINE
-    rest = sorted(wanted - symbols(folder / "some.so", "-D", "--defined-only"))
-    driver = symbols(torch / "lib" / "libcaffe2_nvrtc.so", "-D", "--undefined-only")
-    driver = sorted(name for name in driver if name.startswith("cu") and name not in DRIVER)
-    for name, functions, sources in (("all.so", rest, [HERE / "card.c", HERE / "nccl.c"]),
-                                     ("libcuda.so.1", driver, [HERE / "driver.c"])):
+    rest = wanted - symbols(folder / "card.so", "-D", "--defined-only")
+    driver = {name for name in symbols(torch / "lib" / "libcaffe2_nvrtc.so", "-D", "--undefined-only")
+              if name.startswith("cu")} - DRIVER
+    for name, functions, sources in (("rest.so", rest, []), ("libcuda.so.1", driver, [HERE / "driver.c"])):
         source = folder / f"{name}.c"
-        source.write_text("".join(f"int {f}() {{ return {int(f in REFUSED)}; }}\n" for f in functions))
-        subprocess.run([*compiler, *sources, source, "-o", folder / name, "-lpthread", "-ldl"], check=True)
+        source.write_text("".join(f"int {f}() {{ return {int(f in REFUSED)}; }}\n" for f in sorted(functions)))
+        subprocess.run([*compiler, *sources, source, "-o", folder / name], check=True)
     return None
 
 
 def environment(folder: Path, cards: int = 1, memory: int | None = None, idle: bool = False) -> dict[str, str]:
     """Return the environment variables of a process with so many cards of so many MB."""
-    found = {"LD_PRELOAD": str(folder / "all.so"), "LD_LIBRARY_PATH": str(folder), "PYTHONPATH": str(HERE / "site"),
-             "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(cards))), "CARD_COUNT": str(cards),
+    found = {"LD_PRELOAD": f"{folder / 'card.so'} {folder / 'rest.so'}", "LD_LIBRARY_PATH": str(folder),
+             "PYTHONPATH": str(HERE / "site"), "CARD_COUNT": str(cards),
+             "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(cards))),
              "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "CARD_IDLE": "1" if idle else "",
              "PERDURE_TEST_CUDA": "1", "TORCH_DISABLE_NATIVE_JIT": "1"}
     return found | ({"CARD_BYTES": str(memory << 20)} if memory else {})

@@ -1,7 +1,7 @@
 /* A stand-in for libcudart, libcublas and libnvrtc: a card whose memory lies on the host and whose kernels do nothing.
 
    It is preloaded, so that torch's CUDA libraries call it instead of NVIDIA's. Functions that are not here return 0
-   ("success"); __init__.py writes them. What a kernel should compute, kernels.py computes on the CPU.
+   ("success"); __init__.py writes them. What a kernel should compute, card_kernels.py computes on the CPU.
 
    A copy between pinned memory and the card arrives as late as on a real card: to the card at the next kernel, to the
    host at the next wait. What is copied to the host is what lay on the card at the call. */
@@ -112,7 +112,7 @@ static void deliver(int to_host_too) {
   pthread_mutex_unlock(&lock);
 }
 
-void card_kernel(void) { deliver(0); } /* what each kernel does first; kernels.py and nccl.c call it */
+void card_kernel(void) { deliver(0); } /* what each kernel does first; card_kernels.py and nccl.c call it */
 
 E cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
   int there = kind_of(to), here = kind_of(from);

@@ -46,7 +46,7 @@ def on_card(x, like=None):
 
 
 def kernel_of(space, name):
-    """Return what computes an operation of tensors of the card, or None where there is no such operation."""
+    """Return what computes an operation of tensors of the card, or None for an unknown name."""
     base, _, overload = name.partition(".")
     try:
         packet = getattr(getattr(torch.ops, space), base)
