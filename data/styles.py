@@ -93,9 +93,8 @@ class StyleLatents:
         self.device = device
         self.codec.to(device)
         all_of_them = [(style, number) for style, files in self.files.items() for number in range(len(files))]
-        first = 0  # where not all can be kept, what is encoded here, not by workers, may not depend on the rank
-        if self.on_disk:  # ranks find each other's there
-            first = len(all_of_them) * distributed.rank() // distributed.world_size()
+        # Ranks find each other's on the disk; without it, what is encoded here, not by workers, is the same for all.
+        first = len(all_of_them) * distributed.rank() // distributed.world_size() if self.on_disk else 0
         for key in all_of_them[first:] + all_of_them[:first]:
             self(*key)
             if key not in self.kept and not self.on_disk:
